@@ -1,0 +1,1 @@
+"""Networks and blocks: plain nn.Modules on torch alone."""

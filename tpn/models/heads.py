@@ -1,0 +1,57 @@
+"""Classification heads: global mean, dropout, linear."""
+
+from torch import Tensor, nn
+
+from tpn.models.layers import ConvBnAct, init_weights, kaiming_fan_out
+
+
+class ClassificationHead(nn.Module):
+    """Mean over time and space, dropout, linear.
+
+    Because the mean comes first, a clip of any size gives the scores that fully convolutional testing
+    (classify every position, then average) would give.
+
+    Args:
+        in_channels: channels of the map.
+        num_classes: K; 0 removes the linear layer.
+        drop_rate: dropout before the linear layer.
+
+    Shape:
+        (B, in_channels, T, H, W) → logits (B, K); with `pre_logits`, or K = 0, features (B, in_channels).
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, drop_rate: float = 0.5) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the classifier by a new, untrained one for `num_classes`."""
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
+        self.num_classes = num_classes
+        self.fc: nn.Module = nn.Linear(self.in_channels, num_classes) if num_classes else nn.Identity()
+        init_weights(self.fc, conv=kaiming_fan_out)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features = x.mean(dim=(2, 3, 4))
+        return features if pre_logits else self.fc(self.drop(features))
+
+
+class AuxHead(ClassificationHead):
+    """The second classifier, on c4, that training adds to the loss with weight 0.5.
+
+    A (1, 3, 3) convolution of stride (1, 2, 2) to `mid_channels`, batch norm, ReLU, then a `ClassificationHead`.
+
+    Shape:
+        (B, in_channels, T, H, W) → aux_logits (B, K)
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, num_classes: int, drop_rate: float = 0.5) -> None:
+        super().__init__(mid_channels, num_classes, drop_rate)
+        self.conv = ConvBnAct(in_channels, mid_channels, (1, 3, 3), (1, 2, 2))
+        init_weights(self.conv, conv=kaiming_fan_out)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward(self.conv(x), pre_logits)

@@ -1,0 +1,78 @@
+"""Small pieces shared by the backbones, the neck and the heads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class ConvBnAct(nn.Module):
+    """3D convolution without bias, batch norm, ReLU; padded so that stride 1 keeps the size."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        padding = tuple(k // 2 for k in kernel_size)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm3d(out_channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+@contextmanager
+def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
+    """Normalise with batch statistics, as in training, without adding them to the running ones."""
+    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
+    """Call `module(*args)` and recompute its activations in the backward pass instead of keeping them.
+
+    The recomputation leaves batch norm's running statistics alone: a step with checkpointing
+    updates them once, exactly as a step without it does.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _frozen_running_stats(module)
+
+    # A compiled graph computes the statistics once anyway, and the compiler takes no context function here.
+    options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+    return checkpoint(module, *args, use_reentrant=False, **options)
+
+
+def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None:
+    """Initialise every convolution with `conv`, every batch norm with (1, 0), every linear with N(0, 0.01)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d | nn.Conv3d):
+            conv(m.weight)
+        elif isinstance(m, BATCH_NORMS):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=0.01)
+            nn.init.zeros_(m.bias)
+
+
+kaiming_fan_out = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
+"""Initialisation of the residual networks' convolutions (mmaction2 and torchvision)."""

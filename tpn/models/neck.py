@@ -1,0 +1,187 @@
+"""The temporal pyramid: the paper's figure 2 in code (Yang et al., CVPR 2020, section 3).
+
+    c4 ─► spatial ─► temporal ─┬─► ( + ) ◄── upsample ──┐
+          modulation modulation│     │                  │
+    c5 ─► (as it is) ─► ...   ─┴─────│─────────────────(c5)     top-down:  coarse levels flow into fine ones
+                                     └─► downsample ─► ( + )    bottom-up: fine levels flow into coarse ones
+
+    output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(bottom-up levels)))
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tpn.models.layers import ConvBnAct, init_weights
+
+FlowOrder = Literal["cascade", "parallel"]
+
+
+def temporal_max_pool(scale: int) -> nn.Module:
+    """Max-pool over `scale` consecutive frames, a last incomplete group included."""
+    return nn.Identity() if scale == 1 else nn.MaxPool3d((scale, 1, 1), ceil_mode=True)
+
+
+class SpatialModulation(nn.Sequential):
+    """Bring one level to the coarsest level's spatial size and channels, (1, 3, 3) convolutions of stride 2.
+
+    A level that already has both passes unchanged. Channels double with every step, up to `out_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
+        steps = int(math.log2(scale))
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for step in range(steps):
+            width = out_channels if step == steps - 1 else min(channels * 2, out_channels)
+            layers.append(ConvBnAct(channels, width, (1, 3, 3), (1, 2, 2)))
+            channels = width
+        if channels != out_channels:
+            layers.append(ConvBnAct(channels, out_channels, (1, 3, 3)))
+        super().__init__(*layers)
+
+
+class TemporalConvPool(nn.Module):
+    """(3, 1, 1) convolution, neither norm nor activation, then a max-pool over `scale` frames."""
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0), groups=groups, bias=False)
+        self.pool = temporal_max_pool(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.conv(x))
+
+
+class LevelFusion(nn.Module):
+    """Pool every level to the coarsest tempo, mix its channels, and fuse the levels into one map."""
+
+    def __init__(self, channels: int, out_channels: int, scales: Sequence[int], groups: int) -> None:
+        super().__init__()
+        self.pool = nn.ModuleList(temporal_max_pool(scale) for scale in scales)
+        self.mix = nn.ModuleList(ConvBnAct(channels, channels, (1, 1, 1), groups=groups) for _ in scales)
+        self.fuse = ConvBnAct(channels * len(scales), out_channels, (1, 1, 1))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        mixed = [mix(pool(x)) for x, pool, mix in zip(levels, self.pool, self.mix, strict=True)]
+        return self.fuse(torch.cat(mixed, dim=1))
+
+
+class TemporalPyramid(nn.Module):
+    """The TPN neck: fuse feature maps of one backbone into one map that has seen several tempos.
+
+    Args:
+        in_channels: channels of each input map, finest level first, e.g. (1024, 2048). Two levels or more.
+        num_frames: length along time of the input maps: one number, or one per level.
+        temporal_scales: frames that each level's temporal modulation pools into one. Default: all of them.
+            The lengths that remain must be multiples of the next level's.
+        spatial_scales: size of each map relative to the last one, powers of two. Default: (..., 4, 2, 1).
+        out_channels: channels of the result. Default: those of the last input.
+        mid_channels: channels of a level between modulation and fusion. Default: half of `out_channels`.
+        groups: groups of the grouped convolutions; where it does not divide the channels, their largest
+            common divisor is taken.
+        flow_order: "cascade" starts the bottom-up flow from the result of the top-down flow (all published
+            weights), "parallel" from the temporal modulation's output.
+
+    Shape:
+        L maps (B, C_i, T_i, H_i, W_i) float → (B, out_channels, T_out, H_L, W_L), where
+        T_out = ceil(T_L / temporal_scales[-1]), 1 by default.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_frames: int | Sequence[int],
+        *,
+        temporal_scales: Sequence[int] | None = None,
+        spatial_scales: Sequence[int] | None = None,
+        out_channels: int | None = None,
+        mid_channels: int | None = None,
+        groups: int = 32,
+        flow_order: FlowOrder = "cascade",
+    ) -> None:
+        super().__init__()
+        num_levels = len(in_channels)
+        if num_levels < 2:
+            raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
+        if flow_order not in get_args(FlowOrder):
+            raise ValueError(f"flow_order must be 'cascade' or 'parallel', got {flow_order!r}")
+        frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
+        temporal = _per_level("temporal_scales", frames if temporal_scales is None else temporal_scales, num_levels)
+        halvings = tuple(2**i for i in reversed(range(num_levels)))
+        spatial = _per_level("spatial_scales", halvings if spatial_scales is None else spatial_scales, num_levels)
+        if any(scale & (scale - 1) for scale in spatial):
+            raise ValueError(f"spatial_scales must be powers of two, got {spatial}")
+        lengths = [math.ceil(t / scale) for t, scale in zip(frames, temporal, strict=True)]
+        if any(fine % coarse for fine, coarse in zip(lengths, lengths[1:], strict=False)):
+            raise ValueError(
+                f"temporal_scales {temporal} leave {tuple(lengths)} of {frames} frames; "
+                "each level's length must be a multiple of the next one's"
+            )
+        out_channels = out_channels or in_channels[-1]
+        mid_channels = mid_channels or out_channels // 2
+        groups = math.gcd(groups, out_channels, mid_channels)
+        ratios = [fine // coarse for fine, coarse in zip(lengths, lengths[1:], strict=False)]
+        fusion_scales = [length // lengths[-1] for length in lengths]
+
+        self.in_channels, self.out_channels = tuple(in_channels), out_channels
+        self.num_frames, self.temporal_scales = frames, temporal
+        self.flow_order = flow_order
+        self.spatial_modulation = nn.ModuleList(
+            SpatialModulation(channels, out_channels, scale) for channels, scale in zip(in_channels, spatial, strict=True)
+        )
+        self.temporal_modulation = nn.ModuleList(
+            TemporalConvPool(out_channels, mid_channels, scale, groups) for scale in temporal
+        )
+        self.top_down = nn.ModuleList(
+            nn.Identity() if r == 1 else nn.Upsample(scale_factor=(r, 1, 1), mode="nearest") for r in ratios
+        )
+        self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
+        self.top_down_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+        self.bottom_up_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+        self.pyramid_fusion = ConvBnAct(2 * out_channels, out_channels, (1, 1, 1))
+        init_weights(self, conv=nn.init.xavier_uniform_)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        self._check(features)
+        levels = [modulate(x) for x, modulate in zip(features, self.spatial_modulation, strict=True)]
+        levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
+        top_down = self.top_down_flow(levels)
+        bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
+        return self.pyramid_fusion(torch.cat((self.top_down_fusion(top_down), self.bottom_up_fusion(bottom_up)), dim=1))
+
+    def top_down_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Add each level, stretched in time, to the next finer one, from the coarsest down."""
+        out = list(levels)
+        for i in reversed(range(len(out) - 1)):
+            out[i] = out[i] + self.top_down[i](out[i + 1])
+        return out
+
+    def bottom_up_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Add each level, convolved and pooled in time, to the next coarser one, from the finest up."""
+        out = list(levels)
+        for i, downsample in enumerate(self.bottom_up):
+            out[i + 1] = out[i + 1] + downsample(out[i])
+        return out
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        if len(features) != len(self.in_channels):
+            raise ValueError(f"expected {len(self.in_channels)} feature maps, finest first, got {len(features)}")
+        for level, (x, channels, frames) in enumerate(zip(features, self.in_channels, self.num_frames, strict=True)):
+            if x.ndim != 5 or x.shape[1] != channels:
+                raise ValueError(f"level {level} must be (B, {channels}, T, H, W), got {tuple(x.shape)}")
+            if x.shape[2] != frames:
+                raise ValueError(
+                    f"the pyramid was built for {frames} frames at level {level}, got {x.shape[2]}; "
+                    f"sample {frames} frames, or build the model with num_frames={x.shape[2]}"
+                )
+
+
+def _per_level(name: str, values: Sequence[int], num_levels: int) -> tuple[int, ...]:
+    values = tuple(values)
+    if len(values) != num_levels or any(not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name} must be {num_levels} positive integers, one per level, got {values}")
+    return values

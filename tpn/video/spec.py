@@ -1,0 +1,94 @@
+"""What a model expects to see: frames, sampling, size, normalisation, and the views its accuracy was measured with."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tpn.video import sampling, transforms
+
+Sampling = Literal["dense", "segments"]
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The input of a set of weights.
+
+    Attributes:
+        num_frames: frames of a clip, T.
+        frame_interval: index step between them; 1 = consecutive. Unused by "segments".
+        sampling: "dense" (clips of consecutive steps) or "segments" (one frame per segment of the whole video).
+        num_clips, num_crops, flip: views of the published test protocol; crops per clip 3 or 1; `flip` adds
+            every view mirrored.
+        short_side: pixels of the shorter side after resizing.
+        crop_size: side of the single centre crop, and of training crops.
+        three_crop_size: side of the three crops along the longer side.
+        mean, std: per RGB channel, on the 0..255 scale.
+    """
+
+    num_frames: int
+    frame_interval: int = 1
+    sampling: Sampling = "dense"
+    num_clips: int = 10
+    num_crops: int = 3
+    flip: bool = False
+    short_side: int = 256
+    crop_size: int = 224
+    three_crop_size: int = 256
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.sampling not in get_args(Sampling):
+            raise ValueError(f"sampling must be 'dense' or 'segments', got {self.sampling!r}")
+        if self.num_crops not in (1, 3):
+            raise ValueError(f"num_crops must be 1 (centre) or 3 (along the longer side), got {self.num_crops}")
+
+    @property
+    def clip_span(self) -> int:
+        """Consecutive frames that one clip reaches over (dense sampling)."""
+        return sampling.clip_span(self.num_frames, self.frame_interval)
+
+    @property
+    def num_views(self) -> int:
+        return self.num_clips * self.num_crops * (2 if self.flip else 1)
+
+    def indices(self, total_frames: int) -> NDArray[np.int64]:
+        """Return the frame indices (num_clips, num_frames) to read from a video of `total_frames` frames."""
+        if self.sampling == "segments":
+            return sampling.segment_indices(total_frames, num_segments=self.num_frames, num_clips=self.num_clips)
+        return sampling.dense_indices(
+            total_frames, num_frames=self.num_frames, frame_interval=self.frame_interval, num_clips=self.num_clips
+        )
+
+    def crops(self, frames: Tensor) -> Tensor:
+        """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), mirrored crops last (x2 with `flip`)."""
+        frames = transforms.resize_short_side(frames, self.short_side)
+        if self.num_crops == 3:
+            size = self.three_crop_size
+            crops = transforms.three_crop(transforms.resize_short_side(frames, size), size)
+        else:
+            crops = transforms.center_crop(frames, self.crop_size)[None]
+        return torch.cat((crops, crops.flip(-1))) if self.flip else crops
+
+    def normalize(self, frames: Tensor) -> Tensor:
+        """uint8 RGB frames (..., T, 3, H, W) → float32 model input (..., 3, T, H, W)."""
+        return transforms.normalize(frames, self.mean, self.std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
+        """Read what `to_dict` returned; unknown fields are an error."""
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields of an input spec: {', '.join(sorted(unknown))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,1 @@
+"""Names, weights and where they come from."""

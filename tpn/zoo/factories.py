@@ -1,0 +1,223 @@
+"""The model zoo: one function per architecture, registered with timm under its name.
+
+Each takes `pretrained` and, by keyword,
+
+- `num_classes`, `in_chans`, `drop_rate` (of the heads), and timm's `pretrained_cfg` (a tag, e.g. "scratch");
+- `num_frames`, `temporal_scales`, `flow_order` of the pyramid;
+- `zero_init_last`, and for TSM `shift_shortcut`, of the backbone.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from tpn.models.classifier import TPNClassifier
+from tpn.models.heads import AuxHead, ClassificationHead
+from tpn.models.neck import FlowOrder, TemporalPyramid
+from tpn.models.resnet import ResNet
+from tpn.models.resnet3d import ResNet3dSlowOnly
+from tpn.models.resnet_tsm import ResNetTSM
+from tpn.video.spec import InputSpec
+from tpn.zoo import hub
+from tpn.zoo.weights import WEIGHTS, Weights, get_weights
+
+
+def _cfg(entry: Weights) -> dict[str, Any]:
+    """Describe a weights entry in timm's terms."""
+    spec = entry.input
+    return {
+        "url": entry.url,
+        "num_classes": entry.dataset.num_classes,
+        "input_size": (3, spec.crop_size, spec.crop_size),
+        "test_input_size": (3, spec.three_crop_size, spec.three_crop_size),
+        "interpolation": "bilinear",
+        "crop_pct": spec.crop_size / spec.short_side,
+        "mean": tuple(round(v / 255, 6) for v in spec.mean),
+        "std": tuple(round(v / 255, 6) for v in spec.std),
+        "first_conv": "backbone.conv1",
+        "classifier": ("head.fc", "aux_head.fc") if entry.model.startswith("tpn_") else "head.fc",
+        "origin_url": entry.url,
+        "paper_name": "Temporal Pyramid Network for Action Recognition",
+        "paper_ids": "arXiv:2004.03548",
+    }
+
+
+default_cfgs = generate_default_cfgs({entry.name: _cfg(entry) for entry in WEIGHTS.values()})
+
+
+def _register(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register with timm; a second import of this module replaces its own entries without timm's warning."""
+    name = function.__name__
+    if is_model(name) and model_entrypoint(name).__module__ == __name__:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return register_model(function)
+    return register_model(function)
+
+
+def _build(
+    make_backbone: Callable[..., ResNet],
+    *,
+    num_classes: int,
+    num_frames: int,
+    pyramid: bool = True,
+    lengths: tuple[int, int] = (1, 1),
+    temporal_scales: Sequence[int] | None = None,
+    flow_order: FlowOrder = "cascade",
+    drop_rate: float = 0.5,
+    **backbone_args: Any,
+) -> TPNClassifier:
+    """Put pyramid and heads on a backbone; `lengths` is what each level's temporal modulation leaves of the frames."""
+    backbone = make_backbone(out_indices=(2, 3) if pyramid else (3,), **backbone_args)
+    channels = backbone.out_channels
+    head = ClassificationHead(channels[-1], num_classes, drop_rate)
+    if not pyramid:
+        return TPNClassifier(backbone, None, head)
+    if temporal_scales is None:
+        temporal_scales = [max(num_frames // length, 1) for length in lengths]
+    neck = TemporalPyramid(channels, num_frames, temporal_scales=temporal_scales, flow_order=flow_order)
+    return TPNClassifier(backbone, neck, head, AuxHead(channels[0], channels[-1], num_classes, drop_rate))
+
+
+def _create(
+    name: str, pretrained: bool, make_backbone: Callable[..., ResNet], arch: dict[str, Any], args: dict[str, Any]
+) -> nn.Module:
+    """Build an architecture through timm, then add what timm does not know: frames, labels, strict loading.
+
+    arch: what makes this architecture. args: what the caller passed, timm's own arguments among them.
+    """
+    args = dict(args)
+    cache_dir = args.pop("cache_dir", None)
+    args.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `args` as well
+    if args.pop("features_only", False):
+        raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
+    cfg = resolve_pretrained_cfg(name, args.pop("pretrained_cfg", None), args.pop("pretrained_cfg_overlay", None))
+    config = hub.saved_config(cfg)
+    entry = get_weights(f"{name}.{cfg.tag}" if cfg.tag and config is None else name)
+    spec, labels, entry_args = entry.input, entry.dataset.labels, dict(entry.model_args)
+    if config is not None:
+        spec, labels, entry_args = InputSpec.from_dict(config["input_spec"]), tuple(config.get("label_names", ())), {}
+    model_args = {"num_frames": spec.num_frames, **entry_args, **args}
+    build = partial(_build, make_backbone, **arch)
+    model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **model_args)
+    model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}
+    model.input_spec = replace(spec, num_frames=model_args["num_frames"])
+    model.labels = labels if len(labels) == model.num_classes else None
+    if pretrained:
+        hub.load_pretrained(model, cfg, entry, cache_dir)
+    return model
+
+
+_R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)
+_BASELINE: dict[str, Any] = {"pyramid": False}
+_TPN: dict[str, Any] = {}
+_TPN_R101: dict[str, Any] = {"lengths": (2, 1)}
+"""The published R101 pyramids leave two frames of the finer level, all others one."""
+
+
+@_register
+def slowonly_r50_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-50, the baseline without pyramid: 8 frames, every 8th, Kinetics-400."""
+    return _create("slowonly_r50_k400", pretrained, _R50, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r50_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-50: 8 frames, every 8th, Kinetics-400."""
+    return _create("tpn_slowonly_r50_k400", pretrained, _R50, _TPN, kwargs)
+
+
+@_register
+def slowonly_r50_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-50, the baseline without pyramid: 16 frames, every 4th, Kinetics-400."""
+    return _create("slowonly_r50_16x4_k400", pretrained, _R50, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r50_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-50: 16 frames, every 4th, Kinetics-400."""
+    return _create("tpn_slowonly_r50_16x4_k400", pretrained, _R50, _TPN, kwargs)
+
+
+@_register
+def slowonly_r50_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-50, the baseline without pyramid: 32 frames, every 2nd, Kinetics-400."""
+    return _create("slowonly_r50_32x2_k400", pretrained, _R50, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r50_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-50: 32 frames, every 2nd, Kinetics-400."""
+    return _create("tpn_slowonly_r50_32x2_k400", pretrained, _R50, _TPN, kwargs)
+
+
+@_register
+def slowonly_r101_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-101, the baseline without pyramid: 8 frames, every 8th, Kinetics-400."""
+    return _create("slowonly_r101_k400", pretrained, _R101, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r101_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-101: 8 frames, every 8th, Kinetics-400."""
+    return _create("tpn_slowonly_r101_k400", pretrained, _R101, _TPN_R101, kwargs)
+
+
+@_register
+def slowonly_r101_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-101, the baseline without pyramid: 16 frames, every 4th, Kinetics-400."""
+    return _create("slowonly_r101_16x4_k400", pretrained, _R101, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r101_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-101: 16 frames, every 4th, Kinetics-400."""
+    return _create("tpn_slowonly_r101_16x4_k400", pretrained, _R101, _TPN_R101, kwargs)
+
+
+@_register
+def slowonly_r101_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SlowOnly ResNet-101, the baseline without pyramid: 32 frames, every 2nd, Kinetics-400."""
+    return _create("slowonly_r101_32x2_k400", pretrained, _R101, _BASELINE, kwargs)
+
+
+@_register
+def tpn_slowonly_r101_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on SlowOnly ResNet-101: 32 frames, every 2nd, Kinetics-400."""
+    return _create("tpn_slowonly_r101_32x2_k400", pretrained, _R101, _TPN_R101, kwargs)
+
+
+@_register
+def tsm_r50_sthv1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TSM ResNet-50, the baseline without pyramid: 8 frames, one per segment, Something-Something v1."""
+    return _create("tsm_r50_sthv1", pretrained, _TSM, _BASELINE, kwargs)
+
+
+@_register
+def tpn_tsm_r50_sthv1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on TSM ResNet-50: 8 frames, one per segment, Something-Something v1."""
+    return _create("tpn_tsm_r50_sthv1", pretrained, _TSM, _TPN, kwargs)
+
+
+@_register
+def tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TSM ResNet-50, the baseline without pyramid: 8 frames, one per segment, Something-Something v2."""
+    return _create("tsm_r50_sthv2", pretrained, _TSM, _BASELINE, kwargs)
+
+
+@_register
+def tpn_tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on TSM ResNet-50: 8 frames, one per segment, Something-Something v2."""
+    return _create("tpn_tsm_r50_sthv2", pretrained, _TSM, _TPN, kwargs)
