@@ -129,9 +129,7 @@ class VideoClassifier:
             except (VideoError, OSError) as error:
                 yield error
 
-    def _classify(
-        self, source: Source, num_clips: int | None, num_crops: int | None, progress: Progress | None
-    ) -> Prediction:
+    def _classify(self, source: Source, num_clips: int | None, num_crops: int | None, progress: Progress | None) -> Prediction:
         spec = self._spec_for(num_clips, num_crops)
         frames, clips = _read(source, spec)
         logits = self._view_logits(spec.crops(frames), clips, spec, progress)

@@ -1,11 +1,11 @@
 """The temporal pyramid: the paper's figure 2 in code (Yang et al., CVPR 2020, section 3).
 
-    c4 ─► spatial ─► temporal ─┬─► ( + ) ◄── upsample ──┐
-          modulation modulation│     │                  │
-    c5 ─► (as it is) ─► ...   ─┴─────│─────────────────(c5)     top-down:  coarse levels flow into fine ones
-                                     └─► downsample ─► ( + )    bottom-up: fine levels flow into coarse ones
+c4 ─► spatial ─► temporal ─┬─► ( + ) ◄── upsample ──┐
+      modulation modulation│     │                  │
+c5 ─► (as it is) ─► ...   ─┴─────│─────────────────(c5)     top-down:  coarse levels flow into fine ones
+                                 └─► downsample ─► ( + )    bottom-up: fine levels flow into coarse ones
 
-    output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(bottom-up levels)))
+output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(bottom-up levels)))
 """
 
 import math

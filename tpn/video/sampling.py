@@ -32,9 +32,7 @@ def dense_indices(total_frames: int, *, num_frames: int, frame_interval: int, nu
 
     total_frames, num_frames, num_clips: counts >= 1. frame_interval: index step >= 1, 1 = consecutive frames.
     """
-    _check_positive(
-        total_frames=total_frames, num_frames=num_frames, frame_interval=frame_interval, num_clips=num_clips
-    )
+    _check_positive(total_frames=total_frames, num_frames=num_frames, frame_interval=frame_interval, num_clips=num_clips)
     last_start = max(total_frames - clip_span(num_frames, frame_interval), 0)
     if num_clips == 1:
         starts = np.array([last_start // 2])

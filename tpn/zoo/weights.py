@@ -158,14 +158,30 @@ _TABLE = (
     _original("slowonly_r101_k400", KINETICS400, _dense(8, 8, True), "1dqLWiI3DFHAPIzGtEY_jfI66nthw2GEX", 76.0, _LOWRES),
     _original("tpn_slowonly_r101_k400", KINETICS400, _dense(8, 8, True), "1B4Vsld-JzQe4QmXeZHd0TolMPNyZypXI", 77.2, _LOWRES),
     _original("slowonly_r101_16x4_k400", KINETICS400, _dense(16, 4, True), "1tj2Y0OChKW7RoElXXmBeU63dph40kEyJ", 77.0, _LOWRES),
-    _original("tpn_slowonly_r101_16x4_k400", KINETICS400, _dense(16, 4, True), "1mT4kuaYuAGA-Zjagc56vByMQdvx0bE-H", 78.1, _LOWRES),
-    _original("slowonly_r101_32x2_k400", KINETICS400, _dense(32, 2, True), "1IAobiYS3PhXC1sA_MCdudGCdHRWcWc9J", 77.4, _LOWRES),
-    _original("tpn_slowonly_r101_32x2_k400", KINETICS400, _dense(32, 2, True), "1OPudI7CzJzpdeI0YpwLgZB59VCzcoidp", 78.9, _LOWRES),
     _original(
-        "tpn_slowonly_r50_k400", KINETICS400, _dense(8, 8, True), "1pCY4oiWK3hs6MwaPZ8QVPMb-qDCV56w5", 76.7, _HIRES, "original_hires"
+        "tpn_slowonly_r101_16x4_k400", KINETICS400, _dense(16, 4, True), "1mT4kuaYuAGA-Zjagc56vByMQdvx0bE-H", 78.1, _LOWRES
+    ),
+    _original("slowonly_r101_32x2_k400", KINETICS400, _dense(32, 2, True), "1IAobiYS3PhXC1sA_MCdudGCdHRWcWc9J", 77.4, _LOWRES),
+    _original(
+        "tpn_slowonly_r101_32x2_k400", KINETICS400, _dense(32, 2, True), "1OPudI7CzJzpdeI0YpwLgZB59VCzcoidp", 78.9, _LOWRES
     ),
     _original(
-        "tpn_slowonly_r101_k400", KINETICS400, _dense(8, 8, True), "1DeVp7cf-dk-x6Um4NouLq5tFniTge0Bd", 78.2, _HIRES, "original_hires"
+        "tpn_slowonly_r50_k400",
+        KINETICS400,
+        _dense(8, 8, True),
+        "1pCY4oiWK3hs6MwaPZ8QVPMb-qDCV56w5",
+        76.7,
+        _HIRES,
+        "original_hires",
+    ),
+    _original(
+        "tpn_slowonly_r101_k400",
+        KINETICS400,
+        _dense(8, 8, True),
+        "1DeVp7cf-dk-x6Um4NouLq5tFniTge0Bd",
+        78.2,
+        _HIRES,
+        "original_hires",
     ),
     _original("tsm_r50_sthv1", STHV1, _SEGMENTS, "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2, "", **_IN_PLACE),
     _original("tpn_tsm_r50_sthv1", STHV1, _SEGMENTS, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", **_IN_PLACE),

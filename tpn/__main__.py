@@ -1,0 +1,5 @@
+"""`python -m tpn`."""
+
+from tpn.cli import main
+
+main()

@@ -1,0 +1,245 @@
+"""The command line: `tpn list | info | predict | convert`, also as `python -m tpn`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 something failed (one line says
+what), 2 wrong usage.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import tpn
+from tpn.zoo import hub
+from tpn.zoo.weights import WEIGHTS, get_weights
+
+app = typer.Typer(
+    name="tpn",
+    help="Temporal Pyramid Networks for action recognition.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.callback(invoke_without_command=True)
+def _app(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(f"tpn {tpn.__version__}")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Wildcard, such as 'tpn_*r101*'.")] = "*",
+    weights: Annotated[bool, typer.Option("--weights", help="Every checkpoint, not only each model's default.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List the models with the accuracy that the publisher of their default weights reports."""
+    names = tpn.list_models(pattern, pretrained=weights)
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}; tpn list shows all")
+    rows = [_facts(name) for name in names]
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("model", "params", "GMACs", "frames x interval", "dataset", "top-1", "top-5", "source")
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="left" if column in ("model", "dataset", "source") else "right")
+    for row in rows:
+        table.add_row(row["model" if weights else "architecture"], *(row["shown"][c] for c in columns[1:]))
+    console = Console()
+    console.width = max(console.width, 140)  # a row is a line, also in a pipe
+    console.print(table)
+    console.print("\ntop-1, top-5: percent, reported upstream. GMACs: one clip at the training size.", highlight=False)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A model, with or without a tag: tpn_slowonly_r50_k400.scratch")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what is known of a model and its weights."""
+    facts = _facts(name)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in {"model": facts["model"], **facts["shown"], **facts["details"]}.items():
+        table.add_row(key, value)
+    Console(soft_wrap=False).print(table, highlight=False)
+
+
+@app.command()
+def predict(
+    videos: Annotated[list[Path], typer.Argument(help="Video files.", metavar="VIDEO...")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
+    ] = "tpn_slowonly_r50_k400",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights file, .safetensors or .pth, ours, MMAction2's or the original TPN's.")
+    ] = None,
+    views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to print.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, a line a file.")] = False,
+) -> None:
+    """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
+    from tpn.predict import VideoClassifier, parse_views
+
+    num_clips, num_crops = (None, None) if views is None else parse_views(views)
+    classifier = VideoClassifier(
+        model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=_check_device(device)
+    )
+    failed = 0
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as progress:
+        files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
+        views_task = progress.add_task("views", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(views_task, completed=done, total=total)
+
+        results = classifier.predict_each(videos, num_clips=num_clips, num_crops=num_crops, progress=advance)
+        for video, result in zip(videos, results, strict=True):
+            progress.advance(files_task)
+            if isinstance(result, tpn.Prediction):
+                _print_prediction(video, result, top, as_json)
+                continue
+            failed += 1
+            if as_json:
+                typer.echo(json.dumps({"file": str(video), "error": _one_line(result)}))
+            err.print(f"error: {_one_line(result)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth of MMAction2 or of the original TPN, or a .safetensors.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model it holds, with a tag if it has several.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: the cache, so that pretrained=True finds it.")
+    ] = None,
+) -> None:
+    """Write a checkpoint as safetensors with its configuration, for local-dir:FOLDER or pretrained=True."""
+    weights = get_weights(model)
+    built = tpn.create_model(weights.name, checkpoint_path=checkpoint)
+    if output is None and built.num_classes != weights.dataset.num_classes:
+        raise ValueError(
+            f"{checkpoint} has {built.num_classes} classes, {weights.name} has {weights.dataset.num_classes}: "
+            "it is not the published checkpoint; give it a folder of its own with --output"
+        )
+    folder = tpn.save_pretrained(built, output or hub.cache_folder(weights))
+    how = f'"local-dir:{folder}"' if output else f'"{weights.name}", pretrained=True'
+    err.print(f"wrote {folder}; load it with tpn.create_model({how})")
+
+
+def main() -> None:
+    """Run the program; every failure is one line on standard error."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("TPN_DEBUG"):
+            raise
+        expected = isinstance(error, ValueError | TypeError | OSError | tpn.WeightsUnavailableError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        err.print(f"error: {kind}{_one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
+        sys.exit(1)
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """Return what `list` and `info` print of "model" or "model.tag"."""
+    about = tpn.model_info(name)
+    w, spec = about.weights, about.weights.input
+    interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
+    measured = "not yet" if w.measured_top1 is None else f"{w.measured_top1:.2f}"
+    return {
+        "architecture": w.model,
+        "model": w.name,
+        "params": about.params,
+        "gmacs": round(about.gmacs, 2),
+        "num_frames": spec.num_frames,
+        "frame_interval": spec.frame_interval,
+        "dataset": w.dataset.title,
+        "reported_top1": w.reported_top1,
+        "reported_top5": w.reported_top5,
+        "protocol": w.protocol,
+        "source": w.source,
+        "url": w.url,
+        "shown": {
+            "params": f"{about.params / 1e6:.1f} M",
+            "GMACs": f"{about.gmacs:.1f}",
+            "frames x interval": f"{spec.num_frames}{interval}",
+            "dataset": w.dataset.title,
+            "top-1": f"{w.reported_top1:.2f}",
+            "top-5": "" if w.reported_top5 is None else f"{w.reported_top5:.2f}",
+            "source": w.source,
+        },
+        "details": {
+            "accuracy": f"reported upstream; measured by this project: {measured}",
+            "protocol": w.protocol,
+            "classes": str(w.dataset.num_classes),
+            "initialised from": w.initialised_from or "random",
+            "note": w.note,
+            "weights": w.url + (" (to be fetched by hand)" if w.manual else ""),
+            "other tags": ", ".join(e.tag for e in WEIGHTS.values() if e.model == w.model and e is not w) or "none",
+        },
+    }
+
+
+def _print_prediction(video: Path, result: Any, top: int, as_json: bool) -> None:
+    best = result.top(top)
+    if as_json:
+        scores = [{"label": label, "probability": probability} for label, probability in best]
+        typer.echo(json.dumps({"file": str(video), "views": len(result.view_logits), "top": scores}, ensure_ascii=False))
+        return
+    typer.echo(f"{video}  ({len(result.view_logits)} views)")
+    for label, probability in best:
+        typer.echo(f"  {probability:7.2%}  {label}")
+
+
+def _check_device(device: str | None) -> str | None:
+    import torch
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot use device {device!r}: {_one_line(error)}") from error
+    return device
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    lines: Callable[[str], list[str]] = str.splitlines
+    return next(iter(lines(str(error))), type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()
