@@ -7,7 +7,6 @@ what), 2 wrong usage.
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,12 +73,8 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     for key, value in {"model": facts["model"], **facts["shown"], **facts["details"]}.items():
-        table.add_row(key, value)
-    Console(soft_wrap=False).print(table, highlight=False)
+        typer.echo(f"{key:<18} {value}")
 
 
 @app.command()
@@ -99,10 +94,11 @@ def predict(
     """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
     from tpn.predict import VideoClassifier, parse_views
 
-    num_clips, num_crops = (None, None) if views is None else parse_views(views)
-    classifier = VideoClassifier(
-        model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=_check_device(device)
-    )
+    try:
+        num_clips, num_crops = (None, None) if views is None else parse_views(views)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--views") from error
+    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=_check_device(device))
     failed = 0
     with Progress(
         TextColumn("{task.description}"),
@@ -237,8 +233,7 @@ def _check_device(device: str | None) -> str | None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    lines: Callable[[str], list[str]] = str.splitlines
-    return next(iter(lines(str(error))), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,24 @@ class VideoClassifier:
         self.labels = model.labels or tuple(f"class {i}" for i in range(model.num_classes or model.num_features))
 
     @overload
-    def __call__(self, source: Source, **options: Any) -> Prediction: ...
+    def __call__(
+        self,
+        source: Source,
+        *,
+        num_clips: int | None = None,
+        num_crops: int | None = None,
+        progress: Progress | None = None,
+    ) -> Prediction: ...
 
     @overload
-    def __call__(self, source: list[Source] | tuple[Source, ...], **options: Any) -> list[Prediction]: ...
+    def __call__(
+        self,
+        source: list[Source] | tuple[Source, ...],
+        *,
+        num_clips: int | None = None,
+        num_crops: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Prediction]: ...
 
     def __call__(
         self,

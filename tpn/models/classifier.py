@@ -1,7 +1,7 @@
 """The whole network: backbone, pyramid, heads."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ class TPNClassifier(nn.Module):
         """Trade compute for memory in training: recompute the backbone's activations in the backward pass."""
         if not hasattr(self.backbone, "set_grad_checkpointing"):
             raise ValueError(f"{type(self.backbone).__name__} has no set_grad_checkpointing")
-        self.backbone.set_grad_checkpointing(enable)
+        cast("Any", self.backbone).set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from input to output, for timm's layer-wise learning rates."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -24,7 +23,8 @@ class ConvBnAct(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
-        padding = tuple(k // 2 for k in kernel_size)
+        t, h, w = kernel_size
+        padding = (t // 2, h // 2, w // 2)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm3d(out_channels)
         self.act = nn.ReLU(inplace=True)
@@ -56,9 +56,9 @@ def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _frozen_running_stats(module)
 
-    # A compiled graph computes the statistics once anyway, and the compiler takes no context function here.
-    options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-    return checkpoint(module, *args, use_reentrant=False, **options)
+    if torch.compiler.is_compiling():  # a compiled graph computes the statistics once anyway
+        return checkpoint(module, *args, use_reentrant=False)
+    return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
 
 
 def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None:

@@ -10,6 +10,7 @@ output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(botto
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -116,7 +117,7 @@ class TemporalPyramid(nn.Module):
         if any(scale & (scale - 1) for scale in spatial):
             raise ValueError(f"spatial_scales must be powers of two, got {spatial}")
         lengths = [math.ceil(t / scale) for t, scale in zip(frames, temporal, strict=True)]
-        if any(fine % coarse for fine, coarse in zip(lengths, lengths[1:], strict=False)):
+        if any(fine % coarse for fine, coarse in pairwise(lengths)):
             raise ValueError(
                 f"temporal_scales {temporal} leave {tuple(lengths)} of {frames} frames; "
                 "each level's length must be a multiple of the next one's"
@@ -124,7 +125,7 @@ class TemporalPyramid(nn.Module):
         out_channels = out_channels or in_channels[-1]
         mid_channels = mid_channels or out_channels // 2
         groups = math.gcd(groups, out_channels, mid_channels)
-        ratios = [fine // coarse for fine, coarse in zip(lengths, lengths[1:], strict=False)]
+        ratios = [fine // coarse for fine, coarse in pairwise(lengths)]
         fusion_scales = [length // lengths[-1] for length in lengths]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels

@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
             self.downsample = nn.Sequential(conv(dims, in_channels, out_channels, 1, stride), norm(dims, out_channels))
 
     @property
-    def last_norm(self) -> nn.Module:
+    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
         """The branch's last batch norm: with a scale of zero, the block starts as the identity."""
         raise NotImplementedError
 
@@ -51,7 +51,8 @@ class ResidualBlock(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: int) -> Tensor:
+        """`args`: what `ResNet.forward_stages` passes to every block; a plain block takes none."""
         return self.relu(self.branch(x) + self.shortcut(x))
 
 
@@ -72,7 +73,7 @@ class BasicBlock(ResidualBlock):
         return self.bn2(self.conv2(x))
 
     @property
-    def last_norm(self) -> nn.Module:
+    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
         return self.bn2
 
 
@@ -96,7 +97,7 @@ class Bottleneck(ResidualBlock):
         return self.bn3(self.conv3(x))
 
     @property
-    def last_norm(self) -> nn.Module:
+    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
         return self.bn3
 
 
@@ -168,10 +169,8 @@ class ResNet(nn.Module):
         maps = []
         for stage in range(max(self.out_indices) + 1):
             for block in getattr(self, f"layer{stage + 1}"):
-                if self.grad_checkpointing and self.training:
-                    x = checkpointed(block, x, *block_args)
-                else:
-                    x = block(x, *block_args)
+                recompute = self.grad_checkpointing and self.training
+                x = checkpointed(block, x, *block_args) if recompute else block(x, *block_args)
             if stage in self.out_indices:
                 maps.append(x)
         return tuple(maps)

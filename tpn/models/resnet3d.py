@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tpn.models.resnet import STAGES, ResNet, ResidualBlock, check_depth
+from tpn.models.resnet import STAGES, ResidualBlock, ResNet, check_depth
 
 TEMPORAL_KERNELS = (1, 1, 3, 3)
 """Length along time of each stage's first convolutions."""

@@ -34,7 +34,8 @@ class ShiftBottleneck(Bottleneck):
         self.shift = shift
         self.shift_shortcut = shift_shortcut and self.downsample is not None
 
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+    def forward(self, x: Tensor, *args: int) -> Tensor:
+        (num_frames,) = args
         shifted = temporal_shift(x, num_frames) if self.shift else x
         return self.relu(self.branch(shifted) + self.shortcut(shifted if self.shift_shortcut else x))
 

@@ -165,7 +165,6 @@ def _decode(path: PathLike, wanted: NDArray[np.int64], short_side: int | None) -
 
 def _to_rgb(frame: VideoFrame) -> Tensor:
     """uint8 (3, H, W), upright."""
-    image = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, like rot90
-    image = np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()

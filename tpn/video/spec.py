@@ -91,4 +91,5 @@ class InputSpec:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields of an input spec: {', '.join(sorted(unknown))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)

@@ -128,7 +128,7 @@ def _is_foreign_class(name: str) -> bool:
 
 def _numpy_globals() -> list[Any]:
     """numpy's own reconstructors of arrays and scalars, under the module names of numpy 1 and 2."""
-    scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    reconstructors: list[Any] = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdgSUO"]
-    functions = [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core") for f in (scalar, array)]
+    functions = [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core") for f in reconstructors]
     return [np.dtype, np.ndarray, *dtypes, *functions]

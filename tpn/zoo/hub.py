@@ -10,7 +10,7 @@ import tempfile
 import urllib.error
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import save_file
@@ -20,7 +20,6 @@ from torch.hub import download_url_to_file
 
 from tpn.models.classifier import TPNClassifier
 from tpn.models.resnet_tsm import ResNetTSM
-from tpn.video.spec import InputSpec
 from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import CheckpointError, convert_state_dict, load_strict
 from tpn.zoo.weights import Weights
@@ -149,11 +148,12 @@ def fetch(entry: Weights, cache_dir: str | PathLike[str] | None = None) -> Path:
 
 
 def _config_of(model: TPNClassifier) -> dict[str, Any]:
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("url", "file", "hf_hub_id", "source", "architecture")}
+    published: dict[str, Any] = cast("Any", model).pretrained_cfg
+    cfg = {k: v for k, v in published.items() if k not in ("url", "file", "hf_hub_id", "source", "architecture")}
     cfg["num_classes"] = model.num_classes
     cfg.pop("label_names", None)
     config = {
-        "architecture": model.pretrained_cfg["architecture"],
+        "architecture": published["architecture"],
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": model.model_args,
@@ -172,7 +172,11 @@ def _file_of(cfg: PretrainedCfg, name: str, cache_dir: str | PathLike[str] | Non
             raise FileNotFoundError(f"{path}: no such file; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
         return path
     repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
-    return Path(hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir, library_name="tpn"))
+    return Path(
+        hf_hub_download(
+            repo_id, name, revision=revision or None, cache_dir=None if cache_dir is None else Path(cache_dir), library_name="tpn"
+        )
+    )
 
 
 def _check_shift(model: TPNClassifier, layout: str, metadata: dict[str, str]) -> None:

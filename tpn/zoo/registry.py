@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -59,7 +60,13 @@ def create_model(
             raise ValueError("pass either pretrained=True or checkpoint_path, not both")
         if num_classes is None:
             num_classes = _num_classes_in(checkpoint_path)
-    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, cache_dir=cache_dir, **kwargs)
+    model = timm.create_model(
+        name,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        **kwargs,
+    )
     assert isinstance(model, TPNClassifier)
     if checkpoint_path is not None:
         hub.load_checkpoint(model, checkpoint_path)

@@ -111,9 +111,9 @@ def _dense(num_frames: int, frame_interval: int, flip: bool = False) -> InputSpe
 
 
 _SEGMENTS = InputSpec(8, 1, "segments", num_clips=2, num_crops=3)
-_IN_PLACE = {"model_args": MappingProxyType({"shift_shortcut": True})}
+_IN_PLACE: Mapping[str, Any] = MappingProxyType({"shift_shortcut": True})
 _LOWRES = "240x320 source videos, 19,769 validation videos"
-_HIRES = "source videos in their raw resolution"
+_HIRES = "raw-resolution source videos"
 
 _TABLE = (
     _mmaction2(
@@ -183,10 +183,10 @@ _TABLE = (
         _HIRES,
         "original_hires",
     ),
-    _original("tsm_r50_sthv1", STHV1, _SEGMENTS, "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2, "", **_IN_PLACE),
-    _original("tpn_tsm_r50_sthv1", STHV1, _SEGMENTS, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", **_IN_PLACE),
-    _original("tsm_r50_sthv2", STHV2, _SEGMENTS, "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3, "", **_IN_PLACE),
-    _original("tpn_tsm_r50_sthv2", STHV2, _SEGMENTS, "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7, "", **_IN_PLACE),
+    _original("tsm_r50_sthv1", STHV1, _SEGMENTS, "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2, "", model_args=_IN_PLACE),
+    _original("tpn_tsm_r50_sthv1", STHV1, _SEGMENTS, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", model_args=_IN_PLACE),
+    _original("tsm_r50_sthv2", STHV2, _SEGMENTS, "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3, "", model_args=_IN_PLACE),
+    _original("tpn_tsm_r50_sthv2", STHV2, _SEGMENTS, "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7, "", model_args=_IN_PLACE),
 )
 
 WEIGHTS: Mapping[str, Weights] = MappingProxyType({entry.name: entry for entry in _TABLE})
@@ -214,5 +214,5 @@ def get_weights(name: str) -> Weights:
 
 @cache
 def _read_labels(file: str) -> tuple[str, ...]:
-    text = resources.files("tpn.zoo").joinpath("labels", f"{file}.txt").read_text(encoding="utf-8")
+    text = resources.files("tpn.zoo").joinpath("labels").joinpath(f"{file}.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
