@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tpn
+from tpn.zoo import hub
+from tpn.zoo.weights import get_weights
+from videos import write_video
+
+ROOT = Path(__file__).parents[1]
+NAME = "tsm_r50_sthv2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos good and bad, and a saved model."""
+    folder = tmp_path_factory.mktemp("cli")
+    tpn.save_pretrained(tpn.create_model(NAME), folder / "model")
+    write_video(folder / "a video.mp4", num_frames=12)
+    write_video(folder / "b.mp4", num_frames=3)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    return folder
+
+
+def run(*args, cwd, **env):
+    command = [sys.executable, "-m", "tpn", *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"} | env
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_predict_prints_names(folder):
+    done = run("predict", "a video.mp4", "--model", "local-dir:model", "--views", "2x1", "--top", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first == "a video.mp4  (2 views)"
+    labels = get_weights(NAME).dataset.labels
+    assert len(rest) == 2
+    assert all(line.split("%  ")[1] in labels for line in rest)
+
+
+def test_bad_files_are_reported_and_the_rest_go_on(folder):
+    videos = ["a video.mp4", "empty.mp4", "missing.mp4", ".", "text.mp4", "b.mp4"]
+    done = run("predict", *videos, "-m", "local-dir:model", "--views", "1x1", "--json", cwd=folder)
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["file"] for row in rows] == videos
+    assert ["error" in row for row in rows] == [False, True, True, True, True, False]
+    assert sum(p["probability"] for p in rows[0]["top"]) <= 1
+    assert len(rows[0]["top"]) == 5
+    errors = done.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in errors] == [["error", name] for name in videos[1:5]]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["predict", "b.mp4", "--model", "nonsense"], 1, "unknown model 'nonsense'"),
+        (["predict", "b.mp4", "--model", "slowonly_r50_k400"], 1, "tpn convert FILE --model slowonly_r50_k400.original"),
+        (["predict", "b.mp4", "--model", "local-dir:nowhere"], 1, "nowhere"),
+        (["predict", "b.mp4", "-m", NAME, "--checkpoint", "empty.mp4"], 1, "empty.mp4: the file is empty"),
+        (["predict", "b.mp4", "-m", NAME, "--checkpoint", "missing.pth"], 1, "missing.pth: No such file"),
+        (["predict", "b.mp4", "-m", "local-dir:model", "--device", "warp"], 1, "cannot use device 'warp'"),
+        (["predict", "b.mp4", "--views", "3x2"], 2, "CLIPSxCROPS"),
+        (["predict"], 2, "Missing argument"),
+        (["info", "tpn_slowonly_r50_k400.nope"], 1, "in1k, scratch, original"),
+        (["list", "zzz*"], 1, "no model matches 'zzz*'"),
+        (["convert", "text.mp4", "-m", NAME], 1, "neither a safetensors nor a PyTorch file"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_failures_are_one_line(folder, args, code, says):
+    done = run(*args, cwd=folder, TPN_CACHE=str(folder / "cache"))
+    assert done.returncode == code
+    assert says in " ".join(done.stderr.split())
+    assert not done.stdout
+    if code == 1:
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_list_and_info(folder):
+    table = run("list", cwd=folder).stdout.splitlines()
+    assert [line.split()[0] for line in table[1:17]] == tpn.list_models()
+    assert "reported upstream" in table[-1]
+    checkpoints = run("list", "*r50*", "--weights", "--json", cwd=folder).stdout.splitlines()
+    assert [json.loads(line)["model"] for line in checkpoints] == tpn.list_models("*r50*", pretrained=True)
+    info = run("info", "tpn_slowonly_r50_k400", cwd=folder).stdout
+    for fact in ("91.5 M", "50.3", "8x8", "Kinetics-400", "76.74", "92.57", "10 clips x 3 crops of 256", "MMAction2", "scratch"):
+        assert fact in info
+
+
+def test_convert_into_the_cache_makes_pretrained_work(folder):
+    model = tpn.create_model(NAME)
+    torch.save({"state_dict": upstream_names(model), "meta": {"epoch": 150}}, folder / "original.pth")
+    done = run("convert", "original.pth", "-m", NAME, cwd=folder, TPN_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert 'tpn.create_model("tsm_r50_sthv2.original", pretrained=True)' in done.stderr
+    loaded = tpn.create_model(NAME, pretrained=True, cache_dir=folder / "cache")
+    assert (folder / "cache" / f"{NAME}.original" / hub.CONFIG_FILE).is_file()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_convert_of_a_fine_tuned_checkpoint_needs_a_folder(folder):
+    torch.save({"state_dict": upstream_names(tpn.create_model(NAME, num_classes=3))}, folder / "three.pth")
+    done = run("convert", "three.pth", "-m", NAME, cwd=folder, TPN_CACHE=str(folder / "cache2"))
+    assert done.returncode == 1
+    assert "--output" in done.stderr
+    assert not (folder / "cache2").exists()
+    done = run("convert", "three.pth", "-m", NAME, "-o", "three", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert tpn.create_model(f"local-dir:{folder / 'three'}").num_classes == 3
+
+
+def test_version_help_and_closed_pipe(folder):
+    assert run("--version", cwd=folder).stdout == f"tpn {tpn.__version__}\n"
+    assert "predict" in run("--help", cwd=folder).stdout
+    shell = f"{sys.executable} -m tpn list --weights --json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", shell], cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def upstream_names(model):
+    """The state dict of a model without pyramid under its names in the original layout."""
+    return {name.replace("head.fc", "cls_head.fc_cls"): tensor for name, tensor in model.state_dict().items()}
