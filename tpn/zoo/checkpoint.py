@@ -8,6 +8,7 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def _read_torch(path: Path) -> Any:
         what = f"reading it would call {called[1]}" if called else f"objects of {foreign}"
         raise CheckpointError(f"{path}: refused, it holds more than tensors: {what}; {REMEDY}") from error
     except (RuntimeError, EOFError, OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged PyTorch file ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{path}: truncated or damaged PyTorch file ({str(error).partition('. ')[0] or 'it ends early'})"
+        ) from error
 
 
 def _tensors_of(path: Path, loaded: Any) -> dict[str, Tensor]:
@@ -107,7 +110,8 @@ def _globals(path: Path) -> Iterator[str]:
     else:  # files of PyTorch < 1.6: magic number, version, system and then the object, one pickle each
         with path.open("rb") as file:
             for _ in range(4):
-                yield from _globals_of_pickle(file)
+                with suppress(ValueError):  # fewer pickles, or none: for torch to judge
+                    yield from _globals_of_pickle(file)
 
 
 def _globals_of_pickle(data: Any) -> Iterator[str]:
