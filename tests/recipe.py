@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,12 @@ def manifest_names():
 
 def upstream_state_dict(manifest_name, seed=0):
     """A state dict in its upstream layout, filled by the recipe."""
-    return {name: torch.from_numpy(fill(name, shape, seed)) for name, shape in manifest(manifest_name).items()}
+    return dict(_filled(tuple(manifest(manifest_name).items()), seed))
+
+
+@lru_cache(maxsize=1)  # several networks in a row have the same names and shapes
+def _filled(shapes, seed):
+    return {name: torch.from_numpy(fill(name, shape, seed)) for name, shape in shapes}
 
 
 def sketch_state_dict(manifest_name, dtype=torch.float32):

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tpn import InputSpec
+from tpn.video.sampling import clip_span, dense_indices, segment_indices
+
+CASES = json.loads((Path(__file__).parent / "fixtures" / "sampling.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(c[k]) for k in c if k != "indices"))
+def test_equal_to_the_reference(case):
+    if case["num_frames"] == 1:  # the reference writes segments as clips of one frame
+        clips = 2 if case["twice_sample"] else 1
+        got = segment_indices(case["total_frames"], num_segments=case["num_clips"], num_clips=clips).reshape(-1, 1)
+    else:
+        names = ("num_frames", "frame_interval", "num_clips")
+        got = dense_indices(case["total_frames"], **{n: case[n] for n in names})
+    assert got.tolist() == case["indices"]
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 8, 56, 57, 58, 300, 10_001])
+@pytest.mark.parametrize("num_clips", [1, 2, 10])
+def test_dense_covers_the_video(total, num_clips):
+    indices = dense_indices(total, num_frames=8, frame_interval=8, num_clips=num_clips)
+    assert indices.shape == (num_clips, 8)
+    assert indices.dtype == np.int64
+    assert indices.min() >= 0
+    assert indices.max() < total
+    assert (np.diff(indices, axis=1) % total == 8 % total).all()
+    if total >= clip_span(8, 8) and num_clips > 1:
+        assert indices[0, 0] == 0
+        assert indices[-1, -1] == total - 1
+
+
+def test_short_videos_wrap_around():
+    assert dense_indices(3, num_frames=4, frame_interval=2).tolist() == [[0, 2, 1, 0]]
+    assert dense_indices(1, num_frames=4, frame_interval=2).tolist() == [[0, 0, 0, 0]]
+    assert segment_indices(2, num_segments=4, num_clips=2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
+        ({"total_frames": -3}, ValueError, "total_frames must be at least 1, got -3"),
+        ({"num_clips": 1.5}, TypeError, "num_clips must be an integer, got 1.5"),
+        ({"frame_interval": True}, TypeError, "frame_interval must be an integer, got True"),
+    ],
+)
+def test_bad_counts(change, error, says):
+    arguments = {"total_frames": 10, "num_frames": 4, "frame_interval": 2, "num_clips": 1} | change
+    with pytest.raises(error, match=says):
+        dense_indices(arguments.pop("total_frames"), **arguments)
+
+
+def test_segments_know_two_clips():
+    with pytest.raises(ValueError, match="got num_clips=3"):
+        segment_indices(10, num_segments=4, num_clips=3)
+
+
+def test_input_spec():
+    spec = InputSpec(8, 8, num_clips=10, num_crops=3, flip=True)
+    assert (spec.clip_span, spec.num_views) == (57, 60)
+    assert spec.indices(300).tolist() == dense_indices(300, num_frames=8, frame_interval=8, num_clips=10).tolist()
+    assert InputSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(ValueError, match="unknown fields of an input spec: colour"):
+        InputSpec.from_dict({"num_frames": 8, "colour": "red"})
+    with pytest.raises(ValueError, match="num_crops must be 1 .* or 3"):
+        InputSpec(8, num_crops=2)
+    with pytest.raises(ValueError, match="'dense' or 'segments'"):
+        InputSpec(8, sampling="random")

@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tpn import InputSpec
+from tpn.video.transforms import center_crop, normalize, resize_short_side, three_crop
+
+PIXELS = np.load(Path(__file__).parent / "fixtures" / "pixels.npz")
+
+
+def chw(name):
+    return torch.from_numpy(PIXELS[name]).movedim(-1, -3)
+
+
+def levels_apart(a, b):
+    assert a.shape == b.shape
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.mark.parametrize("case", json.loads(str(PIXELS["meta"])), ids=lambda c: f"{c['w']}x{c['h']}")
+def test_equal_to_the_reference(case):
+    i = case["i"]
+    resized = resize_short_side(chw(f"in_{i}"), case["short_side"])
+    assert levels_apart(resized, chw(f"resized_{i}")) <= 1
+    assert levels_apart(three_crop(resized, case["three_crop"]), chw(f"three_crop_{i}")) <= 1
+    assert levels_apart(center_crop(resized, case["center_crop"]), chw(f"center_crop_{i}")) <= 1
+
+
+def test_crops_are_start_end_centre_and_keep_leading_dimensions():
+    x = torch.arange(9, dtype=torch.uint8).expand(2, 5, 3, 4, 9)
+    assert three_crop(x, 4)[:, 0, 0, 0, 0, 0].tolist() == [0, 4, 2]
+    assert three_crop(x, 4).shape == (3, 2, 5, 3, 4, 4)
+    assert three_crop(x.mT, 4)[:, 0, 0, 0, 0, 0].tolist() == [0, 4, 2]
+    assert center_crop(x, 3)[0, 0, 0, 0].tolist() == [3, 4, 5]
+    assert resize_short_side(x, 4) is x
+    assert resize_short_side(x, 2).shape == (2, 5, 3, 2, 5)
+
+
+def test_normalize():
+    x = torch.randint(0, 256, (2, 4, 3, 5, 6), dtype=torch.uint8)
+    y = normalize(x, (10.0, 20.0, 30.0), (1.0, 2.0, 4.0))
+    assert y.shape == (2, 3, 4, 5, 6)
+    assert y.dtype == torch.float32
+    assert torch.equal(y[:, 2], (x[:, :, 2].float() - 30) / 4)
+
+
+def test_spec_crops():
+    x = torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8)
+    spec = InputSpec(8, num_crops=3, flip=True, short_side=20, three_crop_size=20, crop_size=16)
+    crops = spec.crops(x)
+    assert crops.shape == (6, 2, 3, 20, 20)
+    assert torch.equal(crops[3:], crops[:3].flip(-1))
+    assert InputSpec(8, num_crops=1, short_side=20, crop_size=16).crops(x).shape == (1, 2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: resize_short_side(torch.zeros(3, 4, 4), 2), TypeError, "expected uint8 frames, 0..255, got torch.float32"),
+        (lambda: center_crop(torch.zeros(4, 4, 3, dtype=torch.uint8), 2), ValueError, r"\(\.\.\., 3, H, W\), got \(4, 4, 3\)"),
+        (lambda: center_crop(torch.zeros(3, 4, 4, dtype=torch.uint8), 5), ValueError, "cannot crop 5x5 from frames of 4x4"),
+        (lambda: three_crop(torch.zeros(3, 6, 8, dtype=torch.uint8), 4), ValueError, "short side is 4, got 8x6"),
+        (lambda: resize_short_side(torch.zeros(3, 4, 4, dtype=torch.uint8), 0), ValueError, "at least 1 pixel"),
+    ],
+)
+def test_bad_frames(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

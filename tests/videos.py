@@ -1,0 +1,43 @@
+"""Small videos whose frames carry their own number, for tests."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+
+BLOCK, BITS = 16, 8
+WIDTH, HEIGHT = BLOCK * BITS, 48
+
+
+def frame(number, width=WIDTH, height=HEIGHT):
+    """RGB image (H, W, 3) with the number's bits as black and white columns: a code that lossy codecs keep."""
+    bits = [(number >> i) & 1 for i in range(BITS)]
+    row = np.repeat(np.array(bits, np.uint8) * 255, width // BITS)
+    return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
+
+
+def number(image):
+    """Read the number back from a decoded frame, uint8 (3, H, W)."""
+    columns = image.float().mean(dim=(0, 1)).view(BITS, -1).mean(dim=1) > 127
+    return int((columns.long() * 2 ** torch.arange(BITS)).sum())
+
+
+def write_video(path, num_frames, codec="mpeg4", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), pts=None, format=None, **options):
+    """Write `num_frames` numbered frames; `pts`: their times in 1/100 s, default every 4."""
+    with av.open(str(path), "w", format=format) as out:
+        stream = add_stream(out, codec, pix_fmt, size, options)
+        for i in range(num_frames):
+            image = av.VideoFrame.from_ndarray(frame(i, *size), format="rgb24").reformat(format=pix_fmt)
+            image.pts, image.time_base = (4 * i if pts is None else pts[i]), Fraction(1, 100)
+            out.mux(stream.encode(image))
+        out.mux(stream.encode(None))
+    return path
+
+
+def add_stream(out, codec, pix_fmt, size, options):
+    stream = out.add_stream(codec, rate=25, options={k.replace("_", "-"): str(v) for k, v in options.items()})
+    stream.width, stream.height = size
+    stream.pix_fmt = pix_fmt
+    stream.codec_context.time_base = Fraction(1, 100)
+    return stream
