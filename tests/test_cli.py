@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from videos import write_video
+
 import tpn
 from tpn.zoo import hub
 from tpn.zoo.weights import get_weights
-from videos import write_video
 
 ROOT = Path(__file__).parents[1]
 NAME = "tsm_r50_sthv2"

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 import tpn
 from tpn.zoo import hub
 from tpn.zoo.weights import get_weights

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tpn import InputSpec
 from tpn.video.sampling import clip_span, dense_indices, segment_indices
 

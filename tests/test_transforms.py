@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tpn import InputSpec
 from tpn.video.transforms import center_crop, normalize, resize_short_side, three_crop
 

@@ -231,7 +231,6 @@ def test_saving_again_gives_the_same(tmp_path):
     first = tpn.save_pretrained(narrow("tpn_tsm_r50_sthv1.original", num_classes=5), tmp_path / "1")
     second = tpn.save_pretrained(tpn.create_model(f"local-dir:{first}"), tmp_path / "2")
     assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
-    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 def test_saved_labels_of_ones_own(tmp_path):

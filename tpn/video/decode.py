@@ -46,8 +46,8 @@ class VideoInfo:
 def probe(path: PathLike) -> VideoInfo:
     """Count the frames of a video and read its size, without decoding more than one frame.
 
-    The stream is FFmpeg's best video stream (`nasa.mp4` with 320x180 and 480x270: the larger one); cover
-    pictures do not count. Raises FileNotFoundError, IsADirectoryError, PermissionError, or VideoError.
+    Of several video streams it is the one with the largest picture, the first of equals; cover pictures do not
+    count. Raises FileNotFoundError, IsADirectoryError, PermissionError, or VideoError.
     """
     with _open(path) as (container, stream):
         num_frames = _count_packets(container, stream)
@@ -118,12 +118,12 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a video that FFmpeg can open ({error.strerror})") from error
     with container:
-        stream = container.streams.best("video")
         if container.format.name in TEXT_DEMUXERS:
             raise VideoError(f"{path}: a text file, not a video")
-        if stream is None or stream.disposition & Disposition.attached_pic:
+        videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not videos:
             raise VideoError(f"{path}: the file has no video stream")
-        assert isinstance(stream, VideoStream)
+        stream = max(videos, key=lambda s: s.width * s.height)
         stream.thread_type = "AUTO"
         yield container, stream
 

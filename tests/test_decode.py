@@ -1,0 +1,219 @@
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from videos import HEIGHT, WIDTH, add_stream, frame, number, write_video
+
+from tpn.video import decode
+from tpn.video.decode import VideoError, probe, read_frames, sample_frames
+from tpn.video.transforms import resize_short_side
+
+N = 40
+FORMATS = {
+    "h264 with B-frames": ("v.mp4", {"codec": "libx264", "bf": 3, "g": 12}),
+    "h264 all key frames": ("v.mov", {"codec": "libx264", "g": 1}),
+    "hevc": ("v.mkv", {"codec": "libx265", "x265_params": "log-level=none"}),
+    "hevc 10 bit": ("v.mp4", {"codec": "libx265", "pix_fmt": "yuv420p10le", "x265_params": "log-level=none"}),
+    "av1": ("v.webm", {"codec": "libsvtav1", "preset": 10, "svtav1_params": "lp=1"}),
+    "vp9": ("v.webm", {"codec": "libvpx-vp9", "deadline": "realtime", "cpu_used": 8}),
+    "mpeg4": ("v.mp4", {"codec": "mpeg4", "bf": 2}),
+    "mpeg4 avi": ("v.avi", {"codec": "mpeg4"}),
+    "mjpeg": ("v.mkv", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    "gif": ("v.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_frames_are_exactly_those_asked_for(tmp_path, kind):
+    name, options = FORMATS[kind]
+    if options["codec"] not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no encoder {options['codec']}")
+    path = write_video(tmp_path / name, N, **options)
+    info = probe(path)
+    assert (info.num_frames, info.width, info.height) == (N, WIDTH, HEIGHT)
+    assert [number(f) for f in read_frames(path, range(N))] == list(range(N))
+    wanted = [17, 3, 39, 3, 0]
+    frames = read_frames(path, wanted)
+    assert frames.shape == (5, 3, HEIGHT, WIDTH)
+    assert frames.dtype == torch.uint8
+    assert [number(f) for f in frames] == wanted
+
+
+def test_variable_frame_rate(tmp_path):
+    times = np.cumsum(np.random.default_rng(0).integers(1, 40, 20)).tolist()
+    path = write_video(tmp_path / "v.mkv", 20, codec="libx264", pts=times)
+    assert probe(path).num_frames == 20
+    assert [number(f) for f in read_frames(path, range(20))] == list(range(20))
+
+
+def test_sample_frames_returns_distinct_frames_and_places(tmp_path):
+    path = write_video(tmp_path / "v.mp4", 10)
+    frames, place = sample_frames(path, lambda total: np.array([[total - 1, 2], [2, 5]]))
+    assert [number(f) for f in frames] == [2, 5, 9]
+    assert place.tolist() == [[2, 0], [0, 1]]
+
+
+def test_decoder_has_the_last_word_on_the_number_of_frames(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 10)
+    monkeypatch.setattr(decode, "_count_packets", lambda *_: 15)
+    frames, _ = sample_frames(path, lambda total: np.array([0, total - 1]))
+    assert [number(f) for f in frames] == [0, 9]
+
+
+def test_decoding_stops_after_the_last_frame_needed(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", N)
+    pulled = []
+    frames_of = decode._frames
+
+    def counting(*args):
+        for item in frames_of(*args):
+            pulled.append(item)
+            yield item
+
+    monkeypatch.setattr(decode, "_frames", counting)
+    read_frames(path, [4, 7])
+    assert len(pulled) == 8
+
+
+def test_short_side_resizes_while_reading(tmp_path):
+    path = write_video(tmp_path / "v.mp4", 5)
+    assert torch.equal(read_frames(path, [1, 4], short_side=20), resize_short_side(read_frames(path, [1, 4]), 20))
+
+
+def test_the_larger_of_two_video_streams(tmp_path):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as out:
+        streams = [add_stream(out, "mpeg4", "yuv420p", size, {}) for size in ((64, 48), (256, 96))]
+        for i in range(6):
+            for stream, size in zip(streams, ((64, 48), (256, 96)), strict=True):
+                image = av.VideoFrame.from_ndarray(frame(i, *size), format="rgb24")
+                image.pts, image.time_base = 4 * i, stream.codec_context.time_base
+                out.mux(stream.encode(image))
+        for stream in streams:
+            out.mux(stream.encode(None))
+    info = probe(path)
+    assert (info.num_frames, info.width, info.height) == (6, 256, 96)
+    assert number(read_frames(path, [5])[0]) == 5
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (90, 1), (-90, 3), (180, 2), (-180, 2)])
+def test_rotation_is_counter_clockwise_degrees(rotation, turns):
+    class Frame:
+        def to_ndarray(self, format):
+            return image
+
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    upright = Frame()
+    upright.rotation = rotation
+    assert torch.equal(decode._to_rgb(upright), torch.from_numpy(np.rot90(image, turns).copy()).permute(2, 0, 1))
+
+
+def test_one_frame(tmp_path):
+    path = write_video(tmp_path / "v.mp4", 1)
+    frames, place = sample_frames(path, lambda total: np.arange(8) % total)
+    assert frames.shape == (1, 3, HEIGHT, WIDTH)
+    assert place.tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("name", ["a b.mp4", "a:b 100%d.mp4", "видео-動画.mp4", "http:x.mp4", "-v.mp4"])
+def test_any_file_name(tmp_path, name, monkeypatch):
+    write_video(tmp_path / name, 3)
+    assert probe(tmp_path / name).num_frames == 3
+    monkeypatch.chdir(tmp_path)
+    assert probe(name).num_frames == 3
+
+
+def test_index_past_the_end(tmp_path):
+    path = write_video(tmp_path / "v.mp4", 5)
+    with pytest.raises(IndexError, match=r"v\.mp4: frame 9 was asked for, the video has 5 frames"):
+        read_frames(path, [2, 9])
+    for bad in ([-1], [], [[1, 2]]):
+        with pytest.raises(ValueError, match="indices must be"):
+            read_frames(path, bad)
+
+
+def broken_files(folder):
+    write_video(folder / "good.mp4", 30, codec="libx264")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("This is a text, not a video.\n" * 100)
+    (folder / "page.mp4").write_text("<!DOCTYPE html><html>" + "x" * 10000)
+    (folder / "truncated.mp4").write_bytes((folder / "good.mp4").read_bytes()[:1500])
+    (folder / "list.mp4").write_text(f"ffconcat version 1.0\nfile {folder / 'good.mp4'}\n")
+    (folder / "playlist.m3u8").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"
+    )
+    (folder / "subtitles.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nhello\n")
+    os.mkfifo(folder / "fifo.mp4")
+    with av.open(str(folder / "sound.wav"), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.rate = 8000
+        out.mux(stream.encode(sound))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("empty.mp4", "the file is empty"),
+        ("text.mp4", "not a video"),
+        ("page.mp4", "not a video"),
+        ("truncated.mp4", "no video stream|not a video"),
+        ("list.mp4", "not a video"),
+        ("playlist.m3u8", "not a video"),
+        ("subtitles.srt", "no video stream"),
+        ("sound.wav", "no video stream"),
+        ("fifo.mp4", "not a regular file"),
+    ],
+)
+def test_a_file_that_is_no_video(tmp_path, name, says):
+    broken_files(tmp_path)
+    for read in (probe, lambda path: read_frames(path, [0]), lambda path: sample_frames(path, lambda n: np.arange(1))):
+        with pytest.raises(VideoError, match=says) as error:
+            read(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_damage_in_the_middle_is_an_error_and_frames_before_it_are_not(tmp_path):
+    path = write_video(tmp_path / "v.mp4", N, codec="libx264", g=10, bf=0)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat")
+    size = int.from_bytes(data[start - 4 : start], "big")
+    data[start + size * 2 // 3 : start + size * 3 // 4] = bytes(size * 3 // 4 - size * 2 // 3)
+    path.write_bytes(data)
+    assert number(read_frames(path, [3])[0]) == 3
+    with pytest.raises(VideoError, match=r"v\.mp4: damaged"):
+        read_frames(path, [N - 1])
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+        probe(tmp_path / "nowhere.mp4")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        probe(tmp_path)
+
+
+def test_file_without_permission():
+    """Root may read everything, so the check runs as another user where the tests run as root."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        path = write_video(folder / "secret.mp4", 3)
+        path.chmod(0)
+        script = (
+            "import os, sys\nfrom tpn.video import decode\n"
+            "if os.getuid() == 0: os.setuid(65534)\n"
+            "try: decode.probe(sys.argv[1])\n"
+            "except PermissionError as error: print(error.filename)\n"
+        )
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-c", script, path], env=env, capture_output=True, text=True, timeout=100)
+        assert done.stdout.strip() == str(path), done.stderr
+    finally:
+        shutil.rmtree(folder)

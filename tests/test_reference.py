@@ -1,0 +1,65 @@
+"""Real videos: what needs a folder of them, `$TPN_REFERENCE/video`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recipe import upstream_state_dict
+
+import tpn
+from tpn.video.decode import VideoError, probe, read_frames
+
+pytestmark = pytest.mark.skipif("TPN_REFERENCE" not in os.environ, reason="set TPN_REFERENCE to a folder with reference videos")
+VIDEOS = Path(os.environ.get("TPN_REFERENCE", "."), "video")
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [
+        ("tpn_slowonly_r50_k400", "mmaction2_tpn_slowonly_r50_8x8_k400"),
+        ("tpn_tsm_r50_sthv1", "mmaction2_tpn_tsm_r50_sthv1"),
+    ],
+)
+def test_a_real_video_by_the_published_protocol(name, manifest, tmp_path):
+    expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")
+    state = upstream_state_dict(manifest)
+    state = {k: torch.as_tensor(v) * (0.2 if k.startswith("cls_head.fc_cls") else 1) for k, v in state.items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    prediction = tpn.VideoClassifier(name, checkpoint_path=tmp_path / "weights.pth")(VIDEOS / "arm_wrestling.mp4")
+    (tmp_path / "weights.pth").unlink()
+    np.testing.assert_allclose(prediction.probs, expected["probs"], rtol=0, atol=1e-4)
+    bound = 2e-5 * np.abs(expected["view_logits"]).max()
+    np.testing.assert_allclose(prediction.view_logits, expected["view_logits"], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "width", "height"),
+    [
+        ("arm_wrestling.mp4", 280, 340, 256),
+        ("av1_video.mkv", 125, 640, 360),
+        ("flipping_a_pancake.mkv", 310, 426, 240),
+        ("h265_10bits.mp4", 30, 200, 200),
+        ("nasa_13013.mp4", 390, 480, 270),
+        ("unordered.mov", 4, 50, 50),
+        ("video_90.mov", 3, 320, 568),
+        ("video_270.mov", 3, 320, 568),
+    ],
+)
+def test_readable(name, frames, width, height):
+    info = probe(VIDEOS / name)
+    assert (info.num_frames, info.width, info.height) == (frames, width, height)
+    assert read_frames(VIDEOS / name, [0, frames - 1]).shape == (2, 3, height, width)
+    with pytest.raises(IndexError, match=f"has {frames} frames"):
+        read_frames(VIDEOS / name, [frames])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("corrupted.mp4", "damaged"), ("truncated.mp4", "not a video"), ("sine_mono_s16.wav", "no video stream")]
+)
+def test_unreadable(name, says):
+    with pytest.raises(VideoError, match=f"{name}: .*{says}"):
+        read_frames(VIDEOS / name, [40])
