@@ -1,14 +1,18 @@
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from videos import write_video
 
 import tpn
+from tpn import cli
 from tpn.zoo import hub
 from tpn.zoo.weights import get_weights
 
@@ -29,11 +33,19 @@ def folder(tmp_path_factory):
 
 
 def run(*args, cwd, **env):
-    command = [sys.executable, "-m", "tpn", *map(str, args)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"} | env
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
-    assert "Traceback" not in done.stderr
-    return done
+    """Call the program in this process; return its exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["tpn", *map(str, args)])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_predict_prints_names(folder):
@@ -125,8 +137,23 @@ def test_version_help_and_closed_pipe(folder):
     shell = f"{sys.executable} -m tpn list --weights --json | head -n 1; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", shell], cwd=folder, env=env, capture_output=True, text=True, timeout=100)
-    assert "Traceback" not in done.stderr
+    assert not done.stderr
     assert done.stdout.count("\n") == 1
+
+
+def test_python_m_tpn_and_no_traceback(folder):
+    """The real program, as a shell user starts it."""
+    command = [sys.executable, "-m", "tpn", "predict", "empty.mp4", "--model", "local-dir:model"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: empty.mp4: the file is empty\n")
+
+
+def test_a_bug_is_one_line_too(folder, monkeypatch):
+    monkeypatch.setattr(cli, "_facts", lambda name: 1 / 0)
+    assert run("info", "x", cwd=folder).stderr == "error: ZeroDivisionError: division by zero (TPN_DEBUG=1 shows where)\n"
+    with pytest.raises(ZeroDivisionError):
+        run("info", "x", cwd=folder, TPN_DEBUG="1")
 
 
 def upstream_names(model):

@@ -79,6 +79,7 @@ def machine(tmp_path_factory):
     shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_python_snippets(machine):
     folder, env = machine
     handler = type("Handler", (Hub,), {"folder": folder / "my-tpn"})
@@ -96,6 +97,7 @@ def test_python_snippets(machine):
     assert re.match(r"\d+\.\d%  \w", done.stdout)
 
 
+@pytest.mark.slow
 def test_shell_snippets(machine):
     folder, env = machine
     lines = [line.partition("#")[0].strip() for block in snippets("bash") for line in block.splitlines()]
