@@ -100,7 +100,7 @@ class TPNClassifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from input to output, for timm's layer-wise learning rates."""
         stage = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
-        return {"stem": r"^backbone\.(conv1|bn1)", "blocks": [(stage, None), (r"^(neck|aux_head)", (99999,))]}
+        return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": [(stage, None), (r"^(?:neck|aux_head)", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, beyond biases and norms: none."""

@@ -34,16 +34,17 @@ class ConvBnAct(nn.Module):
 
 
 @contextmanager
-def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
-    """Normalise with batch statistics, as in training, without adding them to the running ones."""
-    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+def _spare_running_stats(module: nn.Module) -> Iterator[None]:
+    """Let batch norm count into copies of its running statistics, which are then thrown away."""
+    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
@@ -54,7 +55,7 @@ def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _frozen_running_stats(module)
+        return nullcontext(), _spare_running_stats(module)
 
     if torch.compiler.is_compiling():  # a compiled graph computes the statistics once anyway
         return checkpoint(module, *args, use_reentrant=False)

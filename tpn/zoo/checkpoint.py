@@ -63,8 +63,9 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or damaged PyTorch file ({error})") from error
     placeholders = [(type(name, (_Placeholder,), {}), name) for name in names if _is_foreign_class(name)]
     try:
-        with torch.serialization.safe_globals([*_numpy_globals(), *placeholders]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here: given a path, torch goes by the suffix.
+        with torch.serialization.safe_globals([*_numpy_globals(), *placeholders]), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = re.search(r"(?:GLOBAL|function) (?:<[\w ]*function )?([\w.]+)", str(error))
         foreign = ", ".join(name for _, name in placeholders) or "an unknown kind"

@@ -151,6 +151,8 @@ def _config_of(model: TPNClassifier) -> dict[str, Any]:
     published: dict[str, Any] = cast("Any", model).pretrained_cfg
     cfg = {k: v for k, v in published.items() if k not in ("url", "file", "hf_hub_id", "source", "architecture")}
     cfg["num_classes"] = model.num_classes
+    for size in ("input_size", "test_input_size"):
+        cfg[size] = (model.in_chans, *cfg[size][1:])
     cfg.pop("label_names", None)
     config = {
         "architecture": published["architecture"],
