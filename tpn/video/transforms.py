@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 _ONE = 1 << 11
 """A weight of 1 in OpenCV's fixed-point arithmetic."""
 
