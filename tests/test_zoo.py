@@ -274,3 +274,26 @@ def test_only_models_of_the_zoo_can_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"only models made by tpn\.create_model"):
         tpn.save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{oops", "not JSON"),
+        ("[1]", "no architecture, pretrained_cfg, input_spec"),
+        ('{"architecture": "tsm_r50_sthv2", "pretrained_cfg": {}}', "no input_spec"),
+        ('{"architecture": "resnet50", "pretrained_cfg": {}, "input_spec": {"num_frames": 8}}', "unknown model 'resnet50'"),
+        ('{"architecture": "tsm_r50_sthv2", "pretrained_cfg": {}, "input_spec": {"frames": 8}}', "unknown fields"),
+        ('{"architecture": "tsm_r50_sthv2", "pretrained_cfg": {}, "input_spec": null}', "config.json: "),
+    ],
+)
+def test_damaged_config(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(tpn.CheckpointError, match=f"config.json: .*{says}" if says != "config.json: " else says):
+        tpn.create_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("num_frames", [0, -1, "8", 2.5])
+def test_bad_num_frames(num_frames):
+    with pytest.raises(ValueError, match="num_frames must be an integer >= 1, got"):
+        tpn.create_model("tsm_r50_sthv2", num_frames=num_frames)

@@ -104,12 +104,14 @@ def _create(
     if args.pop("features_only", False):
         raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
     cfg = resolve_pretrained_cfg(name, args.pop("pretrained_cfg", None), args.pop("pretrained_cfg_overlay", None))
-    config = hub.saved_config(cfg)
+    config = hub.saved_config(cfg, cache_dir)
     entry = get_weights(f"{name}.{cfg.tag}" if cfg.tag and config is None else name)
     spec, labels, entry_args = entry.input, entry.dataset.labels, dict(entry.model_args)
     if config is not None:
         spec, labels, entry_args = InputSpec.from_dict(config["input_spec"]), tuple(config.get("label_names", ())), {}
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
+    if not isinstance(model_args["num_frames"], int) or model_args["num_frames"] < 1:
+        raise ValueError(f"num_frames must be an integer >= 1, got {model_args['num_frames']!r}")
     build = partial(_build, make_backbone, **arch)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **model_args)
     model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}

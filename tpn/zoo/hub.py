@@ -20,9 +20,10 @@ from torch.hub import download_url_to_file
 
 from tpn.models.classifier import TPNClassifier
 from tpn.models.resnet_tsm import ResNetTSM
+from tpn.video.spec import InputSpec
 from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import CheckpointError, convert_state_dict, load_strict
-from tpn.zoo.weights import Weights
+from tpn.zoo.weights import Weights, get_weights
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -89,13 +90,28 @@ def save_pretrained(model: TPNClassifier, folder: str | PathLike[str]) -> Path:
     return folder
 
 
-def saved_config(cfg: PretrainedCfg) -> dict[str, Any] | None:
-    """Return the config.json of the folder or Hub repository that `cfg` comes from, None if it is the zoo's own."""
+def saved_config(cfg: PretrainedCfg, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:
+    """Return the config.json of the folder or Hub repository that `cfg` comes from, None if it is the zoo's own.
+
+    Raises CheckpointError if it does not describe a model of tpn.
+    """
     if cfg.source not in ("local-dir", "hf-hub"):
         return None
-    path = _file_of(cfg, CONFIG_FILE)
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    path = _file_of(cfg, CONFIG_FILE, cache_dir)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    known: dict[str, Any] = config if isinstance(config, dict) else {}
+    missing = [key for key in ("architecture", "pretrained_cfg", "input_spec") if key not in known]
+    if missing:
+        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote, it has no {', '.join(missing)}")
+    try:
+        get_weights(known["architecture"])
+        InputSpec.from_dict(known["input_spec"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return known
 
 
 def load_pretrained(

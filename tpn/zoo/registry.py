@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpn.models.classifier import TPNClassifier
@@ -17,7 +18,7 @@ from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import CheckpointError, convert_state_dict
 from tpn.zoo.weights import Weights, get_weights
 
-FOLDER_SCHEMES = ("hf-hub:", "local-dir:")
+FOLDER_SCHEMES = ("hf-hub", "local-dir")
 
 
 def create_model(
@@ -51,7 +52,12 @@ def create_model(
         CheckpointError: a file cannot be read, or does not fit the model tensor by tensor.
         WeightsUnavailableError: the published weights cannot be fetched; the message says what to do.
     """
-    if name.startswith(FOLDER_SCHEMES):
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
+    scheme, _, place = name.partition(":")
+    if scheme in FOLDER_SCHEMES and place:
+        # Before timm reads it: a damaged configuration gets a message of its own.
+        hub.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
         pretrained = checkpoint_path is None
     else:
         get_weights(name)  # raises if unknown
