@@ -149,6 +149,19 @@ def test_python_m_tpn_and_no_traceback(folder):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: empty.mp4: the file is empty\n")
 
 
+def test_results_go_to_a_file_while_the_terminal_shows_progress(folder):
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-m", "tpn", "predict", "b.mp4", "b.mp4", "-m", "local-dir:model", "--views", "1x1", "--json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=100)
+    os.close(stderr)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == ["b.mp4", "b.mp4"]
+    assert "views" in shown
+    assert "label" not in shown
+
+
 def test_a_bug_is_one_line_too(folder, monkeypatch):
     monkeypatch.setattr(cli, "_facts", lambda name: 1 / 0)
     assert run("info", "x", cwd=folder).stderr == "error: ZeroDivisionError: division by zero (TPN_DEBUG=1 shows where)\n"

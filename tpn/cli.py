@@ -108,6 +108,7 @@ def predict(
         console=err,
         transient=True,
         disable=not err.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # above the bars on a terminal, untouched in a file or pipe
     ) as progress:
         files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
         views_task = progress.add_task("views", total=None)
