@@ -18,7 +18,7 @@ import tpn
 from tpn import CheckpointError
 from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import convert_state_dict, detect_layout, load_strict
-from tpn.zoo.hub import load_checkpoint
+from tpn.zoo.load import load_checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 TSM = "original_tsm_r50_sthv2"
@@ -287,9 +287,7 @@ def test_other_number_of_classes(tmp_path, caplog):
         model = tpn.create_model("tpn_tsm_r50_sthv1", num_classes=5, checkpoint_path=path)
     (record,) = [r for r in caplog.records if r.name.startswith("tpn")]
     assert record.levelname == "INFO"
-    assert record.getMessage() == (
-        f"{path} was trained for 174 classes, the model has 5: head.fc and aux_head.fc are new and untrained"
-    )
+    assert record.getMessage() == (f"{path} is for 174 classes, the model has 5: new and untrained: head.fc and aux_head.fc")
     state = model.state_dict()
     fresh = {"head.fc.weight", "head.fc.bias", "aux_head.fc.weight", "aux_head.fc.bias"}
     for upstream, ours in our_names(name).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tpn
-from tpn.zoo import hub
+from tpn.zoo import saved, sources
 from tpn.zoo.weights import get_weights
 
 ROOT = Path(__file__).parents[1]
@@ -59,10 +59,10 @@ def machine(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("machine")
     weights = get_weights("tpn_slowonly_r50_k400")
-    tpn.save_pretrained(tpn.create_model(weights.name), hub.cache_folder(weights, root / "cache"))
+    tpn.save_pretrained(tpn.create_model(weights.name), sources.cache_folder(weights, root / "cache"))
     (root / "work").mkdir()
     write_video(root / "work" / "video.mp4", num_frames=20)
-    os.link(root / "cache" / weights.name / hub.WEIGHTS_FILE, root / "work" / "mine.pth")
+    os.link(root / "cache" / weights.name / saved.WEIGHTS_FILE, root / "work" / "mine.pth")
     repo = root / "torch" / "hub" / "org_tpn_main"
     repo.mkdir(parents=True)
     shutil.copy(ROOT / "hubconf.py", repo)

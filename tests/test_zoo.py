@@ -11,7 +11,7 @@ import torch
 
 import tpn
 from tpn.zoo import factories
-from tpn.zoo.weights import WEIGHTS
+from tpn.zoo.weights import STHV1, STHV2, WEIGHTS
 
 
 def narrow(name, **kwargs):
@@ -61,8 +61,9 @@ def test_entry(entry):
 
 
 def test_mirrored_labels_are_left_and_right():
-    for dataset in {entry.dataset.file: entry.dataset for entry in WEIGHTS.values()}.values():
-        for a, b in dataset.mirrored:
+    assert {entry.dataset.title for entry in WEIGHTS.values() if entry.input.mirrored} == {STHV1.title, STHV2.title}
+    for dataset, mirrored in {(entry.dataset, entry.input.mirrored) for entry in WEIGHTS.values()}:
+        for a, b in mirrored:
             left, right = dataset.labels[a].lower(), dataset.labels[b].lower()
             swapped = {"left": "right", "right": "left"}
             assert re.sub("left|right", lambda m: swapped[m[0]], left) == right  # noqa: B023

@@ -9,8 +9,10 @@ from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import CheckpointError
-from tpn.zoo.hub import WeightsUnavailableError, save_pretrained
+from tpn.zoo.hub import WeightsUnavailableError
+from tpn.zoo.publish import push_to_hub
 from tpn.zoo.registry import create_model, input_spec, list_models, model_info
+from tpn.zoo.saved import save_pretrained
 from tpn.zoo.weights import UnknownModelError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ __all__ = [
     "input_spec",
     "list_models",
     "model_info",
+    "push_to_hub",
     "save_pretrained",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `tpn list | info | predict | convert`, also as `python -m tpn`.
+"""The command line: `tpn list | info | predict | convert | publish`, also as `python -m tpn`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 something failed (one line says
 what), 2 wrong usage.
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import tpn
-from tpn.zoo import hub
+from tpn.zoo import publish as publishing
+from tpn.zoo import sources
 from tpn.zoo.weights import WEIGHTS, get_weights
 
 app = typer.Typer(
@@ -146,9 +147,23 @@ def convert(
             f"{checkpoint} has {built.num_classes} classes, {weights.name} has {weights.dataset.num_classes}: "
             "it is not the published checkpoint; give it a folder of its own with --output"
         )
-    folder = tpn.save_pretrained(built, output or hub.cache_folder(weights))
+    folder = tpn.save_pretrained(built, output or sources.cache_folder(weights))
     how = f'"local-dir:{folder}"' if output else f'"{weights.name}", pretrained=True'
     err.print(f"wrote {folder}; load it with tpn.create_model({how})")
+
+
+@app.command()
+def publish(
+    namespace: Annotated[str, typer.Option(help="Your account or organisation on the Hugging Face Hub.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make new repositories private.")] = False,
+) -> None:
+    """Upload the published checkpoints to the Hub, converted: all that are in the cache or have a direct link.
+
+    The others have to be fetched by hand, and are listed with the way to do it. Needs HF_TOKEN, or `hf auth login`.
+    """
+    for done in publishing.publish(namespace, dry_run=dry_run, private=private):
+        typer.echo(f"{done.state:<20} {done.repo_id}" + (f"  {done.detail}" if done.detail else ""))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The whole network: backbone, pyramid, heads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class TPNClassifier(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give head and auxiliary head new, untrained classifiers for `num_classes`; forget the class names.
+        """Give head and auxiliary head new, untrained classifiers for `num_classes`; forget what is known of the classes.
 
         num_classes = 0 removes them: the model then returns features. `global_pool` is timm's argument; only "avg"
         exists here.
@@ -90,6 +91,8 @@ class TPNClassifier(nn.Module):
             head.reset(num_classes)
             head.to(device=like.device, dtype=like.dtype)
         self.labels = None
+        if self.input_spec is not None:
+            self.input_spec = replace(self.input_spec, mirrored=())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute the backbone's activations in the backward pass."""

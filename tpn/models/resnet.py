@@ -114,7 +114,7 @@ class ResNet(nn.Module):
 
     Attributes:
         out_channels: channels of each returned map.
-        in_chans: input channels.
+        depth, in_chans: as given.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class ResNet(nn.Module):
         if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(out_indices):
             raise ValueError(f"out_indices must be increasing stage indices in 0..3, got {tuple(out_indices)}")
         block, counts = STAGES[depth]
+        self.depth = depth
         self.in_chans = in_chans
         self.out_indices = tuple(out_indices)
         self.out_channels = tuple(base_channels * 2**i * block.expansion for i in self.out_indices)

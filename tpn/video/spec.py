@@ -1,6 +1,6 @@
 """What a model expects to see: frames, sampling, size, normalisation, and the views its accuracy was measured with."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpn.video import sampling, transforms
+from tpn.video import augment, sampling, transforms
 
 Sampling = Literal["dense", "segments"]
 
@@ -29,7 +29,9 @@ class InputSpec:
         short_side: pixels of the shorter side after resizing.
         crop_size: side of the single centre crop, and of training crops.
         three_crop_size: side of the three crops along the longer side.
-        mean, std: per RGB channel, on the 0..255 scale.
+        mean, std: per channel, on the 0..255 scale.
+        mirrored: pairs of classes that change places when a clip is flipped, such as "left to right" and "right
+            to left"; for `train_transform`.
     """
 
     num_frames: int
@@ -43,6 +45,7 @@ class InputSpec:
     three_crop_size: int = 256
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    mirrored: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.sampling not in get_args(Sampling):
@@ -81,6 +84,23 @@ class InputSpec:
         """uint8 RGB frames (..., T, 3, H, W) → float32 model input (..., 3, T, H, W)."""
         return transforms.normalize(frames, self.mean, self.std)
 
+    def train_transform(
+        self, *, flip_prob: float = 0.5, color_jitter: bool = True, normalize: bool = True
+    ) -> augment.TrainTransform:
+        """Return the published training transform: clip uint8 (T, 3, H, W) [, label] → model input [, label]."""
+        return augment.TrainTransform(self, flip_prob=flip_prob, color_jitter=color_jitter, normalize=normalize)
+
+    def eval_transform(self, crops: int = 1, *, normalize: bool = True) -> augment.EvalTransform:
+        """Return the test transform, clip uint8 (T, 3, H, W) → model input, with one centre crop or three crops."""
+        return augment.EvalTransform(replace(self, num_crops=crops, flip=False), normalize=normalize)
+
+    def for_channels(self, in_chans: int) -> "InputSpec":
+        """Return the spec for clips of another number of channels, each with the average mean and std."""
+        if in_chans == len(self.mean):
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,) * in_chans, std=(std,) * in_chans)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
         return asdict(self)
@@ -91,5 +111,9 @@ class InputSpec:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields of an input spec: {', '.join(sorted(unknown))}")
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+        return cls(**{name: _as_tuple(value) for name, value in values.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

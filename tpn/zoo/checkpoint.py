@@ -48,6 +48,15 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
     raise CheckpointError(f"{path}: neither a safetensors nor a PyTorch file; it starts with {start!r}")
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file has the length that its header promises."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -128,6 +128,8 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, classifie
             problems.append(f"{len(reshaped)} have another shape ({', '.join(shapes)})")
         raise CheckpointError(f"the checkpoint, {describe(state_dict)}, does not fit the model: " + "; ".join(problems))
     for name, tensor in source.items():
+        if tensor.is_floating_point() != target[name].is_floating_point():
+            raise CheckpointError(f"{name} is {tensor.dtype}, expected {target[name].dtype} or another precision of it")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
     model.load_state_dict({**target, **source})

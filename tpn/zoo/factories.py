@@ -4,7 +4,9 @@ Each takes `pretrained` and, by keyword,
 
 - `num_classes`, `in_chans`, `drop_rate` (of the heads), and timm's `pretrained_cfg` (a tag, e.g. "scratch");
 - `num_frames`, `temporal_scales`, `flow_order` of the pyramid;
-- `zero_init_last`, and for TSM `shift_shortcut`, of the backbone.
+- `zero_init_last`, and for TSM `shift_shortcut`, of the backbone;
+- `backbone_pretrained="imagenet"`, to start the backbone from timm's ImageNet ResNet of its depth (`tv_in1k`);
+- `cache_dir`, where weights are kept.
 """
 
 import warnings
@@ -30,7 +32,7 @@ from tpn.models.resnet import ResNet
 from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
-from tpn.zoo import hub
+from tpn.zoo import saved, sources
 from tpn.zoo.weights import WEIGHTS, Weights, get_weights
 
 
@@ -100,11 +102,13 @@ def _create(
     """
     args = dict(args)
     cache_dir = args.pop("cache_dir", None)
+    backbone_pretrained = args.pop("backbone_pretrained", None)
+    _check_start(backbone_pretrained, pretrained)
     args.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `args` as well
     if args.pop("features_only", False):
         raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
     cfg = resolve_pretrained_cfg(name, args.pop("pretrained_cfg", None), args.pop("pretrained_cfg_overlay", None))
-    config = hub.saved_config(cfg, cache_dir)
+    config = saved.saved_config(cfg, cache_dir)
     entry = get_weights(f"{name}.{cfg.tag}" if cfg.tag and config is None else name)
     spec, labels, entry_args = entry.input, entry.dataset.labels, dict(entry.model_args)
     if config is not None:
@@ -115,11 +119,22 @@ def _create(
     build = partial(_build, make_backbone, **arch)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **model_args)
     model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}
-    model.input_spec = replace(spec, num_frames=model_args["num_frames"])
-    model.labels = labels if len(labels) == model.num_classes else None
+    known_classes = len(labels) == model.num_classes
+    model.labels = labels if known_classes else None
+    mirrored = spec.mirrored if known_classes else ()
+    model.input_spec = replace(spec, num_frames=model_args["num_frames"], mirrored=mirrored).for_channels(model.in_chans)
     if pretrained:
-        hub.load_pretrained(model, cfg, entry, cache_dir)
+        sources.load_pretrained(model, cfg, entry, cache_dir)
+    elif backbone_pretrained:
+        sources.load_imagenet(model, cache_dir)
     return model
+
+
+def _check_start(backbone_pretrained: str | None, pretrained: bool) -> None:
+    if backbone_pretrained not in (None, "imagenet"):
+        raise ValueError(f"backbone_pretrained must be 'imagenet' or None, got {backbone_pretrained!r}")
+    if backbone_pretrained and pretrained:
+        raise ValueError("pass either pretrained=True, which loads the whole model, or backbone_pretrained='imagenet'")
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
-from tpn.zoo import factories, hub
+from tpn.zoo import factories, load, saved
 from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import CheckpointError, convert_state_dict
 from tpn.zoo.weights import Weights, get_weights
@@ -57,7 +57,7 @@ def create_model(
     scheme, _, place = name.partition(":")
     if scheme in FOLDER_SCHEMES and place:
         # Before timm reads it: a damaged configuration gets a message of its own.
-        hub.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
+        saved.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
         pretrained = checkpoint_path is None
     else:
         get_weights(name)  # raises if unknown
@@ -75,7 +75,7 @@ def create_model(
     )
     assert isinstance(model, TPNClassifier)
     if checkpoint_path is not None:
-        hub.load_checkpoint(model, checkpoint_path)
+        load.load_checkpoint(model, checkpoint_path)
     return model
 
 
@@ -122,6 +122,6 @@ def input_spec(model: TPNClassifier | str) -> InputSpec:
 def _num_classes_in(checkpoint_path: str | PathLike[str]) -> int | None:
     tensors, _ = read_checkpoint(checkpoint_path)
     try:
-        return hub.num_classes_of(convert_state_dict(tensors)[0])
+        return load.num_classes_of(convert_state_dict(tensors)[0])
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint_path}: {error}") from None

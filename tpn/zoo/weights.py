@@ -1,12 +1,14 @@
 """The weights table: every published checkpoint, one entry each. Factories, docs and the command line read it.
 
 Sources: the MMAction2 model zoo (layout "mmaction2", direct links) and the table of decisionforce/TPN (layout
-"original", links to a file-sharing site behind a confirmation page). Accuracies are the ones reported there.
+"original", links to a file-sharing site behind a confirmation page). Accuracies are the ones reported there; both
+projects are released under Apache-2.0.
 """
 
 import difflib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
@@ -15,18 +17,17 @@ from typing import Any
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import Layout
 
+HUB_NAMESPACE = "tpn-zoo"
+"""Owner of the Hub repositories "{owner}/{model}.{tag}"; $TPN_HUB_NAMESPACE overrides it, an empty one skips the Hub."""
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with its class names in training order (`labels/{file}.txt`).
-
-    mirrored: pairs of class indices that swap when a video is flipped.
-    """
+    """A data set with its class names in training order (`labels/{file}.txt`)."""
 
     title: str
     file: str
     num_classes: int
-    mirrored: tuple[tuple[int, int], ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -34,8 +35,8 @@ class Dataset:
 
 
 KINETICS400 = Dataset("Kinetics-400", "k400", 400)
-STHV1 = Dataset("Something-Something v1", "sthv1", 174, mirrored=((2, 4), (30, 41), (52, 66)))
-STHV2 = Dataset("Something-Something v2", "sthv2", 174, mirrored=((86, 87), (93, 94), (166, 167)))
+STHV1 = Dataset("Something-Something v1", "sthv1", 174)
+STHV2 = Dataset("Something-Something v2", "sthv2", 174)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Weights:
         dataset, input: classes, and frames, sampling, views of the published test protocol.
         layout: the code base that wrote the file; see `tpn.zoo.convert`.
         url: where it is. manual: the link shows a page, a person has to click.
-        sha256: leading hex digits of the file's hash, where known.
+        sha256: leading hex digits of the hash of the file there, where its publisher gives them.
+        converted_sha256: the whole hash of `model.safetensors` on the Hub, once published there.
+        revision: branch, tag or commit of the Hub repository; None is its main branch.
+        license: of the weights, as its publisher states it.
         initialised_from: what its training started from.
         reported_top1, reported_top5: accuracy in percent, as its publisher reports it.
         measured_top1, measured_top5: the same, measured by this project.
@@ -70,10 +74,19 @@ class Weights:
     measured_top5: float | None = None
     note: str = ""
     model_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    converted_sha256: str | None = None
+    revision: str | None = None
+    license: str = "apache-2.0"
 
     @property
     def name(self) -> str:
         return f"{self.model}.{self.tag}"
+
+    @property
+    def repo_id(self) -> str | None:
+        """The Hub repository, None if $TPN_HUB_NAMESPACE is empty."""
+        namespace = os.environ.get("TPN_HUB_NAMESPACE", HUB_NAMESPACE)
+        return f"{namespace}/{self.name}" if namespace else None
 
     @property
     def protocol(self) -> str:
@@ -111,6 +124,8 @@ def _dense(num_frames: int, frame_interval: int, flip: bool = False) -> InputSpe
 
 
 _SEGMENTS = InputSpec(8, 1, "segments", num_clips=2, num_crops=3)
+_STHV1 = replace(_SEGMENTS, mirrored=((2, 4), (30, 41), (52, 66)))
+_STHV2 = replace(_SEGMENTS, mirrored=((86, 87), (93, 94), (166, 167)))
 _IN_PLACE: Mapping[str, Any] = MappingProxyType({"shift_shortcut": True})
 _LOWRES = "240x320 source videos, 19,769 validation videos"
 _HIRES = "raw-resolution source videos"
@@ -142,7 +157,7 @@ _TABLE = (
         "tpn_tsm_r50_sthv1",
         "in1k",
         STHV1,
-        _SEGMENTS,
+        _STHV1,
         "tpn-tsm_imagenet-pretrained-r50_8xb8-1x1x8-150e_sthv1-rgb_20230221-940a3615",
         51.87,
         79.67,
@@ -183,10 +198,10 @@ _TABLE = (
         _HIRES,
         "original_hires",
     ),
-    _original("tsm_r50_sthv1", STHV1, _SEGMENTS, "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2, "", model_args=_IN_PLACE),
-    _original("tpn_tsm_r50_sthv1", STHV1, _SEGMENTS, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", model_args=_IN_PLACE),
-    _original("tsm_r50_sthv2", STHV2, _SEGMENTS, "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3, "", model_args=_IN_PLACE),
-    _original("tpn_tsm_r50_sthv2", STHV2, _SEGMENTS, "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7, "", model_args=_IN_PLACE),
+    _original("tsm_r50_sthv1", STHV1, _STHV1, "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2, "", model_args=_IN_PLACE),
+    _original("tpn_tsm_r50_sthv1", STHV1, _STHV1, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", model_args=_IN_PLACE),
+    _original("tsm_r50_sthv2", STHV2, _STHV2, "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3, "", model_args=_IN_PLACE),
+    _original("tpn_tsm_r50_sthv2", STHV2, _STHV2, "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7, "", model_args=_IN_PLACE),
 )
 
 WEIGHTS: Mapping[str, Weights] = MappingProxyType({entry.name: entry for entry in _TABLE})

@@ -1,0 +1,38 @@
+"""No test reaches the internet: the Hub that the client knows is a server of our own, set before the client is imported."""
+
+import atexit
+import os
+import tempfile
+
+import pytest
+from servers import Hub, Server
+
+HUB = Hub()
+HOME = tempfile.TemporaryDirectory(prefix="tpn-tests-")
+atexit.register(HOME.cleanup)
+for variable in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "TPN_CACHE", "TPN_HUB_NAMESPACE"):
+    os.environ.pop(variable, None)
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": HOME.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "NO_PROXY": "127.0.0.1",
+}
+
+
+@pytest.fixture
+def hub():
+    """The Hub, empty."""
+    HUB.clear()
+    yield HUB
+    HUB.clear()
+
+
+@pytest.fixture
+def server():
+    """A file server, empty."""
+    server = Server()
+    yield server
+    server.close()

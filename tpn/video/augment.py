@@ -1,0 +1,82 @@
+"""Whole-clip transforms for training and evaluation loops, on torchvision's v2 operators."""
+
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+if TYPE_CHECKING:
+    from tpn.video.spec import InputSpec
+
+
+class TrainTransform(nn.Module):
+    """Random crop, flip and colour jitter with the published settings, one draw for all frames of a clip.
+
+    Crop of 8 % to 100 % of the area, aspect 3/4 to 4/3, resized to `spec.crop_size` (bilinear, not antialiased);
+    flip; brightness, contrast and saturation by up to 0.5, hue by up to 0.1.
+
+    Args:
+        spec: what the model expects, from `tpn.input_spec(model)`.
+        flip_prob: probability of a horizontal flip. `spec.mirrored` classes change places with it.
+        color_jitter: whether to jitter colours.
+        normalize: return the model's input; otherwise uint8, for `spec.normalize` on the device.
+
+    Shape:
+        uint8 (T, 3, H, W) → float32 (3, T, S, S), or uint8 (T, 3, S, S) without `normalize`.
+    """
+
+    def __init__(self, spec: "InputSpec", *, flip_prob: float = 0.5, color_jitter: bool = True, normalize: bool = True) -> None:
+        super().__init__()
+        if not 0 <= flip_prob <= 1:
+            raise ValueError(f"flip_prob must be within 0..1, got {flip_prob}")
+        self.spec, self.flip_prob, self.normalize = spec, flip_prob, normalize
+        crop = v2.RandomResizedCrop(spec.crop_size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), antialias=False)
+        jitter = v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1)
+        self.augment = v2.Compose([crop, jitter] if color_jitter else [crop])
+        self.swaps = {a: b for pair in spec.mirrored for a, b in (pair, pair[::-1])}
+
+    @overload
+    def forward(self, clip: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, clip: Tensor, label: int) -> tuple[Tensor, int]: ...
+
+    def forward(self, clip: Tensor, label: int | None = None) -> Tensor | tuple[Tensor, int]:
+        """Transform a clip, and its label if given; ValueError if flips can change labels and none is given."""
+        _check(clip)
+        if self.swaps and self.flip_prob and label is None:
+            raise ValueError(
+                f"a flip swaps labels {self.spec.mirrored} of this data set: call transform(clip, label), "
+                "or take train_transform(flip_prob=0)"
+            )
+        if torch.rand(()) < self.flip_prob:
+            clip = clip.flip(-1)
+            label = None if label is None else self.swaps.get(label, label)
+        clip = self.augment(clip)
+        clip = self.spec.normalize(clip) if self.normalize else clip
+        return clip if label is None else (clip, label)
+
+
+class EvalTransform(nn.Module):
+    """Resize the short side, then one centre crop, or three along the longer side.
+
+    Shape:
+        uint8 (T, 3, H, W) → float32 (3, T, S, S) for one crop, (3 crops, 3, T, S, S) for three; without
+        `normalize` uint8 (T, 3, S, S) or (3, T, 3, S, S).
+    """
+
+    def __init__(self, spec: "InputSpec", *, normalize: bool = True) -> None:
+        super().__init__()
+        self.spec, self.normalize = spec, normalize
+
+    def forward(self, clip: Tensor) -> Tensor:
+        _check(clip)
+        crops = self.spec.crops(clip)
+        crops = self.spec.normalize(crops) if self.normalize else crops
+        return crops if len(crops) > 1 else crops[0]
+
+
+def _check(clip: Tensor) -> None:
+    if clip.ndim != 4 or clip.shape[1] != 3 or clip.dtype != torch.uint8:
+        raise ValueError(f"expected a uint8 RGB clip (T, 3, H, W), got {clip.dtype} {tuple(clip.shape)}")

@@ -1,0 +1,131 @@
+"""Put tensors into models, strictly: checkpoints of any layout, and ImageNet weights into the backbone."""
+
+import json
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import timm
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from tpn.models.classifier import TPNClassifier
+from tpn.models.resnet import ResNet
+from tpn.models.resnet_tsm import ResNetTSM
+from tpn.zoo.checkpoint import read_checkpoint
+from tpn.zoo.convert import CheckpointError, convert_state_dict, load_strict
+
+STEM = "backbone.conv1.weight"
+CLASSIFIERS = ("head.fc", "aux_head.fc")
+
+_logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(model: TPNClassifier, path: str | PathLike[str]) -> None:
+    """Load a `.safetensors` or `.pth` file in our, mmaction2's or the original layout; see `load_state_dict`.
+
+    Raises CheckpointError, and FileNotFoundError, IsADirectoryError or PermissionError.
+    """
+    tensors, metadata = read_checkpoint(path)
+    load_state_dict(model, tensors, metadata=metadata, name=str(path))
+
+
+def load_state_dict(
+    model: TPNClassifier,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    name: str = "the state dict",
+) -> None:
+    """Load tensors in our, mmaction2's or the original layout, strictly. They may have any floating-point precision.
+
+    With another number of classes than the model's, exactly the two classifiers (`head.fc` and `aux_head.fc`) keep their
+    untrained values; with another number of input channels than the model's, an RGB stem is adapted as timm does for
+    images. One log line says each. Everything else must fit.
+
+    Args:
+        metadata: that of the safetensors file.
+        name: what to call the source in messages.
+
+    Raises CheckpointError.
+    """
+    try:
+        renamed, layout = convert_state_dict(tensors)
+        _check_shift(model, layout, metadata or {})
+        classes = num_classes_of(renamed)
+        other_classes = classes is not None and classes != model.num_classes
+        stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
+        load_strict(model, renamed, classifiers=CLASSIFIERS if other_classes else ())
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if other_classes:
+        new = " and ".join(c for c in CLASSIFIERS if f"{c}.weight" in dict(model.named_parameters())) or "nothing"
+        _logger.info("%s is for %s classes, the model has %s: new and untrained: %s", name, classes, model.num_classes, new)
+    if stem_adapted:
+        _logger.info("%s takes RGB, the model %s channels: the stem's weights were adapted", name, model.in_chans)
+
+
+def num_classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes of a state dict in our layout; None if it has no classifier."""
+    weight = state_dict.get("head.fc.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
+    """Make the RGB convolution `name` one for `in_chans` channels: their sum for one channel, else repeated and scaled."""
+    weight = state_dict.get(name)
+    if weight is None or weight.ndim < 4 or weight.shape[1] != 3 or in_chans == 3:
+        return False
+    flat = adapt_input_conv(in_chans, weight.flatten(2, -2))  # timm knows 2D kernels: (O, I, T*H, W)
+    state_dict[name] = flat.reshape(weight.shape[0], in_chans, *weight.shape[2:])
+    return True
+
+
+def imagenet_repo(model: TPNClassifier) -> str:
+    """Return the Hub repository of the timm weights that the model's backbone can start from."""
+    backbone = model.backbone
+    if not isinstance(backbone, ResNet):
+        raise ValueError(f"there are no ImageNet weights for a {type(backbone).__name__}")
+    cfg = timm.get_pretrained_cfg(f"resnet{backbone.depth}.tv_in1k")
+    assert cfg is not None
+    return str(cfg.hf_hub_id)
+
+
+def load_imagenet(model: TPNClassifier, path: Path) -> None:
+    """Load a timm (or torchvision) ImageNet ResNet of the backbone's depth into the backbone, strictly.
+
+    A 2D kernel that becomes 3D is repeated along time and divided by its length (inflation, Carreira and Zisserman 2017),
+    so that a video of one repeated image gives the features of that image. Only the ImageNet classifier is left out.
+
+    Raises CheckpointError.
+    """
+    tensors, _ = read_checkpoint(path)
+    source = {f"backbone.{name}": tensor for name, tensor in tensors.items() if name not in ("fc.weight", "fc.bias")}
+    adapt_stem(source, STEM, model.in_chans)
+    holder = nn.ModuleDict({"backbone": model.backbone})
+    for name, target in holder.state_dict().items():
+        if name.endswith(".num_batches_tracked"):  # absent from the oldest of these files
+            source.setdefault(name, target)
+        elif name in source and target.ndim == 5 and source[name].ndim == 4:
+            source[name] = source[name].unsqueeze(2).expand(-1, -1, target.shape[2], -1, -1) / target.shape[2]
+    try:
+        load_strict(holder, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_shift(model: TPNClassifier, layout: str, metadata: Mapping[str, str]) -> None:
+    """Refuse TSM weights of the other shift variant, which have the same names and shapes but other meaning."""
+    if not isinstance(model.backbone, ResNetTSM):
+        return
+    if layout == "tpn":
+        args = json.loads(metadata.get("model", "{}")).get("model_args", {})
+        trained = args.get("shift_shortcut", model.backbone.shift_shortcut)
+    else:
+        trained = layout == "original"
+    if trained != model.backbone.shift_shortcut:
+        raise CheckpointError(
+            f"the weights were trained with shift_shortcut={trained}, the model was built with "
+            f"shift_shortcut={model.backbone.shift_shortcut}; pass shift_shortcut={trained} to create_model"
+        )

@@ -1,0 +1,114 @@
+"""Folders of `model.safetensors` and `config.json`: a model with everything that is needed to build it again.
+
+The format is the one that timm and the Hugging Face Hub use, with one more section, "input_spec".
+"""
+
+import json
+import os
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+
+from tpn.models.classifier import TPNClassifier
+from tpn.video.spec import InputSpec
+from tpn.zoo.convert import CheckpointError
+from tpn.zoo.hub import hub_file
+from tpn.zoo.weights import get_weights
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+INCOMPLETE = ".incomplete-"
+"""How the names of folders begin in which files are being written."""
+
+
+def save_pretrained(model: TPNClassifier, folder: str | PathLike[str]) -> Path:
+    """Write `model.safetensors` and `config.json`, which `create_model("local-dir:FOLDER")` reads back.
+
+    model: a model that `create_model` or a factory function made. Each file appears under its name only when it is
+    complete. Returns the folder, created if need be.
+    """
+    if model.model_args is None:
+        raise ValueError("only models made by tpn.create_model or a factory function know how to be built again")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(model)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # One key: safetensors writes several in random order, and equal models are to give equal files.
+    metadata = {"model": json.dumps({key: config[key] for key in ("architecture", "model_args")})}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=INCOMPLETE) as temporary:
+        try:
+            save_file(tensors, Path(temporary, WEIGHTS_FILE), metadata=metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{folder / WEIGHTS_FILE} could not be written: {error}") from error
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # weights last: where they are, all is
+            os.replace(Path(temporary, name), folder / name)
+    return folder
+
+
+def saved_config(cfg: PretrainedCfg, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:
+    """Return the config.json of the folder or Hub repository that `cfg` comes from, None if it is the zoo's own.
+
+    Raises CheckpointError if it does not describe a model of tpn.
+    """
+    if cfg.source not in ("local-dir", "hf-hub"):
+        return None
+    return read_config(saved_file(cfg, CONFIG_FILE, cache_dir).parent)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a folder; CheckpointError if it does not describe a model of tpn."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    known: dict[str, Any] = config if isinstance(config, dict) else {}
+    missing = [key for key in ("architecture", "pretrained_cfg", "input_spec") if key not in known]
+    if missing:
+        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote, it has no {', '.join(missing)}")
+    try:
+        get_weights(known["architecture"])
+        InputSpec.from_dict(known["input_spec"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return known
+
+
+def saved_file(cfg: PretrainedCfg, name: str, cache_dir: str | PathLike[str] | None = None) -> Path:
+    """Return one file of the folder or Hub repository that `cfg` names, fetched if need be.
+
+    Raises FileNotFoundError, WeightsUnavailableError.
+    """
+    if cfg.source == "local-dir":
+        path = Path(str(cfg.file), name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        return path
+    return hub_file(str(cfg.hf_hub_id), name, cache_dir=cache_dir)
+
+
+def config_of(model: TPNClassifier) -> dict[str, Any]:
+    """Return what config.json says of a model."""
+    published: dict[str, Any] = cast("Any", model).pretrained_cfg
+    cfg = {k: v for k, v in published.items() if k not in ("url", "file", "hf_hub_id", "source", "architecture")}
+    cfg["num_classes"] = model.num_classes
+    for size in ("input_size", "test_input_size"):
+        cfg[size] = (model.in_chans, *cfg[size][1:])
+    cfg.pop("label_names", None)
+    config = {
+        "architecture": published["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": model.model_args,
+        "input_spec": model.input_spec.to_dict(),
+        "pretrained_cfg": cfg,
+    }
+    if model.labels is not None:
+        config["label_names"] = list(model.labels)
+    return config

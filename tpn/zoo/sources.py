@@ -1,0 +1,206 @@
+"""Where published weights come from.
+
+`pretrained=True` takes the first of these that has them, and logs which one it was:
+
+1. the local cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, else $TPN_CACHE, else "tpn"
+   among the Hub's assets ($HF_ASSETS_CACHE);
+2. the Hub: `{namespace}/{model}.{tag}`, see `HUB_NAMESPACE`; its copy stays in the Hub's cache and is not asked for again;
+3. the publisher's own file, if it has a direct link: fetched, its SHA-256 compared with the digits in its name, converted
+   once, and stored as 1;
+4. a person: the error names the page, and the `tpn convert` command that stores the file as 1.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import timm
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from timm.models import PretrainedCfg
+
+from tpn.models.classifier import TPNClassifier
+from tpn.zoo import load, saved
+from tpn.zoo.checkpoint import is_whole
+from tpn.zoo.download import DownloadError, download, file_sha256
+from tpn.zoo.hub import HubUnreachableError, NoRepositoryError, WeightsUnavailableError, hub_file
+from tpn.zoo.weights import HUB_NAMESPACE, Weights
+
+Folder = str | PathLike[str] | None
+
+_logger = logging.getLogger(__name__)
+
+
+def load_pretrained(model: TPNClassifier, cfg: PretrainedCfg, entry: Weights, cache_dir: Folder = None) -> None:
+    """Load the weights that timm's `cfg` names: its state dict, folder, Hub repository, file or link, else the table's."""
+    if cfg.state_dict:
+        load.load_state_dict(model, cfg.state_dict)
+    elif cfg.source in ("local-dir", "hf-hub"):
+        load.load_checkpoint(model, saved.saved_file(cfg, saved.WEIGHTS_FILE, cache_dir))
+    elif cfg.file:
+        load.load_checkpoint(model, cfg.file)
+    elif cfg.hf_hub_id:
+        load.load_checkpoint(model, hub_file(cfg.hf_hub_id, saved.WEIGHTS_FILE, cache_dir=cache_dir))
+    else:
+        load.load_checkpoint(model, resolve(entry, cache_dir=cache_dir, url=_plain(cfg.url)))
+
+
+def _plain(url: str | tuple[str, str] | None) -> str | None:
+    """The link of timm's `url`, which may be a pair with a file name."""
+    return url[0] if isinstance(url, tuple) else url
+
+
+def load_imagenet(model: TPNClassifier, cache_dir: Folder = None) -> None:
+    """Load timm's ImageNet weights of the backbone's depth into it, from the Hub or its cache."""
+    load.load_imagenet(model, hub_file(load.imagenet_repo(model), saved.WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True))
+
+
+def cache_root(cache_dir: Folder = None) -> Path:
+    return Path(cache_dir or os.environ.get("TPN_CACHE") or Path(constants.HF_ASSETS_CACHE, "tpn"))
+
+
+def cache_folder(entry: Weights, cache_dir: Folder = None) -> Path:
+    """Return the folder that holds, or will hold, an entry's converted weights."""
+    return cache_root(cache_dir) / entry.name
+
+
+def resolve(entry: Weights, *, cache_dir: Folder = None, url: str | None = None) -> Path:
+    """Return the path of an entry's weights, fetched and converted if need be; see the module for the order.
+
+    Args:
+        cache_dir: where they are kept.
+        url: another link than the table's to a file of this architecture, such as a mirror; its name must end in
+            "-" and hexadecimal digits of its SHA-256. Only the cache and this link are asked then.
+
+    Raises WeightsUnavailableError; CheckpointError if the publisher's file is not what the table says.
+    """
+    link = _link_of(entry, url)
+    folder = cache_root(cache_dir) / link.folder
+    path, source = cached(folder), "the cache"
+    if path is None and link.from_table:
+        path, source = _from_hub(entry, cache_dir), f"the Hub, {entry.repo_id}"
+    if path is None:
+        path, source = from_publisher(entry, cache_dir=cache_dir, url=url), link.url
+    _logger.info("weights of %s: %s, from %s", entry.name, path, source)
+    return path
+
+
+def store(entry: Weights, checkpoint: str | PathLike[str], folder: Path) -> Path:
+    """Convert a published checkpoint to `folder`; return the path of the weights there."""
+    model = timm.create_model(entry.name)
+    assert isinstance(model, TPNClassifier)
+    load.load_checkpoint(model, checkpoint)
+    return saved.save_pretrained(model, folder) / saved.WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A publisher's file: where it is, its hash (None: behind a page for people), its folder in the cache."""
+
+    url: str
+    sha256: str | None
+    folder: str
+    from_table: bool
+
+
+def _link_of(entry: Weights, url: str | None) -> _Link:
+    if url is None or url == entry.url:
+        return _Link(entry.url, None if entry.manual else entry.sha256, entry.name, True)
+    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    if digits is None:
+        raise ValueError(
+            f"the name of the file at {url} does not end in digits of its SHA-256, as in 'name-0123abcd.pth'; "
+            "fetch it yourself, check it, and pass it as checkpoint_path"
+        )
+    published = entry.sha256 is not None and digits[1].startswith(entry.sha256)
+    return _Link(url, digits[1], entry.name if published else f"{entry.name}-{digits[1]}", False)
+
+
+def cached(folder: Path) -> Path | None:
+    """Return the weights in a cache folder; None if there are none, or, with a warning, if they are damaged."""
+    path = folder / saved.WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    if is_whole(path):
+        return path
+    _logger.warning("%s is truncated or damaged, and will be replaced", path)
+    return None
+
+
+def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
+    """Return the Hub's copy; None if there is none, or, with a warning, if the Hub cannot say."""
+    if entry.repo_id is None:
+        return None
+    repo = entry.repo_id + (f"@{entry.revision}" if entry.revision else "")
+    try:
+        path = hub_file(repo, saved.WEIGHTS_FILE, cache_dir=cache_dir or os.environ.get("TPN_CACHE"), prefer_cached=True)
+        known = entry.converted_sha256 if entry.repo_id.startswith(f"{HUB_NAMESPACE}/") else None
+        if known is not None and file_sha256(path) != known:
+            raise WeightsUnavailableError(
+                f"{path}, from {repo} on the Hub, is not the file that this version of tpn knows: its SHA-256 is not {known}"
+            )
+        return path
+    except NoRepositoryError as error:
+        _logger.debug("%s", error)
+    except HubUnreachableError as error:
+        if not constants.HF_HUB_OFFLINE:
+            _logger.warning("%s; turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
+    return None
+
+
+def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None = None) -> Path:
+    """Fetch and convert the publisher's file; arguments and errors are those of `resolve`."""
+    link = _link_of(entry, url)
+    folder = cache_root(cache_dir) / link.folder
+    by_hand = f"tpn convert FILE --model {entry.name}"
+    if link.sha256 is None:
+        raise WeightsUnavailableError(
+            f"the weights of {entry.name} have to be fetched by hand: open {link.url} in a browser, "
+            f"save the file, then run: {by_hand}"
+        )
+    file = link.url.rpartition("/")[2]
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsUnavailableError(
+            f"the weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids to fetch them; "
+            f"unset it, or bring {file} here and run: {by_hand}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            path = cached(folder)
+            if path is None:
+                for left_over in folder.glob(saved.INCOMPLETE + "*"):  # by a process that was killed
+                    shutil.rmtree(left_over)
+                download(link.url, folder / file, link.sha256)
+                path = store(entry, folder / file, folder)
+                (folder / file).unlink()
+            return path
+    except DownloadError as error:
+        raise WeightsUnavailableError(
+            f"could not download {link.url}: {error}. Try again later, or fetch the file by other means and run: {by_hand}"
+        ) from error
+    except OSError as error:
+        raise WeightsUnavailableError(
+            f"could not keep {file} in {folder}: {error.strerror or error}; choose another place with TPN_CACHE or cache_dir"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a cache folder: of several processes that want the same weights, one fetches them."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), mode=0o666)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _logger.info("another process is fetching %s: waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
