@@ -3,11 +3,17 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 FAULTLESS = {"status": 200, "cut": None, "headers": {}, "body": None, "hang": 0, "redirect": None}
 
@@ -183,3 +189,19 @@ class Hub(Server):
         self.repos[repo_id].append(files)
         oid = self.commit_of(len(self.repos[repo_id]) - 1)
         return {"commitUrl": f"{self.url}/{repo_id}/commit/{oid}", "commitOid": oid}
+
+
+def start_python(script, cwd, **env):
+    """Start a fresh process that sees this checkout and the loopback Hub."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | env
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_python(script, cwd, **env):
+    """Run it to its end; return (what it printed, what it complained). It must not fail."""
+    process = start_python(script, cwd, **env)
+    out, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+    return out, complaints

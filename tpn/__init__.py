@@ -9,7 +9,7 @@ from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import CheckpointError
-from tpn.zoo.hub import WeightsUnavailableError
+from tpn.zoo.hub import UploadError, WeightsUnavailableError
 from tpn.zoo.publish import push_to_hub
 from tpn.zoo.registry import create_model, input_spec, list_models, model_info
 from tpn.zoo.saved import save_pretrained
@@ -31,6 +31,7 @@ __all__ = [
     "TPNClassifier",
     "TemporalPyramid",
     "UnknownModelError",
+    "UploadError",
     "VideoClassifier",
     "WeightsUnavailableError",
     "create_model",

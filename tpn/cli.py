@@ -162,8 +162,12 @@ def publish(
 
     The others have to be fetched by hand, and are listed with the way to do it. Needs HF_TOKEN, or `hf auth login`.
     """
+    failed = False
     for done in publishing.publish(namespace, dry_run=dry_run, private=private):
         typer.echo(f"{done.state:<20} {done.repo_id}" + (f"  {done.detail}" if done.detail else ""))
+        failed |= done.state == "failed"
+    if failed:
+        raise typer.Exit(1)
 
 
 def main() -> None:

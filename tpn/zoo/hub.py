@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub, by its own client; its many ways to fail become three.
+"""The Hugging Face Hub, by its own client; the client's many ways to fail become a few.
 
 $HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE, $HF_HOME, proxies, resumed downloads, retries and locks are the client's.
 """
@@ -6,11 +6,12 @@ $HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE, $HF_HOME, proxies, resumed downloads, 
 import errno
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -40,6 +41,10 @@ class NoRepositoryError(WeightsUnavailableError):
 
 class HubUnreachableError(WeightsUnavailableError):
     """No sensible answer from the Hub: it is down, blocked, or switched off by $HF_HUB_OFFLINE."""
+
+
+class UploadError(RuntimeError):
+    """A model that could not be put on the Hub; the message says why."""
 
 
 def hub_file(repo: str, name: str, *, cache_dir: str | PathLike[str] | None = None, prefer_cached: bool = False) -> Path:
@@ -81,11 +86,35 @@ def _cached(get: "partial[str]") -> Path | None:
         return None
 
 
+@contextmanager
+def uploading(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises into an UploadError."""
+    try:
+        yield
+    except Exception as error:  # of whichever HTTP library the client uses
+        causes = list(_causes(error))
+        status = _status(causes)
+        where = f"{repo_id} on the Hub ({constants.ENDPOINT})"
+        if status in (401, 403):
+            raise UploadError(f"no right to write to {where}: {LOG_IN}, with a token that may write there") from error
+        raise UploadError(f"could not upload to {where}: {_reason(causes)}") from error
+
+
+def _status(causes: list[BaseException]) -> int | None:
+    """The status of the answer behind an error, if there was an answer."""
+    found = (getattr(getattr(error, "response", None), "status_code", None) for error in causes)
+    return next((status for status in found if status), None)
+
+
+def _reason(causes: list[BaseException]) -> str:
+    status, last = _status(causes), causes[-1]
+    return f"status {status}" if status else next(iter(str(last).splitlines()), type(last).__name__)
+
+
 def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
     """Say in one sentence what the client's error means for the user."""
     causes = list(_causes(error))
-    statuses = [status for e in causes if (status := getattr(getattr(e, "response", None), "status_code", None))]
-    status = statuses[0] if statuses else None
+    status = _status(causes)
     where = f"{repo} on the Hub ({constants.ENDPOINT})"
     if constants.HF_HUB_OFFLINE or any(isinstance(e, OfflineModeIsEnabled) for e in causes):
         return HubUnreachableError(
@@ -95,7 +124,7 @@ def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
         return WeightsUnavailableError(f"no access to {where}: {LOG_IN}, with an account that may read it")
     if any(isinstance(e, RevisionNotFoundError) for e in causes):
         return WeightsUnavailableError(f"{where} has no such revision")
-    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+    if any(isinstance(e, RepositoryNotFoundError) for e in causes) or (status == 401 and get_token() is None):
         return NoRepositoryError(f"there is no repository {where}, or it is private: {LOG_IN} if it is yours")
     if any(isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError) for e in causes):
         return WeightsUnavailableError(f"{where} has no {name}: it is not a model that tpn saved")
@@ -109,8 +138,7 @@ def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
                 f"{name} of {repo} could not be stored: {e.filename or constants.HF_HUB_CACHE}: {e.strerror}; "
                 "choose another place with HF_HOME or cache_dir"
             )
-    reason = f"status {status}" if status else next(iter(str(causes[-1]).splitlines()), type(causes[-1]).__name__)
-    return HubUnreachableError(f"{where} could not be reached: {reason}")
+    return HubUnreachableError(f"{where} could not be reached: {_reason(causes)}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

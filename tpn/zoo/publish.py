@@ -12,7 +12,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
+from tpn.zoo.convert import CheckpointError
 from tpn.zoo.download import file_sha256
+from tpn.zoo.hub import UploadError, WeightsUnavailableError, uploading
 from tpn.zoo.weights import WEIGHTS, Weights
 
 CARD_FILE = "README.md"
@@ -45,12 +47,12 @@ def push_to_hub(
         token: Default: $HF_TOKEN, or that of `hf auth login`.
         license: for the card, such as "apache-2.0".
 
-    Returns the address of the repository. Raises what huggingface_hub raises (`HfHubHTTPError`).
+    Returns the address of the repository. Raises UploadError.
     """
     api = HfApi(token=token, library_name="tpn")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, uploading(repo_id):
         folder = saved.save_pretrained(model, temporary)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         card = None
         if not api.file_exists(repo_id, CARD_FILE, revision=revision):
             card = model_card(saved.read_config(folder), repo_id, license=license)
@@ -62,8 +64,8 @@ def push_to_hub(
 class Publication:
     """What `publish` did, or would do, with one checkpoint.
 
-    state: "published", "to publish", "to fetch and publish" or "not here", with the way to get it in `detail`. Otherwise
-    `detail` is the SHA-256 of the weights file, where it exists.
+    state: "published" or "to publish", with the SHA-256 of the weights file in `detail`; "to fetch and publish"; "not
+    here", with the way to get it, or "failed", with the reason.
     """
 
     entry: Weights
@@ -99,12 +101,12 @@ def publish(
         elif dry_run and path is not None:
             yield Publication(entry, repo_id, "to publish", file_sha256(path))
         else:
-            path = path or sources.from_publisher(entry, cache_dir=cache_dir)
-            api = HfApi(token=token, library_name="tpn")
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            card = model_card(saved.read_config(path.parent), repo_id, entry=entry)
-            _commit(api, repo_id, path.parent, card, f"Add {entry.name}")
-            yield Publication(entry, repo_id, "published", file_sha256(path))
+            try:
+                path = path or sources.from_publisher(entry, cache_dir=cache_dir)
+                _publish_one(entry, repo_id, path, private, token)
+                yield Publication(entry, repo_id, "published", file_sha256(path))
+            except (WeightsUnavailableError, CheckpointError, UploadError) as error:
+                yield Publication(entry, repo_id, "failed", str(error))
 
 
 def model_card(config: dict[str, Any], repo_id: str, *, entry: Weights | None = None, license: str | None = None) -> ModelCard:
@@ -182,6 +184,14 @@ def table_row(entry: Weights) -> dict[str, str]:
         "license": entry.license,
     }
     return row | ({"note": entry.note} if entry.note else {})
+
+
+def _publish_one(entry: Weights, repo_id: str, path: Path, private: bool, token: str | None) -> None:
+    api = HfApi(token=token, library_name="tpn")
+    with uploading(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        card = model_card(saved.read_config(path.parent), repo_id, entry=entry)
+        _commit(api, repo_id, path.parent, card, f"Add {entry.name}")
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, card: ModelCard | None, message: str, revision: str | None = None) -> None:

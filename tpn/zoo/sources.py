@@ -48,12 +48,15 @@ def load_pretrained(model: TPNClassifier, cfg: PretrainedCfg, entry: Weights, ca
     elif cfg.hf_hub_id:
         load.load_checkpoint(model, hub_file(cfg.hf_hub_id, saved.WEIGHTS_FILE, cache_dir=cache_dir))
     else:
-        load.load_checkpoint(model, resolve(entry, cache_dir=cache_dir, url=_plain(cfg.url)))
+        load.load_checkpoint(model, resolve(entry, cache_dir=cache_dir, url=_other_link(entry, cfg)))
 
 
-def _plain(url: str | tuple[str, str] | None) -> str | None:
-    """The link of timm's `url`, which may be a pair with a file name."""
-    return url[0] if isinstance(url, tuple) else url
+def _other_link(entry: Weights, cfg: PretrainedCfg) -> str | None:
+    """Return the `url` that the caller put in place of the registered one, if so."""
+    registered = timm.get_pretrained_cfg(entry.name)
+    if registered is None or cfg.url == registered.url:
+        return None
+    return cfg.url[0] if isinstance(cfg.url, tuple) else cfg.url
 
 
 def load_imagenet(model: TPNClassifier, cache_dir: Folder = None) -> None:
@@ -110,7 +113,7 @@ class _Link:
 
 
 def _link_of(entry: Weights, url: str | None) -> _Link:
-    if url is None or url == entry.url:
+    if url is None:
         return _Link(entry.url, None if entry.manual else entry.sha256, entry.name, True)
     digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     if digits is None:

@@ -1,0 +1,487 @@
+"""`pretrained=True`: every place that weights come from, in order, and what is said where one fails."""
+
+import hashlib
+import logging
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+from servers import ROOT, run_python, start_python
+from small import BY_HAND, SLOWONLY, TSM
+
+import tpn
+from tpn import WeightsUnavailableError
+from tpn.zoo import download, saved, sources
+from tpn.zoo.weights import HUB_NAMESPACE
+
+pytestmark = pytest.mark.usefixtures("hub")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    monkeypatch.setenv("TPN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def published(server, monkeypatch):
+    """Serve a narrow checkpoint in the place of a direct link; return its entry."""
+    return small.serve(server, SLOWONLY, monkeypatch.setattr)
+
+
+def wanted(server):
+    """The tensors of the served checkpoint, in our layout."""
+    (data,) = server.files.values()
+    path = Path(os.environ["TPN_CACHE"]).parent / "served.pth"
+    path.write_bytes(data)
+    return tpn.create_model(SLOWONLY, checkpoint_path=path).state_dict()
+
+
+def same(model, tensors):
+    return all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def one_line(caplog):
+    """The line that says where the weights come from."""
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("weights of")]
+    return line
+
+
+# The publisher's file
+
+
+@pytest.mark.parametrize("name", [SLOWONLY, TSM])
+def test_publishers_file(server, cache, monkeypatch, caplog, name):
+    entry = small.serve(server, name, monkeypatch.setattr)
+    caplog.set_level(logging.INFO, logger="tpn")
+    torch.manual_seed(0)
+    reference = small.random_model(name)
+    x = torch.randn(1, 3, 8, 64, 64)
+    model = tpn.create_model(name, pretrained=True).eval()
+    assert torch.equal(model(x), reference(x))
+    assert [path for _, path, _ in server.requests] == [entry.url.removeprefix(server.url)]
+    assert one_line(caplog) == f"weights of {name}: {cache / name / 'model.safetensors'}, from {entry.url}"
+    assert sorted(os.listdir(cache / name)) == ["config.json", "model.safetensors"]
+
+    caplog.clear()
+    assert same(tpn.create_model(name, pretrained=True), reference.state_dict())
+    assert len(server.requests) == 1
+    assert one_line(caplog).endswith("from the cache")
+
+    server.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(tpn.create_model(name, pretrained=True), reference.state_dict())
+    assert same(tpn.create_model(f"local-dir:{cache / name}"), reference.state_dict())
+
+
+def test_half_precision_file_is_loaded_in_single(server, monkeypatch):
+    small.serve(server, SLOWONLY, monkeypatch.setattr, dtype=torch.float16)
+    model = tpn.create_model(SLOWONLY, pretrained=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same(model, wanted(server))
+
+
+def test_hash_of_another_file(server, published, cache):
+    server.faults = [{"body": next(iter(server.files.values()))[::-1]}]
+    with pytest.raises(WeightsUnavailableError) as caught:
+        tpn.create_model(SLOWONLY, pretrained=True)
+    assert re.fullmatch(
+        rf"could not download {published.url}: what 127.0.0.1:\d+ sent is not {Path(published.url).name}: its SHA-256 starts with "
+        rf"\w{{8}} instead of {published.sha256}. Try again later, or fetch the file by other means and run: "
+        rf"tpn convert FILE --model {SLOWONLY}",
+        str(caught.value),
+    )
+    assert os.listdir(cache / SLOWONLY) == []
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_refused(server, published, status):
+    server.faults = [{"status": status}] * (5 if status == 500 else 1)
+    with pytest.raises(
+        WeightsUnavailableError, match=rf"could not download .*answered {status} .*tpn convert FILE --model {SLOWONLY}"
+    ):
+        tpn.create_model(SLOWONLY, pretrained=True)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+
+
+def test_right_hash_wrong_network(server, cache, monkeypatch):
+    """A table that is wrong about a file is found out, and the file is not fetched twice."""
+    data, sha256 = small.upstream_file(TSM)
+    server.files[f"/a-{sha256[:8]}.pth"] = data
+    small.change_entry(SLOWONLY, monkeypatch.setattr, url=f"{server.url}/a-{sha256[:8]}.pth", sha256=sha256[:8])
+    for _ in range(2):
+        with pytest.raises(tpn.CheckpointError, match=r"a-\w+.pth: the checkpoint, a TPN on TSM R50, 174 classes, does not fit"):
+            tpn.create_model(SLOWONLY, pretrained=True)
+    assert len(server.requests) == 1
+    assert not (cache / SLOWONLY / saved.WEIGHTS_FILE).exists()
+
+
+def test_other_number_of_classes(server, published, caplog):
+    caplog.set_level(logging.INFO, logger="tpn")
+    model = tpn.create_model(SLOWONLY, pretrained=True, num_classes=7)
+    assert model.eval()(torch.randn(1, 3, 8, 32, 32)).shape == (1, 7)
+    lines = [r.getMessage() for r in caplog.records if "400 classes" in r.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].endswith("is for 400 classes, the model has 7: new and untrained: head.fc and aux_head.fc")
+    assert same(model, {k: v for k, v in wanted(server).items() if "fc." not in k})
+
+
+# The other ways in
+
+
+def test_through_timm(server, published):
+    assert same(timm.create_model(SLOWONLY, pretrained=True), wanted(server))
+
+
+def test_through_torch_hub(server, published):
+    model = torch.hub.load(str(ROOT), "tpn_slowonly_r50_k400", source="local", pretrained=True)
+    assert same(model, wanted(server))
+
+
+def test_mirror(server, published, cache):
+    """timm's own way to name another place."""
+    (path,) = server.files
+    server.files[f"/mirror{path}"] = server.files.pop(path)
+    overlay = {"url": f"{server.url}/mirror{path}"}
+    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay), wanted(server))
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    assert len(server.requests) == 1
+
+
+def test_another_file_does_not_take_the_published_ones_place(server, published, cache):
+    data, sha256 = small.upstream_file(SLOWONLY, seed=1)
+    server.files[f"/mine-{sha256[:10]}.pth"] = data
+    overlay = {"url": f"{server.url}/mine-{sha256[:10]}.pth"}
+    model = tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert (cache / f"{SLOWONLY}-{sha256[:10]}" / saved.WEIGHTS_FILE).is_file()
+    del server.files[f"/mine-{sha256[:10]}.pth"]
+    published_ones = tpn.create_model(SLOWONLY, pretrained=True)
+    assert same(published_ones, wanted(server))
+    assert not same(model, wanted(server))
+
+
+def test_link_without_a_hash():
+    overlay = {"url": "http://127.0.0.1/mine.pth"}
+    with pytest.raises(ValueError, match=r"mine.pth does not end in digits of its SHA-256.*pass it as checkpoint_path"):
+        tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_overlays_with_files_and_state_dicts(server, published, tmp_path):
+    expected = wanted(server)
+    file = {"file": str(tmp_path / "served.pth")}
+    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=file), expected)
+    state_dict = {"state_dict": expected}
+    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=state_dict), expected)
+    assert server.requests == []
+
+
+# The Hub
+
+
+def put_on_hub(hub, repo_id, seed=5):
+    torch.manual_seed(seed)
+    model = small.random_model(SLOWONLY)
+    return model.state_dict(), hub.add(repo_id, weights=save(model.state_dict()))
+
+
+def test_hub_comes_first(server, published, hub, caplog, monkeypatch):
+    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
+    expected, _ = put_on_hub(hub, repo_id)
+    caplog.set_level(logging.INFO, logger="tpn")
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert server.requests == []
+    assert one_line(caplog).endswith(f"from the Hub, {repo_id}")
+    hub.requests.clear()
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert hub.requests == []
+    hub.down = 500
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
+
+
+def test_hub_namespace(server, published, hub, monkeypatch, cache):
+    expected, _ = put_on_hub(hub, f"somebody/{SLOWONLY}")
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), wanted(server))
+    monkeypatch.setenv("TPN_HUB_NAMESPACE", "somebody")
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "2"), expected)
+    monkeypatch.setenv("TPN_HUB_NAMESPACE", "")
+    hub.requests.clear()
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "3"), wanted(server))
+    assert hub.requests == []
+
+
+def test_revision_is_pinned(hub, monkeypatch, cache):
+    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
+    first, commit = put_on_hub(hub, repo_id, seed=1)
+    second, _ = put_on_hub(hub, repo_id, seed=2)
+    small.change_entry(SLOWONLY, monkeypatch.setattr, revision=commit)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), first)
+    overlay = {"hf_hub_id": repo_id}
+    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache / "2"), second)
+    overlay = {"hf_hub_id": f"{repo_id}@{commit}"}
+    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache / "2"), first)
+    small.change_entry(SLOWONLY, monkeypatch.setattr, revision="v2")
+    with pytest.raises(WeightsUnavailableError, match=rf"{repo_id}@v2 on the Hub \(http://127.*\) has no such revision"):
+        tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "3")
+
+
+def test_file_on_the_hub_is_the_known_one(hub, monkeypatch):
+    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
+    expected, _ = put_on_hub(hub, repo_id)
+    small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256="0" * 64)
+    with pytest.raises(WeightsUnavailableError, match="is not the file that this version of tpn knows"):
+        tpn.create_model(SLOWONLY, pretrained=True)
+    known = hashlib.sha256(hub.repos[repo_id][-1]["model.safetensors"]).hexdigest()
+    small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256=known)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+
+
+def test_hub_that_is_down_is_named(server, published, hub, caplog, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.down = 500
+    model = tpn.create_model(SLOWONLY, pretrained=True)
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("tpn") and r.levelname == "WARNING"]
+    assert re.fullmatch(
+        rf"{HUB_NAMESPACE}/{SLOWONLY} on the Hub \({hub.url}\) could not be reached: status 500; turning to the publisher's own "
+        rf"file, which holds the same weights: {published.url}",
+        warning,
+    )
+    assert same(model, wanted(server))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((403, None), "no access to .*hf auth login"),
+        ((403, "GatedRepo"), "no access to .*hf auth login"),
+        ((404, "EntryNotFound"), "has no model.safetensors"),
+        ((404, "RevisionNotFound"), "no such revision"),
+    ],
+)
+def test_hub_that_says_no_is_not_passed_over(server, published, hub, answer, says):
+    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = answer
+    with pytest.raises(WeightsUnavailableError, match=says):
+        tpn.create_model(SLOWONLY, pretrained=True)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("answer", [(404, "RepoNotFound"), (401, "RepoNotFound"), (401, None), (404, None)])
+def test_repository_that_does_not_exist_is(server, published, hub, answer, caplog):
+    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = answer
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    assert not [r for r in caplog.records if r.name.startswith("tpn") and r.levelname == "WARNING"]
+
+
+def test_hub_connection_that_breaks(hub, published):
+    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
+    expected, _ = put_on_hub(hub, repo_id)
+    hub.faults = [{"cut": 0.5}]
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+
+
+def test_damaged_copy_of_the_hub(hub, published, cache, caplog):
+    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
+    tpn.create_model(SLOWONLY, pretrained=True)
+    (blob,) = cache.glob("models--*/blobs/*")
+    os.truncate(blob, blob.stat().st_size // 2)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert "truncated or damaged: fetching it again" in caplog.text
+
+
+def test_token_that_is_refused(server, published, hub, monkeypatch):
+    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = (401, None)
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(WeightsUnavailableError, match="does not accept the token that was sent: log in with"):
+        tpn.create_model(SLOWONLY, pretrained=True)
+    assert server.requests == []
+
+
+def test_hf_hub_names_that_fail(hub, monkeypatch):
+    with pytest.raises(WeightsUnavailableError, match=r"there is no repository me/nothing on the Hub \(http.*hf auth login"):
+        tpn.create_model("hf-hub:me/nothing")
+    hub.repos["me/empty"] = [{}]
+    with pytest.raises(WeightsUnavailableError, match=r"has no config.json: it is not a model that tpn saved"):
+        tpn.create_model("hf-hub:me/empty")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnavailableError, match="HF_HUB_OFFLINE"):
+        tpn.create_model("hf-hub:me/nothing")
+
+
+# By hand
+
+
+def test_by_hand(server, monkeypatch, tmp_path, cache):
+    entry = small.change_entry(BY_HAND, monkeypatch.setattr)
+    with pytest.raises(WeightsUnavailableError) as caught:
+        tpn.create_model(BY_HAND, pretrained=True)
+    assert str(caught.value) == (
+        f"the weights of {BY_HAND} have to be fetched by hand: open {entry.url} in a browser, save the file, then run: "
+        f"tpn convert FILE --model {BY_HAND}"
+    )
+    data, _ = small.upstream_file(BY_HAND)
+    (tmp_path / "FILE").write_bytes(data)
+    script = f"import small, sys; small.change_entry('{BY_HAND}'); from tpn.cli import main; sys.argv = ['tpn', 'convert', 'FILE', '--model', '{BY_HAND}']; main()"
+    run_python(script, tmp_path)
+    torch.manual_seed(0)
+    reference = small.random_model(BY_HAND)
+    assert same(tpn.create_model(BY_HAND, pretrained=True), reference.state_dict())
+    os.truncate(cache / BY_HAND / saved.WEIGHTS_FILE, 1000)
+    with pytest.raises(WeightsUnavailableError, match="have to be fetched by hand"):
+        tpn.create_model(BY_HAND, pretrained=True)
+    run_python(script, tmp_path)
+    assert same(tpn.create_model(BY_HAND, pretrained=True), reference.state_dict())
+
+
+# This side
+
+
+def test_cache_root(tmp_path, monkeypatch):
+    entry = small.weights.get_weights(SLOWONLY)
+    assert sources.cache_folder(entry, tmp_path) == tmp_path / SLOWONLY
+    monkeypatch.setenv("TPN_CACHE", str(tmp_path / "x"))
+    assert sources.cache_folder(entry) == tmp_path / "x" / SLOWONLY
+    monkeypatch.delenv("TPN_CACHE")
+    assert sources.cache_folder(entry) == Path(constants.HF_HOME, "assets", "tpn", SLOWONLY)
+
+
+def test_offline_with_nothing(published, monkeypatch, cache):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnavailableError, match=rf"not in the cache \({cache}.*HF_HUB_OFFLINE forbids.*tpn convert FILE"):
+        tpn.create_model(SLOWONLY, pretrained=True)
+
+
+def test_truncated_cache(server, published, cache, caplog):
+    tpn.create_model(SLOWONLY, pretrained=True)
+    path = cache / SLOWONLY / saved.WEIGHTS_FILE
+    for size in (0, 5, 3000, path.stat().st_size - 1):
+        caplog.clear()
+        os.truncate(path, size)
+        assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+        assert f"{path} is truncated or damaged, and will be replaced" in caplog.text
+    assert len(server.requests) == 5
+
+
+READ_ONLY = """
+import os, small, tpn
+small.change_entry({name!r}, url={url!r}, sha256={sha256!r})
+if os.getuid() == 0:
+    os.setuid(65534)  # permissions do not bind root
+try:
+    model = tpn.create_model({name!r}, pretrained=True)
+    print("loaded", model.num_classes)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_read_only_cache(server, published, tmp_path):
+    os.chmod(tmp_path, 0o755)
+    for parent in tmp_path.parents[:2]:
+        os.chmod(parent, 0o755)
+    cache = tmp_path / "readonly"
+    cache.mkdir(mode=0o555)
+    script = READ_ONLY.format(name=SLOWONLY, url=published.url, sha256=published.sha256)
+    environment = {"TPN_CACHE": str(cache), "TPN_HUB_NAMESPACE": "", "HF_HOME": str(tmp_path / "hf")}
+    said, _ = run_python(script, ROOT, **environment)
+    name = Path(published.url).name
+    assert said.startswith(
+        f"WeightsUnavailableError could not keep {name} in {cache / SLOWONLY}: Permission denied; choose another place"
+    )
+    os.chmod(cache, 0o755)
+    tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache)
+    for path in (cache, cache / SLOWONLY):
+        os.chmod(path, 0o555)
+    for path in (cache / SLOWONLY).iterdir():
+        os.chmod(path, 0o444)
+    assert run_python(script, ROOT, **environment)[0] == "loaded 400\n"
+    os.chmod(cache / SLOWONLY, 0o755)
+    os.chmod(cache, 0o755)
+
+
+FULL = """
+import resource, signal, small, tpn
+small.change_entry({name!r}, url={url!r}, sha256={sha256!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+no_limit = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, no_limit))
+try:
+    tpn.create_model({name!r}, pretrained=True)
+except Exception as error:
+    print(type(error).__name__, error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (no_limit, no_limit))
+print(tpn.create_model({name!r}, pretrained=True).num_classes)
+"""
+
+
+def test_disk_that_fills_up_while_converting(server, monkeypatch, cache, tmp_path):
+    """The file of half precision still fits, the converted one does not."""
+    entry = small.serve(server, SLOWONLY, monkeypatch.setattr, dtype=torch.float16)
+    (data,) = server.files.values()
+    script = FULL.format(name=SLOWONLY, url=entry.url, sha256=entry.sha256, limit=len(data) + 1000)
+    said, _ = run_python(script, tmp_path, TPN_HUB_NAMESPACE="")
+    first, second = said.splitlines()
+    assert first.startswith("WeightsUnavailableError could not keep")
+    assert "model.safetensors could not be written" in first
+    assert second == "400"
+    assert len(server.requests) == 1
+    assert sorted(os.listdir(cache / SLOWONLY)) == ["config.json", "model.safetensors"]
+
+
+KILLED = """
+import os, signal, small, tpn
+from tpn.zoo import saved
+small.change_entry({name!r}, url={url!r}, sha256={sha256!r})
+def half(tensors, path, metadata):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+saved.save_file = half
+tpn.create_model({name!r}, pretrained=True)
+"""
+
+
+def test_killed_while_converting(server, published, cache, tmp_path):
+    script = KILLED.format(name=SLOWONLY, url=published.url, sha256=published.sha256)
+    process = start_python(script, tmp_path, TPN_HUB_NAMESPACE="")
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    left = os.listdir(cache / SLOWONLY)
+    assert len(left) == 2
+    assert saved.WEIGHTS_FILE not in left
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    assert sorted(os.listdir(cache / SLOWONLY)) == ["config.json", "model.safetensors"]
+    assert len(server.requests) == 1
+
+
+def test_eight_processes_fetch_once(server, published, cache, tmp_path):
+    server.faults = [{"hang": 1}]
+    script = (
+        f"import small, tpn, torch; small.change_entry('{SLOWONLY}', url='{published.url}', sha256='{published.sha256}'); "
+        f"print(tpn.create_model('{SLOWONLY}', pretrained=True).head.fc.weight.sum().item())"
+    )
+    processes = [start_python(script, tmp_path, TPN_HUB_NAMESPACE="") for _ in range(8)]
+    results = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, results
+    assert {out for out, _ in results} == {f"{wanted(server)['head.fc.weight'].sum().item()}\n"}
+    assert len(server.requests) == 1
+
+
+def test_waiting_is_said(published, cache, caplog, monkeypatch):
+    from filelock import FileLock
+
+    caplog.set_level(logging.INFO, logger="tpn")
+    cache.mkdir()
+    other = FileLock(cache / f".{SLOWONLY}.lock")
+    other.acquire()
+    monkeypatch.setattr(sources._logger, "info", lambda *args: (caplog.records.append(args), other.release(force=True)))
+    tpn.create_model(SLOWONLY, pretrained=True)
+    assert caplog.records[0] == ("another process is fetching %s: waiting for it", SLOWONLY)
