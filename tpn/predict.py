@@ -74,6 +74,10 @@ class VideoClassifier:
             raise ValueError(f"pretrained and {sorted(kwargs)} go with a model's name; a built model was given")
         if model.input_spec is None:
             raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+        if model.in_chans != 3:
+            raise ValueError(
+                f"VideoClassifier reads RGB video, the model takes {model.in_chans} channels: give it clips yourself"
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model = model if device is None else model.to(device)

@@ -134,7 +134,7 @@ def _check_start(backbone_pretrained: str | None, pretrained: bool) -> None:
     if backbone_pretrained not in (None, "imagenet"):
         raise ValueError(f"backbone_pretrained must be 'imagenet' or None, got {backbone_pretrained!r}")
     if backbone_pretrained and pretrained:
-        raise ValueError("pass either pretrained=True, which loads the whole model, or backbone_pretrained='imagenet'")
+        raise ValueError("pass one of pretrained=True, which loads the whole model, and backbone_pretrained='imagenet'")
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)

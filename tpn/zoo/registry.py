@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -27,6 +27,7 @@ def create_model(
     *,
     num_classes: int | None = None,
     checkpoint_path: str | PathLike[str] | None = None,
+    backbone_pretrained: Literal["imagenet"] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
@@ -35,14 +36,17 @@ def create_model(
     Args:
         name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch", or a saved model as
             "hf-hub:owner/repository" or "local-dir:folder", whose weights are always loaded.
-        pretrained: load the published weights.
+        pretrained: load the published weights, from where `tpn.zoo.sources` says.
         num_classes: K. Default: that of the weights. With another K than the weights', the classifiers of head
             and auxiliary head are new and untrained; everything else is loaded.
         checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original
             layout, which is found out.
-        cache_dir: where downloaded weights are kept. Default: $TPN_CACHE, else "tpn" in the Hub's home.
+        backbone_pretrained: "imagenet" starts the backbone from timm's ImageNet weights of its depth (`tv_in1k`),
+            inflated to 3D where need be; the rest is untrained.
+        cache_dir: where downloaded weights are kept. Default: $TPN_CACHE, else among the Hub's caches.
         **kwargs: arguments of the model, see `tpn.zoo.factories`: `num_frames`, `flow_order`, `drop_rate`,
-            `shift_shortcut`, ... They are saved with it.
+            `shift_shortcut`, `in_chans`, ... They are saved with it. With `in_chans` other than 3, RGB weights
+            are adapted as timm does for images.
 
     Returns:
         A `TPNClassifier` in training mode, as timm returns it, with `input_spec` and `labels`.
@@ -54,22 +58,22 @@ def create_model(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
-    scheme, _, place = name.partition(":")
-    if scheme in FOLDER_SCHEMES and place:
-        # Before timm reads it: a damaged configuration gets a message of its own.
-        saved.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
+    # Before timm reads a saved model: a damaged configuration gets a message of its own.
+    if _saved_config(name, cache_dir) is not None:
         pretrained = checkpoint_path is None
     else:
         get_weights(name)  # raises if unknown
-    if checkpoint_path is not None:
-        if pretrained:
-            raise ValueError("pass either pretrained=True or checkpoint_path, not both")
-        if num_classes is None:
-            num_classes = _num_classes_in(checkpoint_path)
+    if sum((pretrained, checkpoint_path is not None, backbone_pretrained is not None)) > 1:
+        raise ValueError(
+            "pass one of pretrained=True (which a saved model's name implies), checkpoint_path and backbone_pretrained"
+        )
+    if checkpoint_path is not None and num_classes is None:
+        num_classes = _num_classes_in(checkpoint_path)
     model = timm.create_model(
         name,
         pretrained=pretrained,
         num_classes=num_classes,
+        backbone_pretrained=backbone_pretrained,
         cache_dir=None if cache_dir is None else Path(cache_dir),
         **kwargs,
     )
@@ -115,8 +119,23 @@ def model_info(name: str) -> ModelInfo:
 
 
 def input_spec(model: TPNClassifier | str) -> InputSpec:
-    """Return what a model, or the model of that name, expects to see."""
-    return get_weights(model).input if isinstance(model, str) else model.input_spec
+    """Return what a model, or the model of that name, expects to see: frames, sampling, size, normalisation, transforms.
+
+    A name is anything that `create_model` takes, "hf-hub:owner/repository" and "local-dir:folder" included.
+    """
+    if not isinstance(model, str):
+        spec: InputSpec = model.input_spec
+        return spec
+    config = _saved_config(model)
+    return get_weights(model).input if config is None else InputSpec.from_dict(config["input_spec"])
+
+
+def _saved_config(name: str, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:
+    """Return the configuration of "local-dir:folder" or "hf-hub:owner/repository", None for other names."""
+    scheme, _, place = name.partition(":")
+    if scheme not in FOLDER_SCHEMES or not place:
+        return None
+    return saved.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
 
 
 def _num_classes_in(checkpoint_path: str | PathLike[str]) -> int | None:

@@ -1,0 +1,194 @@
+"""Weights into models: ImageNet starts, other input channels, strange tensors."""
+
+import logging
+
+import pytest
+import small
+import timm
+import torch
+from huggingface_hub import constants
+from recipe import fill
+from safetensors.torch import save
+
+import tpn
+from tpn import CheckpointError, WeightsUnavailableError
+from tpn.zoo.load import load_state_dict
+
+SLOWONLY, TSM = "tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1"
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    """A 2D ResNet-50 with its ImageNet classifier, in timm's names."""
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet50").state_dict()
+    return {name: torch.from_numpy(fill(name, tensor.shape)) for name, tensor in shapes.items()}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [SLOWONLY, "slowonly_r50_32x2_k400", TSM, "tsm_r50_sthv2"])
+def test_imagenet_start(hub, cache, resnet50, name):
+    hub.add("timm/resnet50.tv_in1k", weights=save(resnet50))
+    model = tpn.create_model(name, backbone_pretrained="imagenet", cache_dir=cache)
+    backbone = dict(model.backbone.state_dict())
+    assert backbone.keys() == resnet50.keys() - {"fc.weight", "fc.bias"}
+    for key, tensor in backbone.items():
+        source = resnet50[key]
+        if tensor.ndim == 5:  # a sum over time: what a still image meets
+            assert torch.allclose(tensor.sum(2), source, atol=1e-6)
+            assert (tensor == tensor[:, :, :1]).all()
+        else:
+            assert torch.equal(tensor, source)
+    requests = len(hub.requests)
+    again = tpn.create_model(name, backbone_pretrained="imagenet", cache_dir=cache)
+    assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight)
+    assert len(hub.requests) == requests
+
+
+def test_still_image_gives_the_image_networks_features(hub, cache, resnet50):
+    """Inflated weights see a repeated image as the 2D network sees the image; at both ends of the clip zeros come in."""
+    hub.add("timm/resnet50.tv_in1k", weights=save(resnet50))
+    model = tpn.create_model("slowonly_r50_k400", num_frames=32, backbone_pretrained="imagenet", cache_dir=cache).eval()
+    image_model = timm.create_model("resnet50").eval()
+    image_model.load_state_dict(resnet50)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (maps,) = model.backbone(image.unsqueeze(2).expand(-1, -1, 32, -1, -1))
+        expected = image_model.forward_features(image)
+    assert torch.allclose(maps[:, :, 15], expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_imagenet_start_is_not_saved(hub, cache, resnet50, tmp_path):
+    hub.add("timm/resnet50.tv_in1k", weights=save(resnet50))
+    model = tpn.create_model("tsm_r50_sthv1", backbone_pretrained="imagenet", num_classes=4, in_chans=1, cache_dir=cache)
+    assert torch.allclose(model.backbone.conv1.weight, resnet50["conv1.weight"].sum(1, keepdim=True), atol=1e-6)
+    tpn.save_pretrained(model, tmp_path / "saved")
+    hub.repos.clear()
+    again = tpn.create_model(f"local-dir:{tmp_path / 'saved'}")
+    assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.pop("layer3.2.conv1.weight"), "1 tensors of the model are missing"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 of its tensors are not in the model"),
+        (lambda state: state.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 have another shape"),
+        (lambda state: state["bn1.weight"].fill_(float("nan")), "backbone.bn1.weight holds NaN"),
+    ],
+)
+def test_imagenet_start_is_strict(hub, cache, resnet50, change, says):
+    state = {name: tensor.clone() for name, tensor in resnet50.items()}
+    change(state)
+    hub.add("timm/resnet50.tv_in1k", weights=save(state))
+    with pytest.raises(CheckpointError, match=says):
+        tpn.create_model("tsm_r50_sthv1", backbone_pretrained="imagenet", cache_dir=cache)
+
+
+def test_imagenet_start_that_cannot_be_fetched(hub, cache):
+    with pytest.raises(WeightsUnavailableError, match=r"there is no repository timm/resnet101.tv_in1k on the Hub"):
+        tpn.create_model("tpn_slowonly_r101_k400", backbone_pretrained="imagenet", cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"backbone_pretrained": "kinetics"}, "backbone_pretrained must be 'imagenet' or None, got 'kinetics'"),
+        ({"backbone_pretrained": True}, "backbone_pretrained must be 'imagenet' or None, got True"),
+        ({"backbone_pretrained": "imagenet", "pretrained": True}, "pass one of pretrained=True"),
+        ({"backbone_pretrained": "imagenet", "checkpoint_path": "x.pth"}, "pass one of pretrained=True"),
+    ],
+)
+def test_imagenet_start_refused(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        tpn.create_model(SLOWONLY, **kwargs)
+
+
+# Input channels
+
+
+@pytest.mark.parametrize("name", [SLOWONLY, TSM])
+@pytest.mark.parametrize("in_chans", [1, 2, 5, 10])
+def test_stem_is_adapted_as_timm_does(name, in_chans, caplog):
+    caplog.set_level(logging.INFO, logger="tpn")
+    source = tpn.create_model(name, base_channels=4)
+    model = tpn.create_model(name, base_channels=4, in_chans=in_chans)
+    load_state_dict(model, source.state_dict())
+    rgb, adapted = source.backbone.conv1.weight, model.backbone.conv1.weight
+    assert adapted.shape == (4, in_chans, *rgb.shape[2:])
+    gray = torch.randn(1, 1, 8, 32, 32)
+    stems = [m.backbone.conv1 if rgb.ndim == 5 else (lambda x, m=m: m.backbone.conv1(x[:, :, 0])) for m in (source, model)]
+    if in_chans == 1:  # a gray image gives what the same image as RGB gives
+        assert torch.allclose(stems[1](gray), stems[0](gray.expand(-1, 3, -1, -1, -1)), atol=1e-5)
+    else:
+        for i in range(in_chans):
+            assert torch.allclose(adapted[:, i], rgb[:, i % 3] * 3 / in_chans)
+    rest = {k: v for k, v in source.state_dict().items() if k != "backbone.conv1.weight"}
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in rest.items())
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the state dict takes RGB, the model {in_chans} channels: the stem's weights were adapted"
+    ]
+
+
+def test_input_spec_of_other_channels():
+    spec = tpn.create_model(SLOWONLY, base_channels=4, in_chans=2).input_spec
+    assert spec.mean == (sum(tpn.input_spec(SLOWONLY).mean) / 3,) * 2
+    assert spec.normalize(torch.zeros(8, 2, 16, 16, dtype=torch.uint8)).shape == (2, 8, 16, 16)
+
+
+def test_adapted_model_comes_back_as_it_is(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tpn")
+    model = tpn.create_model(SLOWONLY, base_channels=4, in_chans=2)
+    tpn.save_pretrained(model, tmp_path)
+    again = tpn.create_model(f"local-dir:{tmp_path}")
+    assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight)
+    assert caplog.records == []
+
+
+def test_other_channels_do_not_become_rgb():
+    flow = tpn.create_model(SLOWONLY, base_channels=4, in_chans=2)
+    with pytest.raises(CheckpointError, match=r"backbone.conv1.weight \(4, 2, 1, 7, 7\) instead of \(4, 3, 1, 7, 7\)"):
+        load_state_dict(tpn.create_model(SLOWONLY, base_channels=4), flow.state_dict())
+
+
+def test_video_classifier_wants_rgb():
+    with pytest.raises(ValueError, match="reads RGB video, the model takes 2 channels"):
+        tpn.VideoClassifier(tpn.create_model(SLOWONLY, base_channels=4, in_chans=2))
+
+
+# Strange tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_converted(dtype):
+    source = small.random_model(TSM).to(dtype)
+    model = tpn.create_model(TSM, base_channels=4)
+    load_state_dict(model, source.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.int64 if name.endswith("batches_tracked") else torch.float32)
+        assert torch.equal(tensor, source.state_dict()[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("head.fc.weight", torch.zeros(174, 9), r"head.fc.weight \(174, 9\) instead of \(174, 128\)"),
+        (
+            "neck.pyramid_fusion.bn.weight",
+            torch.full((128,), float("inf")),
+            "neck.pyramid_fusion.bn.weight holds NaN or infinite",
+        ),
+        ("backbone.bn1.weight", torch.ones(4, dtype=torch.int8), "backbone.bn1.weight is torch.int8, expected torch.float32"),
+    ],
+)
+def test_strange_tensors(name, tensor, says):
+    model = tpn.create_model(TSM, base_channels=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=says):
+        load_state_dict(model, small.random_model(TSM).state_dict() | {name: tensor})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
