@@ -1,55 +1,32 @@
 """Everything the README shows runs, in one process as one reader would type it, without the internet."""
 
-import hashlib
-import http.server
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
+import torch
+from recipe import sketch_state_dict
+from servers import run_python
 
 import tpn
 from tpn.zoo import saved, sources
-from tpn.zoo.weights import get_weights
+from tpn.zoo.weights import WEIGHTS, get_weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def snippets(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+WEIGHTS_PAGE = ROOT / "docs" / "weights.md"
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of a Hugging Face Hub that a download of one file asks for."""
-
-    folder: Path
-
-    def do_HEAD(self):
-        match = re.fullmatch(r"/me/my-tpn/resolve/main/([\w.]+)", self.path)
-        file = self.folder / match[1] if match else None
-        if file is None or not file.is_file():
-            self.send_error(404)
-            return None
-        data = file.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        return data
-
-    def do_GET(self):
-        data = self.do_HEAD()
-        if data is not None:
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
+def snippets(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -67,34 +44,56 @@ def machine(tmp_path_factory):
     repo.mkdir(parents=True)
     shutil.copy(ROOT / "hubconf.py", repo)
     shutil.copytree(ROOT / "tpn", repo / "tpn", ignore=shutil.ignore_patterns("__pycache__"))
-    env = os.environ | {
+    env = {
         "TPN_CACHE": str(root / "cache"),
         "TORCH_HOME": str(root / "torch"),
         "HF_HOME": str(root / "hf"),
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    env.pop("HF_HUB_OFFLINE", None)
     yield root / "work", env
     shutil.rmtree(root)
 
 
 @pytest.mark.slow
-def test_python_snippets(machine):
+def test_python_snippets(machine, hub):
     folder, env = machine
-    handler = type("Handler", (Hub,), {"folder": folder / "my-tpn"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        script = "\n".join(snippets("python")) + "\nprint('end', features.shape, model.num_classes, model.labels[11])\n"
-        env = env | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "end torch.Size([2, 2048, 1, 7, 7]) 12 my class 11"
-    assert re.match(r"\d+\.\d%  \w", done.stdout)
+    script = "\n".join(snippets("python")) + "\nprint('end', features.shape, model.num_classes, model.labels[11])\n"
+    said, _ = run_python(script, folder, **env, HF_TOKEN=hub.token)
+    assert said.splitlines()[-1] == "end torch.Size([2, 2048, 1, 7, 7]) 12 my class 11"
+    assert re.match(r"\d+\.\d%  \w", said)
+    assert sorted(hub.repos["me/my-tpn"][-1]) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.slow
+def test_weights_page(machine, hub):
+    folder, env = machine
+    page = WEIGHTS_PAGE.read_text(encoding="utf-8")
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet50").state_dict()
+    hub.add(
+        "timm/resnet50.tv_in1k",
+        weights=safetensors.torch.save({k: torch.ones(v.shape, dtype=v.dtype) for k, v in shapes.items()}),
+    )
+    tpn.save_pretrained(tpn.create_model("tsm_r50_sthv2", base_channels=4), folder / "my-tpn")
+    said, _ = run_python("\n".join(snippets("python", page)) + "\nprint(train, test)", folder, **env, HF_TOKEN=hub.token)
+    assert "TrainTransform" in said
+    assert list(hub.repos) == ["timm/resnet50.tv_in1k", "me/my-tpn"]
+
+    torch.save(sketch_state_dict("original_tpn_slowonly_r101_32x2"), folder / "FILE")
+    convert, publish = (block.split()[1:] for block in snippets("bash", page))
+    for arguments in (convert, publish):
+        said, _ = run_python(f"import sys; sys.argv = {['tpn', *arguments]}; from tpn.cli import main; main()", folder, **env)
+    assert re.search(r"^to publish +tpn-zoo/tpn_slowonly_r101_32x2_k400.original  \w{64}$", said, re.MULTILINE)
+
+
+def test_table_of_the_weights_page(tmp_path):
+    copy = shutil.copy(WEIGHTS_PAGE, tmp_path)
+    subprocess.run(
+        [sys.executable, ROOT / "docs" / "weights_table.py", copy], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
+    assert Path(copy).read_text(encoding="utf-8") == WEIGHTS_PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in Path(copy).read_text(encoding="utf-8") for name in WEIGHTS)
 
 
 @pytest.mark.slow
@@ -106,7 +105,7 @@ def test_shell_snippets(machine):
     assert len(commands) == 5
     for command in commands:
         command = re.sub(r"^tpn ", f"{sys.executable} -m tpn ", command)
-        done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout or "wrote my-tpn" in done.stderr
 

@@ -1,5 +1,6 @@
 """Real videos: what needs a folder of them, `$TPN_REFERENCE/video`."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,10 +11,25 @@ from recipe import upstream_state_dict
 
 import tpn
 from tpn.video.decode import VideoError, probe, read_frames
+from tpn.zoo.weights import WEIGHTS
 
 pytestmark = pytest.mark.skipif("TPN_REFERENCE" not in os.environ, reason="set TPN_REFERENCE to a folder with reference videos")
 VIDEOS = Path(os.environ.get("TPN_REFERENCE", "."), "video")
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_table_of_published_weights():
+    """Every published checkpoint is an entry, with the facts that its publisher gives."""
+    published = json.loads((VIDEOS.parent / "upstream_weights.json").read_text())
+    assert {f"{row['model']}.{row['tag']}" for row in published} == WEIGHTS.keys()
+    for row in published:
+        entry = WEIGHTS[f"{row['model']}.{row['tag']}"]
+        assert (entry.layout, entry.url, entry.sha256) == (row["layout"], row["url"], row["sha256_prefix"])
+        assert (entry.dataset.title.lower().replace(" ", "-"), entry.dataset.num_classes) == (row["dataset"], row["num_classes"])
+        assert (entry.input.num_frames, entry.input.frame_interval) == (row["num_frames"], row["frame_interval"])
+        assert (entry.reported_top1, entry.reported_top5) == (row["reported_top1"], row["reported_top5"])
+        assert entry.initialised_from == row["initialised_from"]
+        assert row["params"] in (None, tpn.model_info(entry.name).params)
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
 """`pretrained=True`: every place that weights come from, in order, and what is said where one fails."""
 
 import hashlib
+import json
 import logging
 import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 import timm
 import torch
 from huggingface_hub import constants
+from recipe import FIXTURES, clip, upstream_state_dict
 from safetensors.torch import save
 from servers import ROOT, run_python, start_python
 from small import BY_HAND, SLOWONLY, TSM
@@ -20,7 +24,7 @@ from small import BY_HAND, SLOWONLY, TSM
 import tpn
 from tpn import WeightsUnavailableError
 from tpn.zoo import download, saved, sources
-from tpn.zoo.weights import HUB_NAMESPACE
+from tpn.zoo.weights import HUB_NAMESPACE, get_weights
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -485,3 +489,28 @@ def test_waiting_is_said(published, cache, caplog, monkeypatch):
     monkeypatch.setattr(sources._logger, "info", lambda *args: (caplog.records.append(args), other.release(force=True)))
     tpn.create_model(SLOWONLY, pretrained=True)
     assert caplog.records[0] == ("another process is fetching %s: waiting for it", SLOWONLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [SLOWONLY, TSM])
+def test_real_size_gives_the_reference_logits(server, monkeypatch, cache, name):
+    """The whole way of a published checkpoint, with the reference implementation's logits at its end."""
+    manifest = small.MANIFESTS[name]
+    torch.save({"meta": {}, "state_dict": upstream_state_dict(manifest)}, cache.parent / "file.pth")
+    data = (cache.parent / "file.pth").read_bytes()
+    digits = hashlib.sha256(data).hexdigest()[:8]
+    entry = get_weights(name)
+    path = f"/{Path(entry.url).name.rpartition('-')[0]}-{digits}.pth"
+    server.files[path] = data
+    changed = replace(entry, url=server.url + path, sha256=digits)
+    monkeypatch.setattr(small.weights, "WEIGHTS", {**small.weights.WEIGHTS, name: changed})
+    server.faults = [{"status": 503}, {"cut": 0.6}]
+    expected = np.load(FIXTURES / f"{manifest}_s0_64x64.npz")
+    meta = json.loads(str(expected["meta"]))
+    x = torch.from_numpy(clip(tuple(meta["input"]), meta["seed"]))
+    for attempt in ("from the publisher", "from the cache", "offline"):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", attempt == "offline")
+        with torch.inference_mode():
+            logits = tpn.create_model(name, pretrained=True).eval()(x)
+        assert (logits - torch.from_numpy(expected["logits"])).abs().max() <= 2e-5 * np.abs(expected["logits"]).max(), attempt
+        assert len(server.requests) == 3

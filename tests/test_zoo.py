@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import warnings
+from dataclasses import FrozenInstanceError
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ import torch
 
 import tpn
 from tpn.zoo import factories
-from tpn.zoo.weights import STHV1, STHV2, WEIGHTS
+from tpn.zoo.weights import HUB_NAMESPACE, STHV1, STHV2, WEIGHTS
 
 
 def narrow(name, **kwargs):
@@ -52,6 +53,13 @@ def test_entry(entry):
         assert not entry.model_args
     assert entry.input.num_crops == 3
     assert entry.input.flip == (entry.layout == "original" and family == "slowonly")
+
+    assert entry.license == "apache-2.0"
+    assert entry.repo_id == f"{HUB_NAMESPACE}/{entry.name}"
+    assert (entry.revision, entry.measured_top1, entry.measured_top5) == (None, None, None)
+    assert entry.converted_sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.converted_sha256)
+    with pytest.raises(FrozenInstanceError):
+        entry.url = "elsewhere"
 
     labels = entry.dataset.labels
     assert len(labels) == len(set(labels)) == entry.dataset.num_classes

@@ -53,9 +53,11 @@ def list_(
             typer.echo(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("model", "params", "GMACs", "frames x interval", "dataset", "top-1", "top-5", "source")
+    columns = ["model", "params", "GMACs", "frames x interval", "dataset", "top-1", "top-5", "source"]
+    if weights:
+        columns.append("weights")
     for column in columns:
-        table.add_column(column, no_wrap=True, justify="left" if column in ("model", "dataset", "source") else "right")
+        table.add_column(column, no_wrap=True, justify="left" if column in ("model", "dataset", "source", "weights") else "right")
     for row in rows:
         table.add_row(row["model" if weights else "architecture"], *(row["shown"][c] for c in columns[1:]))
     console = Console()
@@ -192,6 +194,7 @@ def _facts(name: str) -> dict[str, Any]:
     """Return what `list` and `info` print of "model" or "model.tag"."""
     about = tpn.model_info(name)
     w, spec = about.weights, about.weights.input
+    here = sources.cached(sources.cache_folder(w)) is not None
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
     measured = "not yet" if w.measured_top1 is None else f"{w.measured_top1:.2f}"
     return {
@@ -207,6 +210,10 @@ def _facts(name: str) -> dict[str, Any]:
         "protocol": w.protocol,
         "source": w.source,
         "url": w.url,
+        "sha256": w.sha256,
+        "repo_id": w.repo_id,
+        "license": w.license,
+        "cached": here,
         "shown": {
             "params": f"{about.params / 1e6:.1f} M",
             "GMACs": f"{about.gmacs:.1f}",
@@ -215,6 +222,7 @@ def _facts(name: str) -> dict[str, Any]:
             "top-1": f"{w.reported_top1:.2f}",
             "top-5": "" if w.reported_top5 is None else f"{w.reported_top5:.2f}",
             "source": w.source,
+            "weights": "in the cache" if here else "by hand" if w.manual else "direct link",
         },
         "details": {
             "accuracy": f"reported upstream; measured by this project: {measured}",
@@ -222,7 +230,8 @@ def _facts(name: str) -> dict[str, Any]:
             "classes": str(w.dataset.num_classes),
             "initialised from": w.initialised_from or "random",
             "note": w.note,
-            "weights": w.url + (" (to be fetched by hand)" if w.manual else ""),
+            "license": w.license,
+            "link": w.url,
             "other tags": ", ".join(e.tag for e in WEIGHTS.values() if e.model == w.model and e is not w) or "none",
         },
     }
