@@ -143,15 +143,9 @@ def convert(
 ) -> None:
     """Write a checkpoint as safetensors with its configuration, for local-dir:FOLDER or pretrained=True."""
     weights = get_weights(model)
-    built = tpn.create_model(weights.name, checkpoint_path=checkpoint)
-    if output is None and built.num_classes != weights.dataset.num_classes:
-        raise ValueError(
-            f"{checkpoint} has {built.num_classes} classes, {weights.name} has {weights.dataset.num_classes}: "
-            "it is not the published checkpoint; give it a folder of its own with --output"
-        )
-    folder = tpn.save_pretrained(built, output or sources.cache_folder(weights))
-    how = f'"local-dir:{folder}"' if output else f'"{weights.name}", pretrained=True'
-    err.print(f"wrote {folder}; load it with tpn.create_model({how})")
+    path = sources.store(weights, checkpoint, output or sources.cache_folder(weights), published=output is None)
+    how = f'"local-dir:{path.parent}"' if output else f'"{weights.name}", pretrained=True'
+    err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
 
 
 @app.command()

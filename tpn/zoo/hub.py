@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from tpn.zoo.checkpoint import is_whole
 
-NOT_STORED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+NOT_STORED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 """What goes wrong on this side: no room, or no right to write."""
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -136,7 +136,7 @@ def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
         if isinstance(e, OSError) and e.errno in NOT_STORED:
             return WeightsUnavailableError(
                 f"{name} of {repo} could not be stored: {e.filename or constants.HF_HUB_CACHE}: {e.strerror}; "
-                "choose another place with HF_HOME or cache_dir"
+                "choose another place with HF_HOME, TPN_CACHE or cache_dir"
             )
     return HubUnreachableError(f"{where} could not be reached: {_reason(causes)}")
 

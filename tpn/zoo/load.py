@@ -3,8 +3,10 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import adapt_input_conv
@@ -72,6 +74,15 @@ def num_classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
+def num_classes_in(path: str | PathLike[str]) -> int | None:
+    """Return the number of classes of a checkpoint file in any layout; None if it has no classifier."""
+    tensors, _ = read_checkpoint(path)
+    try:
+        return num_classes_of(convert_state_dict(tensors)[0])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
     """Make the RGB convolution `name` one for `in_chans` channels: their sum for one channel, else repeated and scaled."""
     weight = state_dict.get(name)
@@ -120,8 +131,7 @@ def _check_shift(model: TPNClassifier, layout: str, metadata: Mapping[str, str])
     if not isinstance(model.backbone, ResNetTSM):
         return
     if layout == "tpn":
-        args = json.loads(metadata.get("model", "{}")).get("model_args", {})
-        trained = args.get("shift_shortcut", model.backbone.shift_shortcut)
+        trained = _model_args(metadata).get("shift_shortcut", model.backbone.shift_shortcut)
     else:
         trained = layout == "original"
     if trained != model.backbone.shift_shortcut:
@@ -129,3 +139,10 @@ def _check_shift(model: TPNClassifier, layout: str, metadata: Mapping[str, str])
             f"the weights were trained with shift_shortcut={trained}, the model was built with "
             f"shift_shortcut={model.backbone.shift_shortcut}; pass shift_shortcut={trained} to create_model"
         )
+
+
+def _model_args(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the model arguments that `save_pretrained` wrote into a safetensors file; none in files of others."""
+    with suppress(ValueError, AttributeError):
+        return dict(json.loads(metadata["model"]).get("model_args", {})) if "model" in metadata else {}
+    return {}

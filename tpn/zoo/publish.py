@@ -50,13 +50,14 @@ def push_to_hub(
     Returns the address of the repository. Raises UploadError.
     """
     api = HfApi(token=token, library_name="tpn")
-    with tempfile.TemporaryDirectory() as temporary, uploading(repo_id):
+    with tempfile.TemporaryDirectory() as temporary:
         folder = saved.save_pretrained(model, temporary)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        card = None
-        if not api.file_exists(repo_id, CARD_FILE, revision=revision):
-            card = model_card(saved.read_config(folder), repo_id, license=license)
-        _commit(api, repo_id, folder, card, commit_message, revision)
+        with uploading(repo_id):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            card = None
+            if not api.file_exists(repo_id, CARD_FILE, revision=revision):
+                card = model_card(saved.read_config(folder), repo_id, license=license)
+            _commit(api, repo_id, folder, card, commit_message, revision)
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -136,6 +137,10 @@ def model_card(config: dict[str, Any], repo_id: str, *, entry: Weights | None = 
         if entry
         else "Trained with tpn, an implementation of the [Temporal Pyramid Network](https://arxiv.org/abs/2004.03548)."
     )
+    in_chans = len(spec.mean)
+    classify = """
+classify = tpn.VideoClassifier(model)  # sampling, transform and class names come with the weights
+print(classify("video.mp4").top(5))"""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -151,12 +156,10 @@ A video classifier. {origin}
 ```python
 import tpn
 
-model = tpn.create_model("hf-hub:{repo_id}").eval()
-classify = tpn.VideoClassifier(model)  # sampling, transform and class names come with the weights
-print(classify("video.mp4").top(5))
+model = tpn.create_model("hf-hub:{repo_id}").eval(){classify if in_chans == 3 else ""}
 ```
 
-The model takes normalised clips (B, {len(spec.mean)}, {spec.num_frames}, H, W); `tpn.input_spec(model)` says how they are
+The model takes normalised clips (B, {in_chans}, {spec.num_frames}, H, W); `tpn.input_spec(model)` says how they are
 sampled and normalised. `timm.create_model("hf-hub:{repo_id}", pretrained=True)` works too, after `import tpn`.
 
 ## Citation

@@ -14,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo import factories, load, saved
-from tpn.zoo.checkpoint import read_checkpoint
-from tpn.zoo.convert import CheckpointError, convert_state_dict
 from tpn.zoo.weights import Weights, get_weights
 
 FOLDER_SCHEMES = ("hf-hub", "local-dir")
@@ -68,7 +66,7 @@ def create_model(
             "pass one of pretrained=True (which a saved model's name implies), checkpoint_path and backbone_pretrained"
         )
     if checkpoint_path is not None and num_classes is None:
-        num_classes = _num_classes_in(checkpoint_path)
+        num_classes = load.num_classes_in(checkpoint_path)
     model = timm.create_model(
         name,
         pretrained=pretrained,
@@ -136,11 +134,3 @@ def _saved_config(name: str, cache_dir: str | PathLike[str] | None = None) -> di
     if scheme not in FOLDER_SCHEMES or not place:
         return None
     return saved.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)
-
-
-def _num_classes_in(checkpoint_path: str | PathLike[str]) -> int | None:
-    tensors, _ = read_checkpoint(checkpoint_path)
-    try:
-        return load.num_classes_of(convert_state_dict(tensors)[0])
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint_path}: {error}") from None

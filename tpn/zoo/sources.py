@@ -14,23 +14,24 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import timm
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
 from timm.models import PretrainedCfg
 
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import load, saved
 from tpn.zoo.checkpoint import is_whole
+from tpn.zoo.convert import CheckpointError
 from tpn.zoo.download import DownloadError, download, file_sha256
 from tpn.zoo.hub import HubUnreachableError, NoRepositoryError, WeightsUnavailableError, hub_file
 from tpn.zoo.weights import HUB_NAMESPACE, Weights
+
+ELSEWHERE = "choose another place with TPN_CACHE or cache_dir"
 
 Folder = str | PathLike[str] | None
 
@@ -65,7 +66,7 @@ def load_imagenet(model: TPNClassifier, cache_dir: Folder = None) -> None:
 
 
 def cache_root(cache_dir: Folder = None) -> Path:
-    return Path(cache_dir or os.environ.get("TPN_CACHE") or Path(constants.HF_ASSETS_CACHE, "tpn"))
+    return Path(cache_dir or os.environ.get("TPN_CACHE") or Path(constants.HF_ASSETS_CACHE, "tpn")).expanduser()
 
 
 def cache_folder(entry: Weights, cache_dir: Folder = None) -> Path:
@@ -94,9 +95,18 @@ def resolve(entry: Weights, *, cache_dir: Folder = None, url: str | None = None)
     return path
 
 
-def store(entry: Weights, checkpoint: str | PathLike[str], folder: Path) -> Path:
-    """Convert a published checkpoint to `folder`; return the path of the weights there."""
-    model = timm.create_model(entry.name)
+def store(entry: Weights, checkpoint: str | PathLike[str], folder: Path, *, published: bool) -> Path:
+    """Convert a checkpoint of an entry's architecture to `folder`; return the path of the weights there.
+
+    published: whether it must be the entry's own checkpoint, as far as the number of classes tells.
+    """
+    num_classes, expected = load.num_classes_in(checkpoint), entry.dataset.num_classes
+    if published and num_classes != expected:
+        raise CheckpointError(
+            f"{checkpoint} has {num_classes} classes, {entry.name} has {expected}: it is not the published checkpoint "
+            "(tpn convert --output FOLDER keeps others)"
+        )
+    model = timm.create_model(entry.name, num_classes=num_classes)
     assert isinstance(model, TPNClassifier)
     load.load_checkpoint(model, checkpoint)
     return saved.save_pretrained(model, folder) / saved.WEIGHTS_FILE
@@ -128,10 +138,13 @@ def _link_of(entry: Weights, url: str | None) -> _Link:
 def cached(folder: Path) -> Path | None:
     """Return the weights in a cache folder; None if there are none, or, with a warning, if they are damaged."""
     path = folder / saved.WEIGHTS_FILE
-    if not path.is_file():
-        return None
-    if is_whole(path):
-        return path
+    try:
+        if not path.is_file():
+            return None
+        if is_whole(path):
+            return path
+    except OSError as error:
+        raise WeightsUnavailableError(f"could not read {path}: {error.strerror or error}; {ELSEWHERE}") from error
     _logger.warning("%s is truncated or damaged, and will be replaced", path)
     return None
 
@@ -175,13 +188,14 @@ def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None 
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        # Of several processes that want the same weights, one fetches them.
+        with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
             path = cached(folder)
             if path is None:
                 for left_over in folder.glob(saved.INCOMPLETE + "*"):  # by a process that was killed
                     shutil.rmtree(left_over)
                 download(link.url, folder / file, link.sha256)
-                path = store(entry, folder / file, folder)
+                path = store(entry, folder / file, folder, published=link.from_table)
                 (folder / file).unlink()
             return path
     except DownloadError as error:
@@ -189,21 +203,4 @@ def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None 
             f"could not download {link.url}: {error}. Try again later, or fetch the file by other means and run: {by_hand}"
         ) from error
     except OSError as error:
-        raise WeightsUnavailableError(
-            f"could not keep {file} in {folder}: {error.strerror or error}; choose another place with TPN_CACHE or cache_dir"
-        ) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache folder: of several processes that want the same weights, one fetches them."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), mode=0o666)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _logger.info("another process is fetching %s: waiting for it", folder.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        raise WeightsUnavailableError(f"could not keep {file} in {folder}: {error.strerror or error}; {ELSEWHERE}") from error
