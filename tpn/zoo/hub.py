@@ -28,6 +28,9 @@ NOT_STORED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
+ATTEMPTS = 3
+"""Tries of a transfer that broke; old versions of the client do not go on by themselves."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -67,16 +70,23 @@ def hub_file(repo: str, name: str, *, cache_dir: str | PathLike[str] | None = No
         cache_dir=None if cache_dir is None else Path(cache_dir),
         library_name="tpn",
     )
-    try:
-        path = _cached(get) if prefer_cached else None
-        path = path or Path(get())
-        if path.suffix == ".safetensors" and not is_whole(path):
-            _logger.warning("%s is truncated or damaged: fetching it again", path)
-            path = Path(get(force_download=True))
-    # The client passes on what its HTTP library raises, which is another one in each of its major versions.
-    except Exception as error:
-        raise _explain(error, repo, name) from error
-    return path
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            path = _cached(get) if prefer_cached else None
+            path = path or Path(get())
+            if path.suffix == ".safetensors" and not is_whole(path):
+                _logger.warning("%s is truncated or damaged: fetching it again", path)
+                path = Path(get(force_download=True))
+            return path
+        # The client passes on what its HTTP library raises, which is another one in each of its major versions.
+        except Exception as error:
+            explained = _explain(error, repo, name)
+            started = isinstance(explained, HubUnreachableError) and not isinstance(error, LocalEntryNotFoundError | ValueError)
+            if not started or tries == ATTEMPTS:
+                raise explained from error
+            _logger.info("%s; going on with what has arrived", explained)
 
 
 def _cached(get: "partial[str]") -> Path | None:
