@@ -36,3 +36,21 @@ def server():
     server = Server()
     yield server
     server.close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of weights; downloads do not wait long before they try again."""
+    from tpn.zoo import download
+
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    monkeypatch.setenv("TPN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def published(server, monkeypatch):
+    """Serve a narrow checkpoint in the place of a direct link; return its entry."""
+    import small
+
+    return small.serve(server, small.SLOWONLY, monkeypatch.setattr)

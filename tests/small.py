@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import tempfile
 from dataclasses import replace
 
 import torch
 from recipe import our_names
+from safetensors.torch import save
 
 import tpn
 from tpn.zoo import publish, weights
@@ -53,3 +55,28 @@ def serve(server, name, setattr=setattr, **kwargs):
     path = f"/weights/{MANIFESTS[name]}-{sha256[:8]}.pth"
     server.files[path] = data
     return change_entry(name, setattr, url=server.url + path, sha256=sha256[:8])
+
+
+def put_on_hub(hub, repo_id, seed=5):
+    torch.manual_seed(seed)
+    model = random_model(SLOWONLY)
+    return model.state_dict(), hub.add(repo_id, weights=save(model.state_dict()))
+
+
+def wanted(server):
+    """The tensors of the one checkpoint on a file server, in our layout."""
+    (data,) = server.files.values()
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        file.write(data)
+        file.flush()
+        return tpn.create_model(SLOWONLY, checkpoint_path=file.name).state_dict()
+
+
+def same(model, tensors):
+    return all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def one_line(caplog):
+    """The line that says where the weights come from."""
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("weights of")]
+    return line
