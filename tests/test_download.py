@@ -63,7 +63,7 @@ def test_cut_connection_is_resumed(server, fetch, share, ranges):
 
 def test_connection_that_always_breaks(server, fetch):
     server.faults, server.forever = [{"cut": 0.0}], True
-    with pytest.raises(DownloadError, match=r"connection to 127.* broke.*5 tries"):
+    with pytest.raises(DownloadError, match=r"connection to 127.* broke.*, 5 times in a row"):
         fetch()
     assert len(server.requests) == module.ATTEMPTS
     server.faults = []
@@ -133,7 +133,7 @@ def test_passing_answers_are_tried_again(server, fetch, status):
 
 def test_500_forever(server, fetch):
     server.faults, server.forever = [{"status": 500}], True
-    with pytest.raises(DownloadError, match=r"answered 500 .*\(5 tries in a row\)"):
+    with pytest.raises(DownloadError, match=r"answered 500 .*, 5 times in a row"):
         fetch()
     assert len(server.requests) == module.ATTEMPTS
 

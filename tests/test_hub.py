@@ -10,7 +10,7 @@ import pytest
 import small
 import timm
 from huggingface_hub import constants
-from small import SLOWONLY, one_line, put_on_hub, same, wanted
+from small import BY_HAND, SLOWONLY, one_line, put_on_hub, same, wanted
 
 import tpn
 from tpn import WeightsUnavailableError
@@ -60,6 +60,15 @@ def test_revision_is_pinned(hub, monkeypatch, cache):
         tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "3")
 
 
+def test_hub_is_not_asked_for_another_link(server, published, hub):
+    put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
+    (path,) = server.files
+    server.files[f"/mirror{path}"] = server.files.pop(path)
+    overlay = {"url": f"{server.url}/mirror{path}"}
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay), wanted(server))
+    assert hub.requests == []
+
+
 def test_file_on_the_hub_is_the_known_one(hub, monkeypatch):
     repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
     expected, _ = put_on_hub(hub, repo_id)
@@ -82,6 +91,15 @@ def test_hub_that_is_down_is_named(server, published, hub, caplog, monkeypatch):
         warning,
     )
     assert same(model, wanted(server))
+
+
+def test_hub_that_is_down_and_nobody_else_to_ask(hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.down = 503
+    with pytest.raises(
+        WeightsUnavailableError, match=r"could not be reached: status 503\. The weights of .* by hand: open https"
+    ):
+        tpn.create_model(BY_HAND, pretrained=True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_by_hand(server, monkeypatch, tmp_path, cache):
     with pytest.raises(WeightsUnavailableError) as caught:
         tpn.create_model(BY_HAND, pretrained=True)
     assert str(caught.value) == (
-        f"the weights of {BY_HAND} have to be fetched by hand: open {entry.url} in a browser, save the file, then run: "
+        f"The weights of {BY_HAND} have to be fetched by hand: open {entry.url} in a browser, save the file, then run: "
         f"tpn convert FILE --model {BY_HAND}"
     )
     data, _ = small.upstream_file(BY_HAND)
@@ -226,14 +227,19 @@ except Exception as error:
 """
 
 
-def test_read_only_cache(server, published, tmp_path):
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o055 != 0o055:
-            os.chmod(folder, 0o755)
-    cache = tmp_path / "readonly"
+@pytest.fixture
+def open_folder():
+    """A folder that every user may enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory(prefix="tpn-tests-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_read_only_cache(server, published, open_folder):
+    cache = open_folder / "readonly"
     cache.mkdir(mode=0o555)
     script = READ_ONLY.format(name=SLOWONLY, url=published.url, sha256=published.sha256)
-    environment = {"TPN_CACHE": str(cache), "TPN_HUB_NAMESPACE": "", "HF_HOME": str(tmp_path / "hf")}
+    environment = {"TPN_CACHE": str(cache), "TPN_HUB_NAMESPACE": "", "HF_HOME": str(open_folder / "hf")}
     said, _ = run_python(script, ROOT, **environment)
     name = Path(published.url).name
     assert said.startswith(

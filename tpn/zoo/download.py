@@ -94,11 +94,11 @@ def _fetch(url: str, partial: Path) -> None:
         except _PassingError as error:
             failures = 1 if _size(partial) > before else failures + 1
             if failures >= ATTEMPTS:
-                raise DownloadError(f"{error} ({failures} tries in a row)") from error
+                raise DownloadError(f"{error}, {failures} times in a row") from error
             wait = BACKOFF * 2 ** (failures - 1) if error.wait is None else error.wait
             if wait > LONGEST_WAIT:
                 raise DownloadError(f"{error}, and asks to wait {wait:.0f} s") from error
-            _logger.info("%s: %s; trying again in %.1f s", url, error, wait)
+            _logger.warning("%s: %s; trying again in %.1f s", url.rpartition("/")[2], error, wait)
             time.sleep(wait)
 
 
@@ -120,7 +120,10 @@ def _transfer(url: str, partial: Path) -> None:
             total = have + int(response.headers.get("Content-Length") or 0)
             _append(response, partial, have, total)
     except requests.exceptions.SSLError as error:
-        raise DownloadError(f"the certificate of {_host(url)} was not accepted ({_tail(error)})") from error
+        raise DownloadError(
+            f"the certificate of {_host(url)} was not accepted ({_tail(error)}); "
+            "if your network has its own, name it in REQUESTS_CA_BUNDLE"
+        ) from error
     except requests.exceptions.ConnectTimeout as error:
         raise _PassingError(f"{_host(url)} did not answer within {timeout[0]:.0f} s") from error
     except requests.exceptions.ReadTimeout as error:
@@ -201,6 +204,7 @@ def _host(url: str) -> str:
 
 
 def _tail(error: Exception) -> str:
-    """The last and most telling part of what urllib3 packs into its messages."""
-    text = str(error).rpartition("Caused by ")[2].strip("()' \"")
-    return text.rpartition(": ")[2].strip("()' \"\n") or type(error).__name__
+    """The last and most telling part of the messages that requests and urllib3 wrap around each other."""
+    inner = error.args[0] if error.args else error
+    text = str(getattr(inner, "reason", inner))
+    return text.rpartition(": ")[2].strip() or type(error).__name__

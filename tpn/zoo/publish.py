@@ -96,7 +96,7 @@ def publish(
         repo_id = f"{namespace}/{entry.name}"
         path = sources.cached(sources.cache_folder(entry, cache_dir))
         if path is None and entry.manual:
-            yield Publication(entry, repo_id, "not here", f"fetch {entry.url}, then: tpn convert FILE --model {entry.name}")
+            yield Publication(entry, repo_id, "not here", f"fetch {entry.url}, then: {sources.convert_command(entry)}")
         elif dry_run and path is None:
             yield Publication(entry, repo_id, "to fetch and publish", "")
         elif dry_run and path is not None:

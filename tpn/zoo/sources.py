@@ -165,26 +165,36 @@ def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
     except NoRepositoryError as error:
         _logger.debug("%s", error)
     except HubUnreachableError as error:
+        if entry.manual:
+            raise WeightsUnavailableError(f"{error}. {_by_hand(entry)}") from error
         if not constants.HF_HUB_OFFLINE:
             _logger.warning("%s; turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
     return None
+
+
+def _by_hand(entry: Weights) -> str:
+    return (
+        f"The weights of {entry.name} have to be fetched by hand: open {entry.url} in a browser, save the file, "
+        f"then run: {convert_command(entry)}"
+    )
+
+
+def convert_command(entry: Weights) -> str:
+    """Return what puts a file that a person fetched into the cache."""
+    return f"tpn convert FILE --model {entry.name}"
 
 
 def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None = None) -> Path:
     """Fetch and convert the publisher's file; arguments and errors are those of `resolve`."""
     link = _link_of(entry, url)
     folder = cache_root(cache_dir) / link.folder
-    by_hand = f"tpn convert FILE --model {entry.name}"
     if link.sha256 is None:
-        raise WeightsUnavailableError(
-            f"the weights of {entry.name} have to be fetched by hand: open {link.url} in a browser, "
-            f"save the file, then run: {by_hand}"
-        )
+        raise WeightsUnavailableError(_by_hand(entry))
     file = link.url.rpartition("/")[2]
     if constants.HF_HUB_OFFLINE:
         raise WeightsUnavailableError(
-            f"the weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids to fetch them; "
-            f"unset it, or bring {file} here and run: {by_hand}"
+            f"The weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids to fetch them; "
+            f"unset it, or bring {file} here and run: {convert_command(entry)}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +210,8 @@ def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None 
             return path
     except DownloadError as error:
         raise WeightsUnavailableError(
-            f"could not download {link.url}: {error}. Try again later, or fetch the file by other means and run: {by_hand}"
+            f"could not download {link.url}: {error}. Try again later, or fetch the file by other means "
+            f"and run: {convert_command(entry)}"
         ) from error
     except OSError as error:
         raise WeightsUnavailableError(f"could not keep {file} in {folder}: {error.strerror or error}; {ELSEWHERE}") from error
