@@ -95,15 +95,17 @@ class Hub(Server):
     """The part of a Hub that creating, uploading and reading model repositories needs.
 
     `repos`: {"owner/name": [{file: bytes}, ...]}, one dict per commit, the last one is main. `down`: answer this status
-    to everything. `deny`: {"owner/name": (status, X-Error-Code)}. `token`: what uploads must be signed with.
+    to everything; `hang`: only after so many seconds. `deny`: {"owner/name": (status, X-Error-Code)}. `token`: what uploads
+    and downloads of `private` repositories must be signed with.
     """
 
     def __init__(self):
         super().__init__()
-        self.repos, self.lfs, self.down, self.deny, self.token = {}, {}, None, {}, "hf_loopback"
+        self.token = "hf_loopback"
+        self.clear()
 
     def clear(self):
-        self.repos, self.lfs, self.down, self.deny = {}, {}, None, {}
+        self.repos, self.lfs, self.deny, self.private, self.down, self.hang = {}, {}, {}, set(), None, 0
         self.faults, self.forever, self.requests = [], False, []
 
     @staticmethod
@@ -118,6 +120,7 @@ class Hub(Server):
 
     def handle(self, request):
         path = request.path.partition("?")[0]
+        time.sleep(self.hang)
         if self.down:
             self.requests.append((request.command, path, None))
             return self.reply(request, self.down, b"down", {})
@@ -141,7 +144,7 @@ class Hub(Server):
         status, code = 200, None
         if repo_id in self.deny:
             status, code = self.deny[repo_id]
-        elif commits is None:
+        elif commits is None or (repo_id in self.private and request.headers.get("Authorization") != f"Bearer {self.token}"):
             status, code = 401, "RepoNotFound"
         elif revision not in known:
             status, code = 404, "RevisionNotFound"

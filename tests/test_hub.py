@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import threading
 import time
 
 import pytest
@@ -158,3 +159,44 @@ def test_hf_hub_names_that_fail(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsUnavailableError, match="HF_HUB_OFFLINE"):
         tpn.create_model("hf-hub:me/nothing")
+
+
+def test_hub_that_hangs(server, published, hub, caplog, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    hub.hang = 0.5
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    assert re.search(
+        r"on the Hub \(http.*\) could not be reached: .*timed out.*; turning to the publisher's own file", caplog.text
+    )
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_passing_answers_of_the_hub(hub, published, monkeypatch, status):
+    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
+    monkeypatch.setattr("tpn.zoo.hub.PAUSES", (0.3, 0.3))
+    hub.down = status
+    threading.Timer(0.2, lambda: setattr(hub, "down", None)).start()
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+
+
+def test_copy_in_the_cache_when_the_hub_does_not_answer(hub, cache, caplog, monkeypatch):
+    model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=3)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    tpn.push_to_hub(model, "me/tsm")
+    tpn.create_model("hf-hub:me/tsm", cache_dir=cache)
+    monkeypatch.setattr("tpn.zoo.hub.PAUSES", ())
+    hub.down = 500
+    assert same(tpn.create_model("hf-hub:me/tsm", cache_dir=cache), model.state_dict())
+    assert "could not be reached: status 500; taking the copy in the cache" in caplog.text
+    hub.down = None
+    newer = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=3)
+    tpn.push_to_hub(newer, "me/tsm")
+    assert same(tpn.create_model("hf-hub:me/tsm", cache_dir=cache), newer.state_dict())
+
+
+def test_private_repository(server, published, hub, monkeypatch, cache):
+    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
+    hub.private.add(f"{HUB_NAMESPACE}/{SLOWONLY}")
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), wanted(server))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "2"), expected)

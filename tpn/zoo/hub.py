@@ -5,13 +5,14 @@ $HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE, $HF_HOME, proxies, resumed downloads, 
 
 import errno
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,13 +23,16 @@ from huggingface_hub.errors import (
 )
 
 from tpn.zoo.checkpoint import is_whole
+from tpn.zoo.download import PASSING
 
 NOT_STORED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 """What goes wrong on this side: no room, or no right to write."""
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
-ATTEMPTS = 3
+PAUSES = (1.0, 2.0)
+"""Seconds before the Hub is asked again, after an answer that may differ a moment later."""
+TRANSFERS = 3
 """Tries of a transfer that broke; old versions of the client do not go on by themselves."""
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ def hub_file(repo: str, name: str, *, cache_dir: str | PathLike[str] | None = No
         repo: "owner/name", or "owner/name@revision".
         cache_dir: Default: the Hub's, $HF_HUB_CACHE.
         prefer_cached: ask the Hub only for what is not in the cache. Otherwise the Hub is asked whether there is
-            a newer one; if it cannot be reached, the cached one will do.
+            a newer one; if it does not say, the cached one is taken, with a warning.
 
     Raises WeightsUnavailableError, as NoRepositoryError or HubUnreachableError where it is one of these.
     """
@@ -70,23 +74,50 @@ def hub_file(repo: str, name: str, *, cache_dir: str | PathLike[str] | None = No
         cache_dir=None if cache_dir is None else Path(cache_dir),
         library_name="tpn",
     )
+    path = _cached(get)
+    if path is None or not prefer_cached:
+        try:
+            _ask(repo, name, hf_hub_url(repo_id, name, revision=revision or None))
+        except WeightsUnavailableError as error:
+            if path is None:
+                raise
+            if not constants.HF_HUB_OFFLINE:
+                _logger.warning("%s; taking the copy in the cache", error)
+        else:
+            path = _transfer(get, repo, name)
+    if path.suffix == ".safetensors" and not is_whole(path):
+        _logger.warning("%s is truncated or damaged: fetching it again", path)
+        path = _transfer(partial(get, force_download=True), repo, name)
+    return path
+
+
+def _ask(repo: str, name: str, url: str) -> None:
+    """Make sure that the Hub has a file, or raise what `hub_file` raises.
+
+    The client asks again by itself when it fetches, but for up to minutes where a network swallows its requests.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return
+        except Exception as error:  # of whichever HTTP library the client uses
+            if pause is None or _status(list(_causes(error))) not in PASSING:
+                raise _explain(error, repo, name) from error
+            time.sleep(pause)
+
+
+def _transfer(get: "partial[str]", repo: str, name: str) -> Path:
     tries = 0
     while True:
         tries += 1
         try:
-            path = _cached(get) if prefer_cached else None
-            path = path or Path(get())
-            if path.suffix == ".safetensors" and not is_whole(path):
-                _logger.warning("%s is truncated or damaged: fetching it again", path)
-                path = Path(get(force_download=True))
-            return path
-        # The client passes on what its HTTP library raises, which is another one in each of its major versions.
-        except Exception as error:
+            return Path(get())
+        except Exception as error:  # of whichever HTTP library the client uses
             explained = _explain(error, repo, name)
             started = isinstance(explained, HubUnreachableError) and not isinstance(error, LocalEntryNotFoundError | ValueError)
-            if not started or tries == ATTEMPTS:
+            if not started or tries == TRANSFERS:
                 raise explained from error
-            _logger.info("%s; going on with what has arrived", explained)
+            _logger.warning("%s; going on with what has arrived", explained)
 
 
 def _cached(get: "partial[str]") -> Path | None:
