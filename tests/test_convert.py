@@ -219,7 +219,7 @@ def test_truncated_safetensors(keep, tmp_path):
     ("content", "text"),
     [
         (b"", "the file is empty"),
-        (b"<!DOCTYPE html>\n<html><body>Sign in", "neither a safetensors nor a PyTorch file; it starts with '<!DOCTYPE html>"),
+        (b"<!DOCTYPE html>\n<html><body>Sign in", "a web page, not a checkpoint; save the file that the page offers"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it starts with 'version https://git-lfs"),
         (b"\x00\x01\x02", "neither a safetensors nor a PyTorch file"),
         (b"PK\x03\x04 not a zip", "truncated or damaged PyTorch file"),

@@ -210,7 +210,7 @@ def test_truncated_cache(server, published, cache, caplog):
         caplog.clear()
         os.truncate(path, size)
         assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
-        assert f"{path} is truncated or damaged, and will be replaced" in caplog.text
+        assert f"{path} is truncated or damaged: it is not used" in caplog.text
     assert len(server.requests) == 5
 
 

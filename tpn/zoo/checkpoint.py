@@ -45,6 +45,8 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _tensors_of(path, _read_torch(path)), {}
     start = head.decode("latin-1").strip()[:30]
+    if start.startswith("<"):
+        raise CheckpointError(f"{path}: a web page, not a checkpoint; save the file that the page offers")
     raise CheckpointError(f"{path}: neither a safetensors nor a PyTorch file; it starts with {start!r}")
 
 

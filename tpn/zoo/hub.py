@@ -179,7 +179,7 @@ def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
                 f"{name} of {repo} could not be stored: {e.filename or constants.HF_HUB_CACHE}: {e.strerror}; "
                 "choose another place with HF_HOME, TPN_CACHE or cache_dir"
             )
-    return HubUnreachableError(f"{where} could not be reached: {_reason(causes)}")
+    return HubUnreachableError(f"{where} could not be reached ({_reason(causes)}); check the network, and HF_ENDPOINT if set")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -145,7 +145,7 @@ def cached(folder: Path) -> Path | None:
             return path
     except OSError as error:
         raise WeightsUnavailableError(f"could not read {path}: {error.strerror or error}; {ELSEWHERE}") from error
-    _logger.warning("%s is truncated or damaged, and will be replaced", path)
+    _logger.warning("%s is truncated or damaged: it is not used", path)
     return None
 
 
@@ -168,7 +168,7 @@ def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
         if entry.manual:
             raise WeightsUnavailableError(f"{error}. {_by_hand(entry)}") from error
         if not constants.HF_HUB_OFFLINE:
-            _logger.warning("%s; turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
+            _logger.warning("%s. Turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
     return None
 
 
