@@ -7,14 +7,21 @@ import small
 import timm
 import torch
 from huggingface_hub import constants
-from recipe import fill
+from recipe import fill, our_names, sketch_state_dict
 from safetensors.torch import save
 
 import tpn
 from tpn import CheckpointError, WeightsUnavailableError
-from tpn.zoo.load import load_state_dict
+from tpn.zoo.convert import load_strict
+from tpn.zoo.load import load_checkpoint, load_state_dict
 
 SLOWONLY, TSM = "tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1"
+TSM_MANIFEST = "original_tsm_r50_sthv2"
+
+
+def save_pth(obj, path):
+    torch.save(obj, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +199,196 @@ def test_strange_tensors(name, tensor, says):
     with pytest.raises(CheckpointError, match=says):
         load_state_dict(model, small.random_model(TSM).state_dict() | {name: tensor})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# Checkpoint files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_values_arrive(dtype, tmp_path):
+    source = sketch_state_dict(TSM_MANIFEST, dtype)
+    model = tpn.create_model("tsm_r50_sthv2", checkpoint_path=save_pth(source, tmp_path / "a.pth"))
+    state = model.state_dict()
+    for name, ours in our_names(TSM_MANIFEST).items():
+        assert state[ours].dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
+        assert torch.equal(state[ours], source[name].to(state[ours].dtype)), name
+
+
+def test_other_number_of_classes(tmp_path, caplog):
+    name = "mmaction2_tpn_tsm_r50_sthv1"
+    source = sketch_state_dict(name)
+    path = save_pth({"state_dict": source}, tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO, logger="tpn"):
+        model = tpn.create_model("tpn_tsm_r50_sthv1", num_classes=5, checkpoint_path=path)
+    (record,) = [r for r in caplog.records if r.name.startswith("tpn")]
+    assert record.levelname == "INFO"
+    assert record.getMessage() == (f"{path} is for 174 classes, the model has 5: new and untrained: head.fc and aux_head.fc")
+    state = model.state_dict()
+    fresh = {"head.fc.weight", "head.fc.bias", "aux_head.fc.weight", "aux_head.fc.bias"}
+    for upstream, ours in our_names(name).items():
+        if ours in fresh:
+            assert state[ours].shape[0] == 5
+            assert state[ours].abs().max() < 0.1
+        else:
+            assert torch.equal(state[ours], source[upstream]), ours
+
+
+def test_same_number_of_classes_is_silent(tmp_path, caplog):
+    path = save_pth(sketch_state_dict(TSM_MANIFEST), tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO, logger="tpn"):
+        tpn.create_model("tsm_r50_sthv2", num_classes=174, checkpoint_path=path)
+    assert not [r for r in caplog.records if r.name.startswith("tpn")]
+
+
+def test_number_of_classes_comes_from_the_checkpoint(tmp_path):
+    source = sketch_state_dict(TSM_MANIFEST)
+    source["cls_head.fc_cls.weight"] = torch.ones(9, 2048)
+    source["cls_head.fc_cls.bias"] = torch.ones(9)
+    model = tpn.create_model("tsm_r50_sthv2", checkpoint_path=save_pth(source, tmp_path / "a.pth"))
+    assert (model.num_classes, model.labels) == (9, None)
+    assert model.head.fc.bias.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest_name", "parts"),
+    [
+        (
+            "slowonly_r50_k400",
+            "original_slowonly_r101_32x2",
+            [
+                "SlowOnly R101, 400 classes, does not fit",
+                "306 of its tensors are not in the model",
+                "backbone.layer3.10.bn1.bias",
+            ],
+        ),
+        (
+            "slowonly_r101_k400",
+            "original_slowonly_r50_8x8",
+            ["SlowOnly R50, 400 classes, does not fit", "306 tensors of the model are missing", "backbone.layer3.10.bn1.bias"],
+        ),
+        (
+            "slowonly_r50_k400",
+            TSM_MANIFEST,
+            [
+                "TSM R50, 174 classes, does not fit",
+                "have another shape",
+                "backbone.conv1.weight (64, 3, 7, 7) instead of (64, 3, 1, 7, 7)",
+            ],
+        ),
+        (
+            "slowonly_r50_k400",
+            "original_tpn_slowonly_r50_8x8",
+            ["a TPN on SlowOnly R50", "of its tensors are not in the model (aux_head.conv.bn.bias, "],
+        ),
+        (
+            "tpn_slowonly_r50_k400",
+            "original_slowonly_r50_8x8",
+            ["checkpoint, SlowOnly R50, 400 classes", "tensors of the model are missing from it (aux_head.conv.bn.bias, "],
+        ),
+    ],
+)
+def test_wrong_architecture(name, manifest_name, parts, tmp_path):
+    with torch.device("meta"):
+        model = tpn.create_model(name)
+    path = save_pth(sketch_state_dict(manifest_name), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(model, path)
+    assert str(error.value).startswith(f"{path}: ")
+    for part in parts:
+        assert part in str(error.value)
+    with torch.device("meta"), pytest.raises(CheckpointError, match="does not fit the model"):
+        tpn.create_model(name, checkpoint_path=path)
+
+
+def drop(state):
+    del state["backbone.layer2.0.bn1.weight"]
+
+
+def drop_a_batch_counter(state):
+    del state["backbone.layer2.0.bn1.num_batches_tracked"]
+
+
+def add(state):
+    state["backbone.layer1.7.conv1.weight"] = torch.ones(1)
+
+
+def reshape(state):
+    state["backbone.bn1.bias"] = torch.ones(63)
+
+
+def add_nan(state):
+    state["backbone.bn1.bias"] = torch.full((64,), float("nan"))
+
+
+def add_infinity(state):
+    state["backbone.bn1.running_var"] = torch.cat([torch.ones(63), torch.tensor([float("inf")])])
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (drop, r"does not fit the model: 1 tensors of the model are missing from it \(backbone\.layer2\.0\.bn1\.weight\)$"),
+        (drop_a_batch_counter, r"1 tensors of the model are missing from it \(backbone\.layer2\.0\.bn1\.num_batches_tracked\)$"),
+        (add, r"does not fit the model: 1 of its tensors are not in the model \(backbone\.layer1\.7\.conv1\.weight\)$"),
+        (reshape, r"1 have another shape \(backbone\.bn1\.bias \(63,\) instead of \(64,\)\)$"),
+        (add_nan, r"backbone\.bn1\.bias holds NaN or infinite values; the checkpoint is damaged"),
+        (add_infinity, r"backbone\.bn1\.running_var holds NaN or infinite values"),
+    ],
+)
+@pytest.mark.parametrize("classes", [174, 5])
+def test_damaged(damage, text, classes, tmp_path):
+    state = sketch_state_dict(TSM_MANIFEST)
+    damage(state)
+    path = save_pth(state, tmp_path / "a.pth")
+    with torch.device("meta"):
+        model = tpn.create_model("tsm_r50_sthv2", num_classes=classes)
+    with pytest.raises(CheckpointError, match=text) as error:
+        load_checkpoint(model, path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_refused_checkpoint_changes_nothing():
+    model = tpn.create_model("tsm_r50_sthv2", base_channels=8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bad = {k: torch.full_like(v, 7) for k, v in before.items()}
+    bad["head.fc.bias"][0] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_strict(model, bad)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# The two variants of TSM, which names and shapes do not tell apart
+
+
+def test_original_weights_need_shift_shortcut(tmp_path):
+    path = save_pth(sketch_state_dict("original_tpn_tsm_r50_sthv2"), tmp_path / "a.pth")
+    with torch.device("meta"):
+        with pytest.raises(CheckpointError, match="pass shift_shortcut=True to create_model") as error:
+            tpn.create_model("tpn_tsm_r50_sthv1", checkpoint_path=path)
+        assert str(error.value).startswith(f"{path}: ")
+        with pytest.raises(CheckpointError, match="shift_shortcut=True"):
+            tpn.create_model("tpn_tsm_r50_sthv1", checkpoint_path=path, num_classes=5)
+    assert tpn.create_model("tpn_tsm_r50_sthv1", checkpoint_path=path, shift_shortcut=True).backbone.shift_shortcut
+
+
+def test_mmaction2_weights_need_the_other_variant(tmp_path):
+    path = save_pth(sketch_state_dict("mmaction2_tpn_tsm_r50_sthv1"), tmp_path / "a.pth")
+    for name, kwargs in (("tpn_tsm_r50_sthv1", {"shift_shortcut": True}), ("tpn_tsm_r50_sthv1.original", {})):
+        with torch.device("meta"), pytest.raises(CheckpointError, match="pass shift_shortcut=False to create_model"):
+            tpn.create_model(name, checkpoint_path=path, **kwargs)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_saved_weights_know_their_variant(flag, tmp_path):
+    saved = tpn.create_model("tsm_r50_sthv1", shift_shortcut=flag, base_channels=8, num_classes=3)
+    path = tpn.save_pretrained(saved, tmp_path) / "model.safetensors"
+    with pytest.raises(CheckpointError, match=f"trained with shift_shortcut={flag}.* pass shift_shortcut={flag} to create_model"):
+        tpn.create_model("tsm_r50_sthv1", checkpoint_path=path, shift_shortcut=not flag, base_channels=8)
+    loaded = tpn.create_model("tsm_r50_sthv1", checkpoint_path=path, shift_shortcut=flag, base_channels=8)
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
+def test_slowonly_has_no_variants():
+    names = ("mmaction2_tpn_slowonly_r50_8x8_k400", "original_tpn_slowonly_r50_8x8")
+    first, second = (set(our_names(name).values()) for name in names)
+    assert first == second
