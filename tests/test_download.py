@@ -308,3 +308,14 @@ def test_killed_half_way(server, tmp_path):
     download(f"{server.url}/file.pth", tmp_path / "file.pth", SHA256)
     assert file_sha256(tmp_path / "file.pth") == SHA256
     assert int(server.requests[-1][2][6:-1]) > 500_000
+
+
+def test_progress_is_shown_unless_switched_off(server, tmp_path):
+    server.files["/file.pth"] = DATA
+    script = f"import pathlib; from tpn.zoo.download import download as d; d('{server.url}/file.pth', pathlib.Path('file.pth'), '{SHA256}')"
+    _, shown = run_python(script, tmp_path, HF_HUB_DISABLE_PROGRESS_BARS="0")
+    assert "file.pth: 100%" in shown
+    assert "3.00M/3.00M" in shown
+    (tmp_path / "file.pth").unlink()
+    _, shown = run_python(script, tmp_path, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert shown == ""
