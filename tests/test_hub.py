@@ -27,6 +27,7 @@ def test_hub_comes_first(server, published, hub, caplog, monkeypatch):
     assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
     assert server.requests == []
     assert one_line(caplog).endswith(f"from the Hub, {repo_id}")
+    assert "has no hash to compare it with" in caplog.text
     hub.requests.clear()
     assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
     assert hub.requests == []
@@ -70,15 +71,17 @@ def test_hub_is_not_asked_for_another_link(server, published, hub):
     assert hub.requests == []
 
 
-def test_file_on_the_hub_is_the_known_one(hub, monkeypatch):
+def test_file_on_the_hub_is_the_known_one(hub, monkeypatch, caplog):
     repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
     expected, _ = put_on_hub(hub, repo_id)
     small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256="0" * 64)
     with pytest.raises(WeightsUnavailableError, match="is not the file that this version of tpn knows"):
         tpn.create_model(SLOWONLY, pretrained=True)
+    caplog.clear()
     known = hashlib.sha256(hub.repos[repo_id][-1]["model.safetensors"]).hexdigest()
     small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256=known)
     assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert caplog.text == ""
 
 
 def test_hub_that_is_down_is_named(server, published, hub, caplog, monkeypatch):

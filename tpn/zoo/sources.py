@@ -156,11 +156,8 @@ def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
     repo = entry.repo_id + (f"@{entry.revision}" if entry.revision else "")
     try:
         path = hub_file(repo, saved.WEIGHTS_FILE, cache_dir=cache_dir or os.environ.get("TPN_CACHE"), prefer_cached=True)
-        known = entry.converted_sha256 if entry.repo_id.startswith(f"{HUB_NAMESPACE}/") else None
-        if known is not None and file_sha256(path) != known:
-            raise WeightsUnavailableError(
-                f"{path}, from {repo} on the Hub, is not the file that this version of tpn knows: its SHA-256 is not {known}"
-            )
+        if entry.repo_id.startswith(f"{HUB_NAMESPACE}/"):  # otherwise the user chose whom to trust
+            _check_converted(entry, path)
         return path
     except NoRepositoryError as error:
         _logger.debug("%s", error)
@@ -170,6 +167,16 @@ def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
         if not constants.HF_HUB_OFFLINE:
             _logger.warning("%s. Turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
     return None
+
+
+def _check_converted(entry: Weights, path: Path) -> None:
+    known = entry.converted_sha256
+    if known is None:
+        _logger.warning("%s from the Hub, %s: this version of tpn has no hash to compare it with", path, entry.repo_id)
+    elif file_sha256(path) != known:
+        raise WeightsUnavailableError(
+            f"{path}, from {entry.repo_id} on the Hub, is not the file that this version of tpn knows: its SHA-256 is not {known}"
+        )
 
 
 def _by_hand(entry: Weights) -> str:
