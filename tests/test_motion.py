@@ -1,0 +1,91 @@
+"""The rendered data set: deterministic, and silent about its classes in any single frame."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpn.video import decode
+from tpn.video.motion import CLASSES, FPS, HEIGHT, MIRRORED, SLOWEST_CYCLE, WIDTH, _steps, render, write_dataset
+
+
+def test_same_arguments_same_clip():
+    clip = render(3, tempo=2, seed=7, num_frames=5)
+    assert (clip.shape, clip.dtype) == ((5, HEIGHT, WIDTH, 3), np.uint8)
+    assert np.array_equal(clip, render(3, tempo=2, seed=7, num_frames=5))
+    assert not np.array_equal(clip, render(3, tempo=2, seed=8, num_frames=5))
+    assert not np.array_equal(clip[0], clip[4])
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_tempo(label):
+    """At twice the tempo, every frame is every second frame of the slower clip."""
+    slow, fast = (render(label, tempo=tempo, seed=1, num_frames=n) for tempo, n in ((1, 33), (2, 17)))
+    assert np.array_equal(slow[::2], fast)
+    assert not (slow == slow[:1]).all()
+
+
+@pytest.mark.parametrize("label", [label for label, name in enumerate(CLASSES) if name != "jumping"])
+def test_a_cycle_ends_where_it_began(label):
+    clip = render(label, tempo=8, seed=2, num_frames=SLOWEST_CYCLE // 8 + 1)
+    assert np.abs(clip[0].astype(int) - clip[-1]).max() <= 2
+
+
+def states(label, count):
+    """What is shown at a random moment of many clips: (count, 5)."""
+    rng = np.random.default_rng(label)
+    rows = []
+    for _ in range(count):
+        from tpn.video.motion import _random_state
+
+        state = _steps(label, _random_state(rng), rng)(rng.uniform(0, 8))
+        rows.append((state.x % WIDTH / WIDTH, state.y % HEIGHT / HEIGHT, state.log_size, state.angle % (2 * np.pi), state.hue))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_a_single_moment_says_nothing(label):
+    """Every quantity has the same distribution in every class: the largest gap of the distribution functions is small."""
+    ours, others = states(label, 2000), states((label + 5) % len(CLASSES), 2000)
+    for quantity in range(5):
+        points = np.sort(np.concatenate((ours[:, quantity], others[:, quantity])))
+        gap = [np.searchsorted(np.sort(side[:, quantity]), points, "right") / len(side) for side in (ours, others)]
+        assert np.abs(gap[0] - gap[1]).max() < 1.95 * np.sqrt(2 / 2000)  # 0.1 % of equal distributions exceed it
+
+
+def test_mirrored_classes():
+    for a, b in MIRRORED:
+        swapped = (
+            CLASSES[a].replace("left", "right") if "left" in CLASSES[a] else CLASSES[a].replace("clockwise", "counter-clockwise")
+        )
+        assert swapped == CLASSES[b]
+
+
+def test_files(tmp_path):
+    write_dataset(tmp_path, 2, seed=3, num_frames=6)
+    files = sorted(tmp_path.rglob("*.mp4"))
+    assert len(files) == 2 * len(CLASSES)
+    assert sorted(os.listdir(tmp_path)) == sorted(CLASSES)
+    info = decode.probe(files[0])
+    assert (info.num_frames, info.width, info.height, info.fps) == (6, WIDTH, HEIGHT, FPS)
+    before = {path: path.read_bytes() for path in files}
+    files[3].unlink()
+    files[5].write_bytes(b"somebody else's")
+    write_dataset(tmp_path, 2, seed=3, num_frames=6)
+    assert files[3].read_bytes() == before[files[3]]
+    assert files[5].read_bytes() == b"somebody else's"
+    label = CLASSES.index(Path(files[0]).parent.name)
+    decoded = decode.read_frames(files[0], range(6)).permute(0, 2, 3, 1).numpy()
+    tempo = float(np.exp(np.random.default_rng([3, label, 0]).uniform(0, np.log(8))))
+    error = np.abs(decoded.astype(int) - render(label, tempo=tempo, seed=(3, 0), num_frames=6)).mean()
+    assert error < 6
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [({"label": 14, "tempo": 1}, r"label must be in 0..13, got 14"), ({"label": 0, "tempo": 0}, "must be positive")],
+)
+def test_other_arguments(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        render(seed=0, **kwargs)

@@ -1,0 +1,197 @@
+"""A data set of rendered motion: classes that differ only over time, at tempos over an eightfold range.
+
+A textured shape lies on a textured background. What a single frame shows (where the shape is, its size, angle and colour) has the
+same distribution in every class; the class says which of these changes, and how. Space wraps around, so a shape that leaves on
+one side comes back on the other. One cycle of a motion (once across the picture, one turn, one swing, ...) takes
+`SLOWEST_CYCLE / tempo` frames, for tempos from 1 to 8.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+CLASSES = (
+    "moving left",
+    "moving right",
+    "moving up",
+    "moving down",
+    "turning clockwise",
+    "turning counter-clockwise",
+    "growing",
+    "shrinking",
+    "circling clockwise",
+    "circling counter-clockwise",
+    "swinging sideways",
+    "swinging up and down",
+    "blinking",
+    "jumping",
+)
+MIRRORED = ((0, 1), (4, 5), (8, 9))
+"""Classes that change places when a clip is flipped from left to right."""
+
+SLOWEST_CYCLE = 64
+"""Frames of one cycle at tempo 1."""
+WIDTH, HEIGHT, FPS = 112, 112, 24
+
+_SHAPES = (  # corners in units of the size; none looks the same after a part of a turn
+    ((-1.0, -0.35), (0.1, -0.35), (0.1, -0.8), (1.0, 0.0), (0.1, 0.8), (0.1, 0.35), (-1.0, 0.35)),
+    ((-0.7, -1.0), (0.0, -1.0), (0.0, 0.4), (0.9, 0.4), (0.9, 1.0), (-0.7, 1.0)),
+    ((-0.9, -0.7), (1.0, 0.0), (-0.9, 0.7)),
+    ((-0.6, -1.0), (0.8, -0.8), (0.8, 0.0), (0.0, 0.1), (0.0, 1.0), (-0.6, 1.0)),
+)
+_SIZES = np.log((9.0, 22.0))
+_OVERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class State:
+    """What one frame shows: place (pixels), log of the size, angle (radians, clockwise), hue (0..1)."""
+
+    x: float
+    y: float
+    log_size: float
+    angle: float
+    hue: float
+
+
+def render(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: int = 64) -> NDArray[np.uint8]:
+    """Render one clip of class `label`, uint8 RGB (num_frames, HEIGHT, WIDTH, 3); the same for the same arguments.
+
+    tempo: 1 (a cycle in `SLOWEST_CYCLE` frames) to 8; other positive tempos work too.
+    seed: of everything else: background, shape, place, phase, ...
+    """
+    if label not in range(len(CLASSES)):
+        raise ValueError(f"label must be in 0..{len(CLASSES) - 1}, got {label}")
+    if tempo <= 0 or num_frames < 1:
+        raise ValueError(f"tempo and num_frames must be positive, got {tempo} and {num_frames}")
+    rng = np.random.default_rng([label, *np.atleast_1d(seed)])
+    background, shape = _background(rng), _SHAPES[rng.integers(len(_SHAPES))]
+    start = _random_state(rng)
+    step = _steps(label, start, rng)
+    phase = rng.uniform()
+    return np.stack([_draw(background, shape, step(phase + i * tempo / SLOWEST_CYCLE)) for i in range(num_frames)])
+
+
+def write_video(path: str | os.PathLike[str], frames: NDArray[np.uint8], *, fps: int = FPS) -> None:
+    """Encode frames, uint8 RGB (T, H, W, 3), as H.264 in an mp4 file. Nothing stands under its name before it is complete."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    with av.open(str(unfinished), "w") as out:
+        stream = out.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "veryfast"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    os.replace(unfinished, path)
+
+
+def write_dataset(
+    root: str | os.PathLike[str],
+    clips_per_class: int,
+    *,
+    seed: int,
+    tempos: tuple[float, float] = (1.0, 8.0),
+    num_frames: int = 64,
+) -> None:
+    """Write `root/class name/000123.mp4` for `VideoFolder`; clips that are there already are kept.
+
+    tempos: each clip's is drawn between these, evenly on a logarithmic scale.
+    seed: different seeds give different clips, e.g. for training and test sets.
+    """
+    low, high = np.log(tempos)
+    for label, name in enumerate(CLASSES):
+        folder = Path(root, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(clips_per_class):
+            path = folder / f"{i:06d}.mp4"
+            if not path.exists():
+                tempo = float(np.exp(np.random.default_rng([seed, label, i]).uniform(low, high)))
+                write_video(path, render(label, tempo=tempo, seed=(seed, i), num_frames=num_frames))
+
+
+def _random_state(rng: np.random.Generator) -> State:
+    return State(rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(*_SIZES), rng.uniform(0, 2 * np.pi), rng.uniform())
+
+
+def _steps(label: int, start: State, rng: np.random.Generator) -> Callable[[float], State]:
+    """Return what turns cycles, counted from 0, into what is shown."""
+    turn = 2 * np.pi
+    radius = rng.uniform(0.15, 0.25) * HEIGHT
+    others = [_random_state(rng) for _ in range(64)]
+
+    def slide(x: float, y: float) -> Callable[[float], State]:
+        return lambda t: replace(start, x=start.x + x * t * WIDTH, y=start.y + y * t * HEIGHT)
+
+    def spin(direction: int) -> Callable[[float], State]:
+        return lambda t: replace(start, angle=start.angle + direction * turn * t)
+
+    def scale(direction: int) -> Callable[[float], State]:
+        return lambda t: replace(start, log_size=_SIZES[0] + (direction * t % 1) * (_SIZES[1] - _SIZES[0]))
+
+    def circle(direction: int) -> Callable[[float], State]:
+        return lambda t: replace(start, x=start.x + radius * np.cos(turn * t), y=start.y + direction * radius * np.sin(turn * t))
+
+    def swing(x: float, y: float) -> Callable[[float], State]:
+        return lambda t: replace(start, x=start.x + x * np.sin(turn * t), y=start.y + y * np.sin(turn * t))
+
+    def blink(t: float) -> State:
+        return replace(start, hue=start.hue if t % 1 < 0.5 else others[0].hue)
+
+    def jump(t: float) -> State:
+        there = others[int(2 * t) % len(others)]
+        return replace(start, x=there.x, y=there.y)
+
+    return (
+        slide(-1, 0),
+        slide(1, 0),
+        slide(0, -1),
+        slide(0, 1),
+        spin(1),
+        spin(-1),
+        scale(1),
+        scale(-1),
+        circle(1),
+        circle(-1),
+        swing(1.5 * radius, 0),
+        swing(0, 1.5 * radius),
+        blink,
+        jump,
+    )[label]
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """A static texture: blotches of several sizes, of little colour."""
+    image = np.zeros((HEIGHT, WIDTH, 3))
+    for cells, strength in ((3, 30), (8, 20), (24, 14)):
+        noise = rng.uniform(-1, 1, (cells, cells, 3)) * 0.4 + rng.uniform(-1, 1, (cells, cells, 1)) * 0.6
+        for c in range(3):
+            layer = Image.fromarray(noise[:, :, c].astype(np.float32)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            image[:, :, c] += strength * np.asarray(layer)
+    return Image.fromarray((image + rng.uniform(70, 170)).clip(0, 255).astype(np.uint8))
+
+
+def _draw(background: Image.Image, shape: Sequence[tuple[float, float]], state: State) -> NDArray[np.uint8]:
+    """Paint the shape over the background, also where it reaches over an edge."""
+    k = _OVERSAMPLING
+    mask = Image.new("L", (WIDTH * k, HEIGHT * k))
+    pen = ImageDraw.Draw(mask)
+    size, cos, sin = np.exp(state.log_size), np.cos(state.angle), np.sin(state.angle)
+    corners = [(size * (cos * x - sin * y), size * (sin * x + cos * y)) for x, y in shape]
+    for dx in (-WIDTH, 0, WIDTH):
+        for dy in (-HEIGHT, 0, HEIGHT):
+            x, y = state.x % WIDTH + dx, state.y % HEIGHT + dy
+            pen.polygon([(k * (x + a), k * (y + b)) for a, b in corners], fill=255)
+    color = Image.new("HSV", (1, 1), (int(state.hue * 255), 230, 235)).convert("RGB").resize((WIDTH, HEIGHT))
+    picture = Image.composite(color, background, mask.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
+    return np.asarray(picture)
