@@ -184,3 +184,20 @@ def test_a_bug_is_one_line_too(folder, monkeypatch):
 def upstream_names(model):
     """The state dict of a model without pyramid under its names in the original layout."""
     return {name.replace("head.fc", "cls_head.fc_cls"): tensor for name, tensor in model.state_dict().items()}
+
+
+def test_check(folder, tmp_path):
+    for name in ("good", "bad class"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.mp4").symlink_to(folder / "b.mp4")
+    done = run("check", "data", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "2 videos in 2 classes, 0 of them cannot be read\n")
+    (tmp_path / "data" / "bad class" / "x y.mp4").write_bytes(b"")
+    done = run("check", "data", "--report", "r.txt", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "3 videos in 2 classes, 1 of them cannot be read\n")
+    assert done.stderr == "error: the list is in r.txt\n"
+    path, reason = (tmp_path / "r.txt").read_text().rstrip().split("\t")
+    assert (path, reason) == (os.path.join("data", "bad class", "x y.mp4"), f"{path}: the file is empty")
+    assert run("check", "nowhere", cwd=tmp_path).stderr == "error: nowhere: No such file or directory\n"
+    (tmp_path / "list.txt").write_text("data/good/a.mp4 0\nfolder/of/frames.mp4 1\n")
+    assert run("check", "list.txt", cwd=tmp_path).stdout == "2 videos in 2 classes, 1 of them cannot be read\n"

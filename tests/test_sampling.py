@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tpn import InputSpec
-from tpn.video.sampling import clip_span, dense_indices, segment_indices
+from tpn.video.sampling import clip_span, dense_indices, random_dense_indices, random_segment_indices, segment_indices
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "sampling.json").read_text())
 
@@ -72,3 +72,26 @@ def test_input_spec():
         InputSpec(8, num_crops=2)
     with pytest.raises(ValueError, match="'dense' or 'segments'"):
         InputSpec(8, sampling="random")
+
+
+@pytest.mark.parametrize("total", [1, 5, 56, 57, 58, 300])
+def test_random_dense_clips(total):
+    rng = np.random.default_rng(0)
+    clips = np.stack([random_dense_indices(total, num_frames=8, frame_interval=8, rng=rng) for _ in range(2000)])
+    assert clips.shape == (2000, 1, 8)
+    assert set(clips[:, 0, 0]) == set(range(max(total - 57, 0) + 1))
+    assert (clips == (clips[:, :, :1] + np.arange(8) * 8) % total).all()
+
+
+@pytest.mark.parametrize(("total", "length"), [(8, 1), (16, 2), (23, 2), (240, 30)])
+def test_random_segments(total, length):
+    rng = np.random.default_rng(0)
+    clips = np.concatenate([random_segment_indices(total, num_segments=8, rng=rng) for _ in range(2000)])
+    for i, column in enumerate(clips.T):
+        assert set(column) == set(range(i * length, (i + 1) * length))
+
+
+def test_random_segments_of_a_short_video():
+    rng = np.random.default_rng(0)
+    assert random_segment_indices(3, num_segments=8, rng=rng).tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    assert random_segment_indices(1, num_segments=4, rng=rng).tolist() == [[0, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""The command line: `tpn list | info | predict | convert | publish`, also as `python -m tpn`.
+"""The command line: `tpn list | info | predict | convert | check | publish`, also as `python -m tpn`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 something failed (one line says
 what), 2 wrong usage.
@@ -146,6 +146,38 @@ def convert(
     path = sources.store(weights, checkpoint, output or sources.cache_folder(weights), published=output is None)
     how = f'"local-dir:{path.parent}"' if output else f'"{weights.name}", pretrained=True'
     err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="A folder of class folders, or a list as VideoList and RawFrames read it.")],
+    root: Annotated[Path | None, typer.Option(help="What paths in a list are relative to. Default: its folder.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="For lists of extracted frames: their file names, such as img_{:05d}.jpg.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Videos to read at once.")] = 2,
+    report: Annotated[Path, typer.Option(help="Where to write the bad files, each with its reason.")] = Path("bad_files.txt"),
+) -> None:
+    """Read every frame of a data set, and report the files that cannot be read."""
+    from tpn.video import datasets
+
+    spec = tpn.InputSpec(num_frames=1)  # what a clip is does not matter here
+    if data.is_dir():
+        dataset: datasets.VideoDataset = datasets.VideoFolder(data, spec, train=False)
+    elif frames is None:
+        dataset = datasets.VideoList(data, spec, train=False, root=root)
+    else:
+        dataset = datasets.RawFrames(data, spec, train=False, root=root, template=frames)
+    with Progress(
+        TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+    ) as progress:
+        rows = progress.track(dataset.check(workers), total=len(dataset))
+        bad = [f"{item.path}\t{reason}" for item, reason in rows if reason]
+    typer.echo(f"{len(dataset)} videos in {len(dataset.classes)} classes, {len(bad)} of them cannot be read")
+    if bad:
+        report.write_text("\n".join(bad) + "\n", encoding="utf-8")
+        err.print(f"error: the list is in {report}")
+        raise typer.Exit(1)
 
 
 @app.command()

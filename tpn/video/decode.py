@@ -104,6 +104,15 @@ def sample_frames(
     raise VideoError(f"{path}: two passes gave different numbers of frames")
 
 
+def verify(path: PathLike) -> int:
+    """Decode a whole video and return the number of its frames. Raises what `probe` raises."""
+    with _open(path) as (container, stream):
+        total = sum(1 for _ in _frames(path, container, stream))
+    if total == 0:
+        raise VideoError(f"{path}: no frame could be decoded")
+    return total
+
+
 @contextmanager
 def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     path = Path(path)

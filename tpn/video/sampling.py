@@ -55,6 +55,31 @@ def segment_indices(total_frames: int, *, num_segments: int, num_clips: int = 1)
     return np.stack([starts + length / 2, starts])[:num_clips].astype(np.int64)
 
 
+def random_dense_indices(
+    total_frames: int, *, num_frames: int, frame_interval: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return frame indices (1, num_frames) of a training clip that starts anywhere it fits.
+
+    A video shorter than the clip wraps around, as in `dense_indices`.
+    """
+    _check_positive(total_frames=total_frames, num_frames=num_frames, frame_interval=frame_interval)
+    last_start = max(total_frames - clip_span(num_frames, frame_interval), 0)
+    start = rng.integers(last_start + 1)
+    return (start + np.arange(num_frames)[None] * frame_interval) % total_frames
+
+
+def random_segment_indices(total_frames: int, *, num_segments: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return frame indices (1, num_segments) of a training clip, one random frame of each of `num_segments` equal parts.
+
+    The parts have `total_frames // num_segments` frames. A video with fewer frames than segments repeats frames evenly.
+    """
+    _check_positive(total_frames=total_frames, num_segments=num_segments)
+    length = total_frames // num_segments
+    if length == 0:
+        return (np.arange(num_segments)[None] * total_frames) // num_segments
+    return np.arange(num_segments)[None] * length + rng.integers(length, size=(1, num_segments))
+
+
 def _check_positive(**counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):

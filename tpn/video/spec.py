@@ -70,6 +70,14 @@ class InputSpec:
             total_frames, num_frames=self.num_frames, frame_interval=self.frame_interval, num_clips=self.num_clips
         )
 
+    def random_indices(self, total_frames: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Return the frame indices (1, num_frames) of a random training clip."""
+        if self.sampling == "segments":
+            return sampling.random_segment_indices(total_frames, num_segments=self.num_frames, rng=rng)
+        return sampling.random_dense_indices(
+            total_frames, num_frames=self.num_frames, frame_interval=self.frame_interval, rng=rng
+        )
+
     def crops(self, frames: Tensor) -> Tensor:
         """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), mirrored crops last (x2 with `flip`)."""
         frames = transforms.resize_short_side(frames, self.short_side)

@@ -1,0 +1,281 @@
+"""Data sets: folders, lists, extracted frames; draws, bad files, odd folders."""
+
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from videos import number, write_video
+
+from tpn import InputSpec
+from tpn.video.datasets import RawFrames, TooManyBadFilesError, VideoFolder, VideoList, at_frame_rate
+from tpn.video.decode import read_frames
+
+SPEC = InputSpec(4, 2, short_side=36, crop_size=32, num_clips=10)
+SEGMENTS = replace(SPEC, sampling="segments", num_clips=2)
+LENGTHS = {"left turn": (20, 9), "Überholen": (30, 40, 3)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two classes, one with a space, one with an umlaut; a nested folder; other files between."""
+    root = tmp_path_factory.mktemp("videos")
+    for name, lengths in LENGTHS.items():
+        for i, length in enumerate(lengths):
+            folder = root / name / ("more" if i == 2 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_video(folder / f"video {i}.mp4", num_frames=length)
+    (root / "left turn" / "notes.txt").write_text("not a video")
+    (root / ".hidden").mkdir()
+    return root
+
+
+def frame_numbers(dataset, index, rng):
+    """Which frames an item is made of: the test videos carry their numbers in their pixels."""
+    item = dataset.items[index]
+    return [number(frame) for frame in dataset.read(item, dataset._sampler(rng))]
+
+
+def test_folder(root):
+    data = VideoFolder(root, SPEC, train=False)
+    assert data.classes == ("left turn", "Überholen")
+    assert len(data) == 5
+    assert data.labels == [0, 0, 1, 1, 1]
+    clip, label = data[4]
+    assert (clip.shape, clip.dtype, label) == ((4, 3, 32, 32), torch.uint8, 1)
+
+
+def test_validation_takes_the_centre_clip(root):
+    data = VideoFolder(root, SPEC, train=False)
+    assert frame_numbers(data, 0, None) == [6, 8, 10, 12]
+    paths = [item.path for item in data.items]
+    expected = SPEC.eval_transform(normalize=False)(read_frames(paths[0], [6, 8, 10, 12]))
+    assert torch.equal(data[0][0], expected)
+    assert frame_numbers(VideoFolder(root, SEGMENTS, train=False), 0, None) == [2, 7, 12, 17]
+
+
+def test_short_videos_wrap_around(root):
+    data = VideoFolder(root, SPEC, train=False)
+    assert [os.path.basename(item.path) for item in data.items][-1] in ("video 1.mp4", "video 2.mp4")
+    (short,) = [i for i, item in enumerate(data.items) if "more" in item.path]
+    assert frame_numbers(data, short, None) == [0, 2, 1, 0]
+    assert VideoFolder(root, SPEC, train=True)[short][0].shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("spec", [SPEC, SEGMENTS])
+def test_training_clips_start_anywhere(root, spec):
+    data = VideoFolder(root, spec, train=True)
+    rng = np.random.default_rng(0)
+    seen = [frame_numbers(data, 0, rng) for _ in range(60)]
+    if spec is SPEC:
+        assert {first for first, *_ in seen} == set(range(14))
+        assert all(clip == list(range(clip[0], clip[0] + 8, 2)) for clip in seen)
+    else:
+        assert [set(column) for column in zip(*seen, strict=True)] == [set(range(i, i + 5)) for i in (0, 5, 10, 15)]
+
+
+def test_draws_depend_on_seed_epoch_and_item_alone(root):
+    def clips(workers=0, epoch=0, seed=0, order=None):
+        data = VideoFolder(root, SPEC, train=True, seed=seed)
+        data.set_epoch(epoch)
+        loader = DataLoader(data, batch_size=1, num_workers=workers, sampler=order)
+        return [clip[0] for clip, _ in loader]
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    first = clips()
+    torch.manual_seed(1)
+    assert same(clips(workers=2), first)
+    assert same(clips(order=[4, 3, 2, 1, 0])[::-1], first)
+    assert not same(clips(epoch=1), first)
+    assert not same(clips(seed=1), first)
+
+
+def test_workers_that_stay_see_the_next_epoch(root):
+    data = VideoFolder(root, SPEC, train=True)
+    loader = DataLoader(data, batch_size=5, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        epochs.append(next(iter(loader))[0])
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_mirrored_classes_change_places(root):
+    data = VideoFolder(root, replace(SPEC, mirrored=((0, 1),)), train=True)
+    seen = set()
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        seen.add(data[0][1])
+    assert seen == {0, 1}
+
+
+def test_list(root, tmp_path):
+    (tmp_path / "list.txt").write_text("left turn/video 0.mp4 2\n\nÜberholen/video 1.mp4 0\n", encoding="utf-8")
+    data = VideoList(tmp_path / "list.txt", SPEC, train=False, root=root)
+    assert data.labels == [2, 0]
+    assert data.classes == ("class 0", "class 1", "class 2")
+    assert data[0][0].shape == (4, 3, 32, 32)
+    named = VideoList(tmp_path / "list.txt", SPEC, train=False, root=root, classes=["a", "b", "c"])
+    assert named.classes == ("a", "b", "c")
+    with pytest.raises(ValueError, match="label 2, but there are 2 classes"):
+        VideoList(tmp_path / "list.txt", SPEC, train=False, root=root, classes=["a", "b"])
+
+
+def test_list_with_a_bad_line(tmp_path):
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4\n")
+    with pytest.raises(ValueError, match=r"list.txt: line 2: expected 2 fields, got 'b.mp4'"):
+        VideoList(tmp_path / "list.txt", SPEC, train=False)
+
+
+def test_kinetics_csv(root, tmp_path, caplog):
+    for folder, name in (("left turn", "abc-DEF_000001_000011.mp4"), (".", "_x_000020_000030.mp4")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).symlink_to(root / "left turn" / "video 0.mp4")
+    rows = [
+        "label,youtube_id,time_start,time_end,split",
+        "left turn,abc-DEF,1,11,train",
+        '"a, b",_x,20,30,train',
+        "gone,zz,0,10,train",
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    data = VideoList(tmp_path / "train.csv", SPEC, train=True)
+    assert data.classes == ("a, b", "left turn")
+    assert data.labels == [1, 0]
+    assert f"1 of 3 videos of the list are not in {tmp_path}" in caplog.text
+    assert data[1][0].shape == (4, 3, 32, 32)
+
+
+def test_raw_frames(root, tmp_path):
+    frames = read_frames(root / "left turn" / "video 0.mp4", range(20))
+    (tmp_path / "my video").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "my video" / f"f{i:03}.jpg", quality=100)
+    (tmp_path / "list.txt").write_text("my video 20 1\n")
+    data = RawFrames(tmp_path / "list.txt", SPEC, train=False, template="f{:03}.jpg", first=0)
+    assert frame_numbers(data, 0, None) == [6, 8, 10, 12]
+    assert data[0][1] == 1
+    assert list(data.check()) == [(data.items[0], None)]
+    (tmp_path / "my video" / "f017.jpg").write_bytes(b"no image")
+    ((_, reason),) = data.check()
+    assert reason.endswith("f017.jpg: not an image")
+    (tmp_path / "list.txt").write_text("my video many 1\n")
+    with pytest.raises(ValueError, match="line 1: the number of frames must be an integer"):
+        RawFrames(tmp_path / "list.txt", SPEC, train=False)
+    with pytest.raises(ValueError, match="target_fps does not apply"):
+        RawFrames(tmp_path / "list.txt", SPEC, train=False, target_fps=8)
+
+
+def test_target_fps(root):
+    """The test videos run at 25 frames a second."""
+    half = VideoFolder(root, SPEC, train=False, target_fps=12.5)
+    assert frame_numbers(half, 0, None) == [2, 6, 10, 14]
+    assert at_frame_rate(SPEC.indices, None, 10) == SPEC.indices
+    for fps, target in ((25, 30), (60, 7.5), (29.97, 30)):
+        for total in (1, 2, 10, 300):
+            indices = at_frame_rate(SPEC.indices, fps, target)(total)
+            assert (indices >= 0).all()
+            assert (indices < total).all()
+
+
+# Bad files
+
+
+@pytest.fixture
+def mixed(root, tmp_path):
+    """Five good videos and three bad ones."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            target = tmp_path / os.path.relpath(folder, root)
+            target.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to(os.path.join(folder, name))
+    good = (root / "left turn" / "video 0.mp4").read_bytes()
+    (tmp_path / "left turn" / "cut.mp4").write_bytes(good[: len(good) // 3])
+    (tmp_path / "left turn" / "empty.mp4").write_bytes(b"")
+    (tmp_path / "left turn" / "link.mp4").symlink_to("nowhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_replaced_and_named(mixed, caplog, workers):
+    data = VideoFolder(mixed, SPEC, train=True, max_bad=0.5)
+    batches = list(DataLoader(data, batch_size=2, num_workers=workers))
+    assert sum(len(clips) for clips, _ in batches) == len(data) == 8
+    bad = data.bad_files()
+    assert {os.path.basename(path) for path in bad} == {"cut.mp4", "empty.mp4", "link.mp4"}
+    assert "the file is empty" in bad[str(mixed / "left turn" / "empty.mp4")]
+    assert bad[str(mixed / "left turn" / "link.mp4")].startswith("No such file or directory: ")
+    if workers == 0:
+        assert sum("skipped" in r.getMessage() for r in caplog.records) == 3
+
+
+def test_too_many_bad_files_stop_the_run(mixed):
+    data = VideoFolder(mixed, SPEC, train=True)
+    with pytest.raises(TooManyBadFilesError, match=r"1 of 8 videos cannot be read, more than max_bad=0.05 allows:\n  .*mp4: "):
+        list(DataLoader(data))
+
+
+def test_nothing_but_bad_files_does_not_spin(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.mp4").write_bytes(b"no")
+    with pytest.raises(TooManyBadFilesError, match="1 of 1 videos"):
+        VideoFolder(tmp_path, SPEC, train=False, max_bad=1)[0]
+
+
+def test_the_list_of_bad_files_goes_with_the_data_set(root):
+    data = VideoFolder(root, SPEC, train=True)
+    assert os.path.exists(data._bad_file)
+    copy = pickle.loads(pickle.dumps(data))
+    del copy
+    assert os.path.exists(data._bad_file)
+    path = data._bad_file
+    del data
+    assert not os.path.exists(path)
+
+
+def test_check_reads_everything(mixed, root):
+    report = {os.path.basename(item.path): reason for item, reason in VideoFolder(mixed, SPEC, train=True).check()}
+    assert len(report) == 6  # of the good ones, two pairs have the same name
+    assert {name for name, reason in report.items() if reason} == {"cut.mp4", "empty.mp4", "link.mp4"}
+    assert all(reason is None for _, reason in VideoFolder(root, SPEC, train=True).check(workers=1))
+
+
+# Odd folders
+
+
+def test_odd_folders(root, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        VideoFolder(tmp_path / "nowhere", SPEC, train=True)
+    with pytest.raises(ValueError, match="no class folders in it"):
+        VideoFolder(tmp_path, SPEC, train=True)
+    (tmp_path / "a class").mkdir()
+    with pytest.raises(ValueError, match="a class without a video"):
+        VideoFolder(tmp_path, SPEC, train=True)
+    (tmp_path / "a class" / "loop").symlink_to(tmp_path / "a class")
+    (tmp_path / "a class" / "one.mp4").symlink_to(root / "left turn" / "video 0.mp4")
+    assert [os.path.basename(item.path) for item in VideoFolder(tmp_path, SPEC, train=True).items] == ["one.mp4"]
+
+
+def test_labels_of_the_training_set(root, tmp_path):
+    (tmp_path / "Überholen").mkdir()
+    (tmp_path / "Überholen" / "same name.mp4").symlink_to(root / "left turn" / "video 0.mp4")
+    train = VideoFolder(root, SPEC, train=True)
+    assert VideoFolder(tmp_path, SPEC, train=False, classes=train.classes).labels == [1]
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="not among the given ones: new"):
+        VideoFolder(tmp_path, SPEC, train=False, classes=train.classes)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [({"target_fps": 0}, "target_fps must be positive, got 0"), ({"max_bad": 5}, "max_bad must be within 0..1, got 5")],
+)
+def test_other_arguments(root, kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        VideoFolder(root, SPEC, train=True, **kwargs)

@@ -1,0 +1,379 @@
+"""Data sets of videos for training and validation: folders, lists, extracted frames.
+
+Every item is a clip, uint8 (T, 3, S, S), and a label. Which frames, crop and colours are drawn follows from the seed, the epoch
+and the item alone, so the number of loader workers does not matter. A video that cannot be read is replaced by another draw, and
+written down; see `VideoDataset.bad_files`.
+"""
+
+import csv
+import json
+import logging
+import os
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tpn.video import decode
+from tpn.video.decode import VideoError
+from tpn.video.spec import InputSpec
+
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"]
+)
+
+PathLike = str | os.PathLike[str]
+Sample = Callable[[int], NDArray[np.int64]]
+
+_logger = logging.getLogger(__name__)
+
+
+class TooManyBadFilesError(RuntimeError):
+    """More videos cannot be read than the data set's `max_bad` allows; the message lists them."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video, or one folder of frames (then with their number), and its label."""
+
+    path: str
+    label: int
+    num_frames: int | None = None
+
+
+class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
+    """What all data sets share; see `VideoFolder`, `VideoList`, `RawFrames`.
+
+    Args:
+        items: videos and labels.
+        classes: names, by label.
+        spec: `tpn.input_spec(model)`.
+        train: random clips and `spec.train_transform`; otherwise the centre clip and one centre crop.
+        target_fps: sample as if every video had this frame rate; default: frames as they are.
+        max_bad: share of the videos that may be unreadable before the run stops with the list.
+        seed: of all random draws.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        classes: Sequence[str],
+        spec: InputSpec,
+        *,
+        train: bool,
+        target_fps: float | None = None,
+        max_bad: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        if not items:
+            raise ValueError("the data set has no videos")
+        if target_fps is not None and target_fps <= 0:
+            raise ValueError(f"target_fps must be positive, got {target_fps}")
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"max_bad must be within 0..1, got {max_bad}")
+        self.items, self.classes, self.spec, self.train = list(items), tuple(classes), spec, train
+        self.target_fps, self.max_bad, self.seed = target_fps, max_bad, seed
+        self.transform = spec.train_transform(normalize=False) if train else spec.eval_transform(normalize=False)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers see it change
+        handle, self._bad_file = tempfile.mkstemp(prefix="tpn-bad-files-", suffix=".jsonl")
+        os.close(handle)
+        weakref.finalize(self, _remove, self._bad_file, os.getpid())
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of every item."""
+        return [item.label for item in self.items]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other clips than in other epochs."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return (clip uint8 (T, 3, S, S), label) of video `index`, or of another one if it cannot be read."""
+        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        while True:
+            item = self.items[index]
+            try:
+                frames = self.read(item, self._sampler(rng))
+                break
+            except (VideoError, OSError) as error:
+                self._record(item, error)
+                index = int(rng.integers(len(self.items)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**62)))
+            return self.transform(frames, item.label) if self.train else (self.transform(frames), item.label)
+
+    def bad_files(self) -> dict[str, str]:
+        """Return the videos that could not be read so far, in any worker, each with its reason."""
+        lines = Path(self._bad_file).read_text(encoding="utf-8").splitlines()
+        return dict(json.loads(line) for line in lines)
+
+    def check(self, workers: int = 2) -> Iterator[tuple[Item, str | None]]:
+        """Read every frame of every video, `workers` at a time; yield each with the reason why it is bad, or None."""
+
+        def reason(item: Item) -> str | None:
+            try:
+                self.verify(item)
+            except (VideoError, OSError) as error:
+                return _reason(error)
+            return None
+
+        with ThreadPoolExecutor(workers) as pool:  # the decoder leaves Python's lock alone
+            yield from zip(self.items, pool.map(reason, self.items), strict=True)
+
+    @abstractmethod
+    def verify(self, item: Item) -> None:
+        """Read every frame; raise VideoError or OSError if one cannot be read."""
+
+    @abstractmethod
+    def read(self, item: Item, sample: Sample) -> Tensor:
+        """Return frames, uint8 (T, 3, H, W), which `sample` chooses by the number of frames."""
+
+    def _sampler(self, rng: np.random.Generator) -> Sample:
+        if self.train:
+            return lambda total: self.spec.random_indices(total, rng)
+        return replace(self.spec, num_clips=1).indices
+
+    def _record(self, item: Item, error: Exception) -> None:
+        known = self.bad_files()
+        if item.path not in known:
+            reason = _reason(error)
+            _logger.warning("skipped %s: %s", item.path, reason)
+            with open(self._bad_file, "a", encoding="utf-8") as file:  # one short write: whole lines also from many workers
+                file.write(json.dumps([item.path, reason]) + "\n")
+            known[item.path] = reason
+        if len(known) > self.max_bad * len(self.items) or len(known) == len(self.items):
+            listed = "".join(f"\n  {path}: {reason}" for path, reason in known.items())
+            raise TooManyBadFilesError(
+                f"{len(known)} of {len(self.items)} videos cannot be read, more than max_bad={self.max_bad} allows:{listed}"
+            )
+
+
+class _VideoFiles(VideoDataset):
+    def verify(self, item: Item) -> None:
+        decode.verify(item.path)
+
+    def read(self, item: Item, sample: Sample) -> Tensor:
+        chosen = sample
+        if self.target_fps is not None:
+            chosen = at_frame_rate(sample, decode.probe(item.path).fps, self.target_fps)
+        frames, place = decode.sample_frames(item.path, chosen)
+        return frames[torch.from_numpy(place[0])]
+
+
+class VideoFolder(_VideoFiles):
+    """Videos in one folder per class: `root/class name/**/video.mp4`.
+
+    Links are followed, each folder once. Files that do not end like videos are passed over.
+
+    Args:
+        root: the folder.
+        spec, train, target_fps, max_bad, seed: see `VideoDataset`.
+        classes: class names in the order of their labels, such as those of the training set for a validation set. Default:
+            the folders' names, sorted.
+
+    Raises FileNotFoundError, NotADirectoryError, or ValueError: no class, a class without a video, an unknown class.
+    """
+
+    def __init__(
+        self, root: PathLike, spec: InputSpec, *, train: bool, classes: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        if not folders:
+            raise ValueError(f"{root}: no class folders in it; expected {root}/CLASS/VIDEO.mp4")
+        names = folders if classes is None else list(classes)
+        unknown = sorted(set(folders) - set(names))
+        if unknown:
+            raise ValueError(f"{root}: classes that are not among the given ones: {', '.join(unknown)}")
+        items = []
+        for name in folders:
+            videos = _videos_below(Path(root, name))
+            if not videos:
+                raise ValueError(f"{Path(root, name)}: a class without a video; add some, or remove the folder")
+            items += [Item(str(path), names.index(name)) for path in videos]
+        super().__init__(items, names, spec, train=train, **kwargs)
+
+
+class VideoList(_VideoFiles):
+    """Videos named by a text file, "path label" on each line, or by an official Kinetics CSV.
+
+    Args:
+        file: the list. Labels are numbers from 0, or class names where `classes` is given. A CSV with the columns label,
+            youtube_id, time_start and time_end stands for `root/label/id_000001_000011.mp4` or `root/id_000001_000011.mp4`;
+            videos that are not there are left out, with a warning that counts them.
+        spec, train, target_fps, max_bad, seed: see `VideoDataset`.
+        root: what paths are relative to. Default: the list's folder.
+        classes: class names in the order of their labels. Default: those of the CSV, sorted; "class 0", ... for numbers.
+    """
+
+    def __init__(
+        self,
+        file: PathLike,
+        spec: InputSpec,
+        *,
+        train: bool,
+        root: PathLike | None = None,
+        classes: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        folder = Path(file).parent if root is None else Path(root)
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        if lines and "youtube_id" in lines[0].split(","):
+            named = _kinetics(lines, folder)
+        else:
+            named = [(str(folder / path), label) for path, label in _split_lines(file, lines, 1)]
+        items, names = _labelled(file, named, classes)
+        super().__init__([Item(path, label) for path, label in items], names, spec, train=train, **kwargs)
+
+
+class RawFrames(VideoDataset):
+    """Videos that lie as folders of numbered images, named by a text file: "folder num_frames label" on each line.
+
+    Args:
+        file: the list.
+        spec, train, max_bad, seed: see `VideoDataset`. `target_fps` does not apply: images have no frame rate.
+        root: what folders are relative to. Default: the list's folder.
+        template: file names, with the number of the frame.
+        first: number of the first frame.
+        classes: as in `VideoList`.
+    """
+
+    def __init__(
+        self,
+        file: PathLike,
+        spec: InputSpec,
+        *,
+        train: bool,
+        root: PathLike | None = None,
+        template: str = "img_{:05d}.jpg",
+        first: int = 1,
+        classes: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("target_fps") is not None:
+            raise ValueError("target_fps does not apply to extracted frames, which have no frame rate")
+        self.template, self.first = template, first
+        folder = Path(file).parent if root is None else Path(root)
+        rows = _split_lines(file, Path(file).read_text(encoding="utf-8").splitlines(), 2)
+        items, names = _labelled(file, [(path, label) for path, _, label in rows], classes)
+        frames = [int(count) if count.isdecimal() and int(count) > 0 else None for _, count, _ in rows]
+        if None in frames:
+            raise ValueError(f"{file}: line {frames.index(None) + 1}: the number of frames must be an integer >= 1")
+        located = [Item(str(folder / path), label, count) for (path, label), count in zip(items, frames, strict=True)]
+        super().__init__(located, names, spec, train=train, **kwargs)
+
+    def verify(self, item: Item) -> None:
+        assert item.num_frames is not None
+        for i in range(item.num_frames):
+            _read_image(self._frame(item, i))
+
+    def _frame(self, item: Item, index: int) -> Path:
+        return Path(item.path, self.template.format(self.first + index))
+
+    def read(self, item: Item, sample: Sample) -> Tensor:
+        assert item.num_frames is not None
+        wanted, place = np.unique(sample(item.num_frames)[0], return_inverse=True)
+        return torch.stack([_read_image(self._frame(item, i)) for i in wanted.tolist()])[torch.from_numpy(place)]
+
+
+def at_frame_rate(sample: Sample, fps: float | None, target_fps: float) -> Sample:
+    """Let `sample` choose as if a video of `fps` frames a second had `target_fps`; unknown fps: as it is."""
+    if not fps:
+        return sample
+    ratio = fps / target_fps
+
+    def chosen(total: int) -> NDArray[np.int64]:
+        indices = sample(max(round(total / ratio), 1))
+        return np.minimum(np.floor(indices * ratio), total - 1).astype(np.int64)
+
+    return chosen
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _read_image(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except UnidentifiedImageError as error:
+        raise VideoError(f"{path}: not an image") from error
+
+
+def _videos_below(folder: Path) -> list[Path]:
+    """Every video file in a folder and below, sorted; links are followed, no folder is entered twice."""
+    seen: set[str] = set()
+    found = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(path, name) for name in files if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")]
+    return sorted(found)
+
+
+def _split_lines(file: PathLike, lines: Sequence[str], fields_behind: int) -> list[tuple[str, ...]]:
+    """Split "path field ..." lines from the right: paths may hold spaces. Empty lines are passed over."""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = line.rsplit(maxsplit=fields_behind)
+        if row and len(row) != fields_behind + 1:
+            raise ValueError(f"{file}: line {number}: expected {fields_behind + 1} fields, got {line!r}")
+        if row:
+            rows.append(tuple(row))
+    return rows
+
+
+def _kinetics(lines: Sequence[str], root: Path) -> list[tuple[str, str]]:
+    """(path, class name) of the videos of an official Kinetics CSV that are there."""
+    rows = list(csv.DictReader(lines))
+    found = []
+    for row in rows:
+        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
+        path = next((p for p in (root / row["label"] / name, root / name) if p.is_file()), None)
+        if path is not None:
+            found.append((str(path), row["label"]))
+    if len(found) < len(rows):
+        _logger.warning("%s of %s videos of the list are not in %s", len(rows) - len(found), len(rows), root)
+    return found
+
+
+def _labelled(
+    file: PathLike, named: Sequence[tuple[str, str]], classes: Sequence[str] | None
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Turn labels, numbers or class names, into numbers; return them with the class names."""
+    if all(label.isdecimal() for _, label in named):
+        labels = [int(label) for _, label in named]
+        names = list(classes) if classes is not None else [f"class {i}" for i in range(max(labels, default=-1) + 1)]
+        if labels and max(labels) >= len(names):
+            raise ValueError(f"{file}: label {max(labels)}, but there are {len(names)} classes, numbered from 0")
+    else:
+        names = list(classes) if classes is not None else sorted({label for _, label in named})
+        unknown = sorted({label for _, label in named} - set(names))
+        if unknown:
+            raise ValueError(f"{file}: classes that are not among the given ones: {', '.join(unknown)}")
+        labels = [names.index(label) for _, label in named]
+    return [(path, label) for (path, _), label in zip(named, labels, strict=True)], names
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a loader's worker
+        Path(path).unlink(missing_ok=True)
