@@ -19,7 +19,7 @@ from tpn.zoo.factories import (
     tsm_r50_sthv2,
 )
 
-dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "einops", "numpy"]
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "einops", "numpy", "requests"]
 
 __all__ = [
     "slowonly_r50_16x4_k400",

@@ -10,7 +10,7 @@ from recipe import our_names
 from safetensors.torch import save
 
 import tpn
-from tpn.zoo import publish, weights
+from tpn.zoo import publish, sources, weights
 
 SLOWONLY, TSM, BY_HAND = "tpn_slowonly_r50_k400.in1k", "tpn_tsm_r50_sthv1.in1k", "tsm_r50_sthv2.original"
 MANIFESTS = {
@@ -25,7 +25,7 @@ def change_entry(name, setattr=setattr, **changes):
     entry = weights.WEIGHTS[name]
     entry = replace(entry, model_args={**entry.model_args, "base_channels": 4}, **changes)
     table = {**weights.WEIGHTS, name: entry}
-    for module in (weights, publish):
+    for module in (weights, publish, sources):
         setattr(module, "WEIGHTS", table)
     return entry
 

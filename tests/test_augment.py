@@ -82,6 +82,10 @@ def test_flip_and_labels():
     swap = {2: 4, 4: 2, 30: 41, 41: 30, 5: 5}
     for before, flipped, after in seen:
         assert after == (swap[before] if flipped else before)
+    always = spec.train_transform(flip_prob=1)
+    assert always(clip, torch.tensor(2))[1] == 4
+    with pytest.raises(ValueError, match="for RGB clips, this spec is for 2 channels"):
+        spec.for_channels(2).train_transform()
     assert 70 < sum(flipped for _, flipped, _ in seen) < 130
     never = spec.train_transform(flip_prob=0, normalize=False)
     never.augment = torch.nn.Identity()
@@ -111,6 +115,11 @@ def test_saved_models_know_too(tmp_path):
     tpn.save_pretrained(model, tmp_path)
     assert tpn.input_spec(f"local-dir:{tmp_path}") == model.input_spec
     assert tpn.create_model(f"local-dir:{tmp_path}").input_spec == model.input_spec
+    own = tpn.create_model("tpn_tsm_r50_sthv1", base_channels=4, num_classes=5)
+    own.input_spec = replace(own.input_spec, mirrored=((0, 1),))
+    tpn.save_pretrained(own, tmp_path)
+    assert tpn.create_model(f"local-dir:{tmp_path}").input_spec.mirrored == ((0, 1),)
+    assert tpn.create_model(f"local-dir:{tmp_path}", num_classes=6).input_spec.mirrored == ()
 
 
 @pytest.mark.parametrize(

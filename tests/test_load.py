@@ -1,7 +1,9 @@
 """Weights into models: ImageNet starts, other input channels, strange tensors."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import small
 import timm
@@ -12,6 +14,7 @@ from safetensors.torch import save
 
 import tpn
 from tpn import CheckpointError, WeightsUnavailableError
+from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import load_strict
 from tpn.zoo.load import load_checkpoint, load_state_dict
 
@@ -392,3 +395,22 @@ def test_slowonly_has_no_variants():
     names = ("mmaction2_tpn_slowonly_r50_8x8_k400", "original_tpn_slowonly_r50_8x8")
     first, second = (set(our_names(name).values()) for name in names)
     assert first == second
+
+
+def test_saved_weights_know_their_flow_order(tmp_path):
+    model = tpn.create_model(SLOWONLY, base_channels=4, flow_order="parallel")
+    path = tpn.save_pretrained(model, tmp_path) / "model.safetensors"
+    tpn.create_model(SLOWONLY, base_channels=4, flow_order="parallel", checkpoint_path=path)
+    with pytest.raises(CheckpointError, match="trained with flow_order=parallel, .* pass flow_order='parallel' to create_model"):
+        tpn.create_model(SLOWONLY, base_channels=4, checkpoint_path=path)
+
+
+def test_several_threads_read_at_once(tmp_path):
+    """torch keeps one list of harmless classes for the whole process."""
+    path = tmp_path / "a.pth"
+    torch.save({"meta": np.float64(1.0), "state_dict": {"a": torch.ones(2)}}, path)
+    torch.serialization.add_safe_globals([np.dtype])
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: read_checkpoint(path)[0]["a"].sum().item(), range(80)))
+    assert results == [2.0] * 80
+    assert np.dtype in torch.serialization.get_safe_globals()

@@ -93,7 +93,7 @@ def test_right_hash_wrong_network(server, cache, monkeypatch):
     small.change_entry(SLOWONLY, monkeypatch.setattr, url=f"{server.url}/a-{sha256[:8]}.pth", sha256=sha256[:8])
     for _ in range(2):
         with pytest.raises(
-            tpn.CheckpointError, match=r"a-\w+.pth has 174 classes, .* has 400: it is not the published checkpoint"
+            tpn.CheckpointError, match=r"a-\w+.pth is not the published checkpoint of .*: it has 174 classes, not 400"
         ):
             tpn.create_model(SLOWONLY, pretrained=True)
     assert len(server.requests) == 1
@@ -183,6 +183,33 @@ def test_by_hand(server, monkeypatch, tmp_path, cache):
         tpn.create_model(BY_HAND, pretrained=True)
     run_python(script, tmp_path)
     assert same(tpn.create_model(BY_HAND, pretrained=True), reference.state_dict())
+
+
+@pytest.mark.parametrize("name", [SLOWONLY, BY_HAND])
+def test_only_the_published_file_becomes_the_published_weights(server, monkeypatch, cache, tmp_path, name):
+    """Files of the same shapes that are something else: another training run, another code base."""
+    if name == SLOWONLY:
+        small.serve(server, SLOWONLY, monkeypatch.setattr)
+        data, digits = small.upstream_file(SLOWONLY, seed=9)
+        small.change_entry("tpn_slowonly_r50_k400.scratch", monkeypatch.setattr, sha256=digits[:8])
+        says = rf"SHA-256 starts with {digits[:8]}, as that of tpn_slowonly_r50_k400.scratch does: --model tpn_slowonly_r50_k400.scratch"
+    else:
+        small.change_entry(BY_HAND, monkeypatch.setattr)
+        upstream = {ours: up for up, ours in our_names(small.MANIFESTS[TSM]).items()}
+        torch.save({upstream[k]: v for k, v in small.random_model(BY_HAND).state_dict().items()}, tmp_path / "mmaction2.pth")
+        data = (tmp_path / "mmaction2.pth").read_bytes()
+        says = "its names are those of mmaction2, not of original"
+    (tmp_path / "other.pth").write_bytes(data)
+    with pytest.raises(tpn.CheckpointError, match=says):
+        sources.convert(get_weights(name), tmp_path / "other.pth")
+    assert not (cache / name / saved.WEIGHTS_FILE).exists()
+
+
+def test_mirror_with_a_query(server, published):
+    (path,) = server.files
+    server.files[f"{path}?download=true"] = server.files.pop(path)
+    overlay = {"url": f"{server.url}{path}?download=true"}
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay), wanted(server))
 
 
 # This side

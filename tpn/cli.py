@@ -143,7 +143,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as safetensors with its configuration, for local-dir:FOLDER or pretrained=True."""
     weights = get_weights(model)
-    path = sources.store(weights, checkpoint, output or sources.cache_folder(weights), published=output is None)
+    path = sources.store(weights, checkpoint, output) if output else sources.convert(weights, checkpoint)
     how = f'"local-dir:{path.parent}"' if output else f'"{weights.name}", pretrained=True'
     err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
 
@@ -220,7 +220,7 @@ def _facts(name: str) -> dict[str, Any]:
     """Return what `list` and `info` print of "model" or "model.tag"."""
     about = tpn.model_info(name)
     w, spec = about.weights, about.weights.input
-    here = sources.cached(sources.cache_folder(w)) is not None
+    here = (sources.cache_folder(w) / "model.safetensors").is_file()
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
     measured = "not yet" if w.measured_top1 is None else f"{w.measured_top1:.2f}"
     return {

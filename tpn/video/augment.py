@@ -1,5 +1,6 @@
 """Whole-clip transforms for training and evaluation loops, on torchvision's v2 operators."""
 
+import operator
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -28,6 +29,7 @@ class TrainTransform(nn.Module):
 
     def __init__(self, spec: "InputSpec", *, flip_prob: float = 0.5, color_jitter: bool = True, normalize: bool = True) -> None:
         super().__init__()
+        _check_rgb(spec)
         if not 0 <= flip_prob <= 1:
             raise ValueError(f"flip_prob must be within 0..1, got {flip_prob}")
         self.spec, self.flip_prob, self.normalize = spec, flip_prob, normalize
@@ -45,6 +47,7 @@ class TrainTransform(nn.Module):
     def forward(self, clip: Tensor, label: int | None = None) -> Tensor | tuple[Tensor, int]:
         """Transform a clip, and its label if given; ValueError if flips can change labels and none is given."""
         _check(clip)
+        label = None if label is None else operator.index(label)  # a tensor, too
         if self.swaps and self.flip_prob and label is None:
             raise ValueError(
                 f"a flip swaps labels {self.spec.mirrored} of this data set: call transform(clip, label), "
@@ -68,6 +71,7 @@ class EvalTransform(nn.Module):
 
     def __init__(self, spec: "InputSpec", *, normalize: bool = True) -> None:
         super().__init__()
+        _check_rgb(spec)
         self.spec, self.normalize = spec, normalize
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -75,6 +79,11 @@ class EvalTransform(nn.Module):
         crops = self.spec.crops(clip)
         crops = self.spec.normalize(crops) if self.normalize else crops
         return crops if len(crops) > 1 else crops[0]
+
+
+def _check_rgb(spec: "InputSpec") -> None:
+    if len(spec.mean) != 3:
+        raise ValueError(f"the transforms are for RGB clips, this spec is for {len(spec.mean)} channels")
 
 
 def _check(clip: Tensor) -> None:

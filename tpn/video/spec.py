@@ -1,5 +1,6 @@
 """What a model expects to see: frames, sampling, size, normalisation, and the views its accuracy was measured with."""
 
+import logging
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpn.video import augment, sampling, transforms
+
+_logger = logging.getLogger(__name__)
 
 Sampling = Literal["dense", "segments"]
 
@@ -115,11 +118,11 @@ class InputSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
-        """Read what `to_dict` returned; unknown fields are an error."""
+        """Read what `to_dict` returned; fields of a later version are passed over with a warning."""
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown fields of an input spec: {', '.join(sorted(unknown))}")
-        return cls(**{name: _as_tuple(value) for name, value in values.items()})
+            _logger.warning("unknown fields of an input spec are passed over: %s", ", ".join(sorted(unknown)))
+        return cls(**{name: _as_tuple(value) for name, value in values.items() if name not in unknown})
 
 
 def _as_tuple(value: Any) -> Any:

@@ -4,6 +4,7 @@ import pickle
 import pickletools
 import re
 import sys
+import threading
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
@@ -22,6 +23,8 @@ from tpn.zoo.convert import CheckpointError
 
 STANDARD_LIBRARY = sys.stdlib_module_names | IMPORT_MAPPING.keys()
 """Roots of the standard library, and the Python 2 names under which pickles still refer to it."""
+
+_SAFE_GLOBALS = threading.Lock()
 
 REMEDY = "in the environment that wrote it, save the bare weights: torch.save(model.state_dict(), 'weights.pth')"
 
@@ -51,7 +54,8 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file has the length that its header promises."""
+    """Whether a safetensors file has the length that its header promises. OSError if it cannot be opened."""
+    path.open("rb").close()  # safetensors calls every failure "no such file"
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -74,9 +78,13 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or damaged PyTorch file ({error})") from error
     placeholders = [(type(name, (_Placeholder,), {}), name) for name in names if _is_foreign_class(name)]
     try:
-        # Opened here: given a path, torch goes by the suffix.
-        with torch.serialization.safe_globals([*_numpy_globals(), *placeholders]), path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # The list of what is harmless belongs to the whole process: one reader at a time, and nobody's entries are removed.
+        with _SAFE_GLOBALS:
+            known = torch.serialization.get_safe_globals()
+            ours = [entry for entry in (*_numpy_globals(), *placeholders) if entry not in known]
+            # Opened here: given a path, torch goes by the suffix.
+            with torch.serialization.safe_globals(ours), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = re.search(r"(?:GLOBAL|function) (?:<[\w ]*function )?([\w.]+)", str(error))
         foreign = ", ".join(name for _, name in placeholders) or "an unknown kind"

@@ -119,9 +119,9 @@ def _create(
     build = partial(_build, make_backbone, **arch)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **model_args)
     model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}
-    known_classes = len(labels) == model.num_classes
-    model.labels = labels if known_classes else None
-    mirrored = spec.mirrored if known_classes else ()
+    model.labels = labels if len(labels) == model.num_classes else None
+    same_classes = model.num_classes == (len(labels) if config is None else config.get("num_classes", len(labels)))
+    mirrored = spec.mirrored if same_classes else ()
     model.input_spec = replace(spec, num_frames=model_args["num_frames"], mirrored=mirrored).for_channels(model.in_chans)
     if pretrained:
         sources.load_pretrained(model, cfg, entry, cache_dir)

@@ -5,6 +5,8 @@ $HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE, $HF_HOME, proxies, resumed downloads, 
 
 import errno
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from tpn.zoo.checkpoint import is_whole
 from tpn.zoo.download import PASSING
@@ -59,19 +62,22 @@ def hub_file(repo: str, name: str, *, cache_dir: str | PathLike[str] | None = No
 
     Args:
         repo: "owner/name", or "owner/name@revision".
-        cache_dir: Default: the Hub's, $HF_HUB_CACHE.
+        cache_dir: Default: $TPN_CACHE, else the Hub's, $HF_HUB_CACHE.
         prefer_cached: ask the Hub only for what is not in the cache. Otherwise the Hub is asked whether there is
             a newer one; if it does not say, the cached one is taken, with a warning.
 
-    Raises WeightsUnavailableError, as NoRepositoryError or HubUnreachableError where it is one of these.
+    Raises WeightsUnavailableError, as NoRepositoryError or HubUnreachableError where it is one of these, and ValueError for
+    a malformed name.
     """
     repo_id, _, revision = repo.partition("@")
+    validate_repo_id(repo_id)
+    cache_dir = cache_dir or os.environ.get("TPN_CACHE")
     get = partial(
         hf_hub_download,
         repo_id,
         name,
         revision=revision or None,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
+        cache_dir=Path(cache_dir).expanduser() if cache_dir else None,
         library_name="tpn",
     )
     path = _cached(get)
@@ -96,24 +102,26 @@ def _ask(repo: str, name: str, url: str) -> None:
 
     The client asks again by itself when it fetches, but for up to minutes where a network swallows its requests.
     """
+    outer = sys.exc_info()[1]
     for pause in (*PAUSES, None):
         try:
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             return
         except Exception as error:  # of whichever HTTP library the client uses
-            if pause is None or _status(list(_causes(error))) not in PASSING:
-                raise _explain(error, repo, name) from error
+            if pause is None or _status(_causes(error, outer)) not in PASSING:
+                raise _explain(_causes(error, outer), repo, name) from error
             time.sleep(pause)
 
 
 def _transfer(get: "partial[str]", repo: str, name: str) -> Path:
+    outer = sys.exc_info()[1]
     tries = 0
     while True:
         tries += 1
         try:
             return Path(get())
         except Exception as error:  # of whichever HTTP library the client uses
-            explained = _explain(error, repo, name)
+            explained = _explain(_causes(error, outer), repo, name)
             started = isinstance(explained, HubUnreachableError) and not isinstance(error, LocalEntryNotFoundError | ValueError)
             if not started or tries == TRANSFERS:
                 raise explained from error
@@ -130,10 +138,11 @@ def _cached(get: "partial[str]") -> Path | None:
 @contextmanager
 def uploading(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into an UploadError."""
+    outer = sys.exc_info()[1]
     try:
         yield
     except Exception as error:  # of whichever HTTP library the client uses
-        causes = list(_causes(error))
+        causes = _causes(error, outer)
         status = _status(causes)
         where = f"{repo_id} on the Hub ({constants.ENDPOINT})"
         if status in (401, 403):
@@ -152,9 +161,8 @@ def _reason(causes: list[BaseException]) -> str:
     return f"status {status}" if status else next(iter(str(last).splitlines()), type(last).__name__)
 
 
-def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
+def _explain(causes: list[BaseException], repo: str, name: str) -> WeightsUnavailableError:
     """Say in one sentence what the client's error means for the user."""
-    causes = list(_causes(error))
     status = _status(causes)
     where = f"{repo} on the Hub ({constants.ENDPOINT})"
     if constants.HF_HUB_OFFLINE or any(isinstance(e, OfflineModeIsEnabled) for e in causes):
@@ -182,7 +190,10 @@ def _explain(error: Exception, repo: str, name: str) -> WeightsUnavailableError:
     return HubUnreachableError(f"{where} could not be reached ({_reason(causes)}); check the network, and HF_ENDPOINT if set")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _causes(error: BaseException | None, outer: BaseException | None) -> list[BaseException]:
+    """Return an error and what led to it, but not `outer`, which the caller was handling already."""
+    found = []
+    while error is not None and error is not outer:
+        found.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found

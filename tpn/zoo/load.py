@@ -13,10 +13,11 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from tpn.models.classifier import TPNClassifier
+from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet import ResNet
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.zoo.checkpoint import read_checkpoint
-from tpn.zoo.convert import CheckpointError, convert_state_dict, load_strict
+from tpn.zoo.convert import CheckpointError, Layout, convert_state_dict, load_strict
 
 STEM = "backbone.conv1.weight"
 CLASSIFIERS = ("head.fc", "aux_head.fc")
@@ -54,7 +55,7 @@ def load_state_dict(
     """
     try:
         renamed, layout = convert_state_dict(tensors)
-        _check_shift(model, layout, metadata or {})
+        _check_arguments(model, layout, metadata or {})
         classes = num_classes_of(renamed)
         other_classes = classes is not None and classes != model.num_classes
         stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
@@ -74,11 +75,12 @@ def num_classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def num_classes_in(path: str | PathLike[str]) -> int | None:
-    """Return the number of classes of a checkpoint file in any layout; None if it has no classifier."""
+def inspect_checkpoint(path: str | PathLike[str]) -> tuple[Layout, int | None]:
+    """Return the layout of a checkpoint file, and its number of classes, None if it has no classifier."""
     tensors, _ = read_checkpoint(path)
     try:
-        return num_classes_of(convert_state_dict(tensors)[0])
+        renamed, layout = convert_state_dict(tensors)
+        return layout, num_classes_of(renamed)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -126,19 +128,24 @@ def load_imagenet(model: TPNClassifier, path: Path) -> None:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check_shift(model: TPNClassifier, layout: str, metadata: Mapping[str, str]) -> None:
-    """Refuse TSM weights of the other shift variant, which have the same names and shapes but other meaning."""
-    if not isinstance(model.backbone, ResNetTSM):
-        return
-    if layout == "tpn":
-        trained = _model_args(metadata).get("shift_shortcut", model.backbone.shift_shortcut)
-    else:
-        trained = layout == "original"
-    if trained != model.backbone.shift_shortcut:
-        raise CheckpointError(
-            f"the weights were trained with shift_shortcut={trained}, the model was built with "
-            f"shift_shortcut={model.backbone.shift_shortcut}; pass shift_shortcut={trained} to create_model"
-        )
+def _check_arguments(model: TPNClassifier, layout: Layout, metadata: Mapping[str, str]) -> None:
+    """Refuse weights that were trained with arguments which change what a network computes, but no name and no shape."""
+    ours = layout == "tpn"
+    if ours and "model" not in metadata:
+        return  # nothing is known of these
+    saved = _model_args(metadata)
+    arguments: dict[str, tuple[Any, Any]] = {}
+    if isinstance(model.backbone, ResNetTSM):
+        trained = saved.get("shift_shortcut", False) if ours else layout == "original"
+        arguments["shift_shortcut"] = (trained, model.backbone.shift_shortcut)
+    if ours and isinstance(model.neck, TemporalPyramid):
+        arguments["flow_order"] = (saved.get("flow_order", "cascade"), model.neck.flow_order)
+    for name, (trained, built) in arguments.items():
+        if trained != built:
+            raise CheckpointError(
+                f"the weights were trained with {name}={trained}, the model was built with {name}={built}; "
+                f"pass {name}={trained!r} to create_model"
+            )
 
 
 def _model_args(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from torch import nn
 
-from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
 from tpn.zoo.convert import CheckpointError
@@ -27,11 +27,10 @@ CITATION = """@inproceedings{yang2020tpn,
 
 
 def push_to_hub(
-    model: TPNClassifier,
+    model: nn.Module,
     repo_id: str,
     *,
     private: bool = False,
-    revision: str | None = None,
     token: str | None = None,
     commit_message: str = "Add model",
     license: str | None = None,
@@ -43,7 +42,6 @@ def push_to_hub(
     Args:
         repo_id: "owner/name", or "name" under your own account; created if need be.
         private: whether a new repository is private.
-        revision: branch to commit to.
         token: Default: $HF_TOKEN, or that of `hf auth login`.
         license: for the card, such as "apache-2.0".
 
@@ -55,9 +53,9 @@ def push_to_hub(
         with uploading(repo_id):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             card = None
-            if not api.file_exists(repo_id, CARD_FILE, revision=revision):
+            if not api.file_exists(repo_id, CARD_FILE):
                 card = model_card(saved.read_config(folder), repo_id, license=license)
-            _commit(api, repo_id, folder, card, commit_message, revision)
+            _commit(api, repo_id, folder, card, commit_message)
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -94,20 +92,20 @@ def publish(
     """
     for entry in WEIGHTS.values():
         repo_id = f"{namespace}/{entry.name}"
-        path = sources.cached(sources.cache_folder(entry, cache_dir))
-        if path is None and entry.manual:
-            yield Publication(entry, repo_id, "not here", f"fetch {entry.url}, then: {sources.convert_command(entry)}")
-        elif dry_run and path is None:
-            yield Publication(entry, repo_id, "to fetch and publish", "")
-        elif dry_run and path is not None:
-            yield Publication(entry, repo_id, "to publish", file_sha256(path))
-        else:
-            try:
+        try:
+            path = sources.cached(sources.cache_folder(entry, cache_dir))
+            if path is None and entry.manual:
+                state, detail = "not here", f"fetch {entry.url}, then: {sources.convert_command(entry)}"
+            elif path is None and dry_run:
+                state, detail = "to fetch and publish", ""
+            else:
                 path = path or sources.from_publisher(entry, cache_dir=cache_dir)
-                _publish_one(entry, repo_id, path, private, token)
-                yield Publication(entry, repo_id, "published", file_sha256(path))
-            except (WeightsUnavailableError, CheckpointError, UploadError) as error:
-                yield Publication(entry, repo_id, "failed", str(error))
+                if not dry_run:
+                    _publish_one(entry, repo_id, path, private, token)
+                state, detail = "to publish" if dry_run else "published", file_sha256(path)
+        except (WeightsUnavailableError, CheckpointError, UploadError) as error:
+            state, detail = "failed", str(error)
+        yield Publication(entry, repo_id, state, detail)
 
 
 def model_card(config: dict[str, Any], repo_id: str, *, entry: Weights | None = None, license: str | None = None) -> ModelCard:
@@ -197,10 +195,10 @@ def _publish_one(entry: Weights, repo_id: str, path: Path, private: bool, token:
         _commit(api, repo_id, path.parent, card, f"Add {entry.name}")
 
 
-def _commit(api: HfApi, repo_id: str, folder: Path, card: ModelCard | None, message: str, revision: str | None = None) -> None:
+def _commit(api: HfApi, repo_id: str, folder: Path, card: ModelCard | None, message: str) -> None:
     """Upload weights, configuration and card in one commit: a repository never holds one without the others."""
     files: dict[str, Path | bytes] = {name: folder / name for name in (saved.WEIGHTS_FILE, saved.CONFIG_FILE)}
     if card is not None:
         files[CARD_FILE] = str(card).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    api.create_commit(repo_id, operations, commit_message=message)

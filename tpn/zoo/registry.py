@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo import factories, load, saved
-from tpn.zoo.weights import Weights, get_weights
+from tpn.zoo.weights import UnknownModelError, Weights, get_weights
 
 FOLDER_SCHEMES = ("hf-hub", "local-dir")
 
@@ -66,7 +66,7 @@ def create_model(
             "pass one of pretrained=True (which a saved model's name implies), checkpoint_path and backbone_pretrained"
         )
     if checkpoint_path is not None and num_classes is None:
-        num_classes = load.num_classes_in(checkpoint_path)
+        _, num_classes = load.inspect_checkpoint(checkpoint_path)
     model = timm.create_model(
         name,
         pretrained=pretrained,
@@ -132,5 +132,9 @@ def _saved_config(name: str, cache_dir: str | PathLike[str] | None = None) -> di
     """Return the configuration of "local-dir:folder" or "hf-hub:owner/repository", None for other names."""
     scheme, _, place = name.partition(":")
     if scheme not in FOLDER_SCHEMES or not place:
+        if set(name) & set(":/"):
+            raise UnknownModelError(
+                f"unknown model {name!r}; a model on the Hub is 'hf-hub:owner/name', one in a folder 'local-dir:folder'"
+            )
         return None
     return saved.saved_config(PretrainedCfg(source=scheme, file=place, hf_hub_id=place), cache_dir)

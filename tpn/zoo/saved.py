@@ -5,6 +5,7 @@ The format is the one that timm and the Hugging Face Hub use, with one more sect
 
 import json
 import os
+import shutil
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg
+from torch import nn
 
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
@@ -25,12 +27,16 @@ INCOMPLETE = ".incomplete-"
 """How the names of folders begin in which files are being written."""
 
 
-def save_pretrained(model: TPNClassifier, folder: str | PathLike[str]) -> Path:
+def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     """Write `model.safetensors` and `config.json`, which `create_model("local-dir:FOLDER")` reads back.
 
-    model: a model that `create_model` or a factory function made. Each file appears under its name only when it is
-    complete. Returns the folder, created if need be.
+    model: a model that `create_model` or a factory function made, also inside torch.compile or DistributedDataParallel.
+
+    Each file appears under its name only when it is complete. Returns the folder, created if need be.
     """
+    model = _unwrapped(model)
+    if model.labels is not None and len(model.labels) != model.num_classes:
+        raise ValueError(f"model.labels has {len(model.labels)} names, the model has {model.num_classes} classes")
     if model.model_args is None:
         raise ValueError("only models made by tpn.create_model or a factory function know how to be built again")
     folder = Path(folder)
@@ -46,9 +52,22 @@ def save_pretrained(model: TPNClassifier, folder: str | PathLike[str]) -> Path:
             raise OSError(f"{folder / WEIGHTS_FILE} could not be written: {error}") from error
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # weights last: where they are, all is
+        shutil.copymode(Path(temporary, CONFIG_FILE), Path(temporary, WEIGHTS_FILE))  # safetensors keeps others from reading
+        # Weights go first and come last: where they are, the configuration is theirs.
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
             os.replace(Path(temporary, name), folder / name)
     return folder
+
+
+def _unwrapped(model: nn.Module) -> TPNClassifier:
+    """Return the model inside torch.compile or DistributedDataParallel."""
+    while not isinstance(model, TPNClassifier):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inner is None:
+            raise TypeError(f"only a TPNClassifier can be saved, got {type(model).__name__}")
+        model = inner
+    return model
 
 
 def saved_config(cfg: PretrainedCfg, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:

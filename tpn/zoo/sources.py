@@ -4,7 +4,8 @@
 
 1. the local cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, else $TPN_CACHE, else "tpn"
    among the Hub's assets ($HF_ASSETS_CACHE);
-2. the Hub: `{namespace}/{model}.{tag}`, see `HUB_NAMESPACE`; its copy stays in the Hub's cache and is not asked for again;
+2. the Hub: `{namespace}/{model}.{tag}`; its copy stays in the Hub's cache and is not asked for again. $TPN_HUB_NAMESPACE
+   says whose repositories are trusted; by default it is `HUB_NAMESPACE`, for entries whose `converted_sha256` is known;
 3. the publisher's own file, if it has a direct link: fetched, its SHA-256 compared with the digits in its name, converted
    once, and stored as 1;
 4. a person: the error names the page, and the `tpn convert` command that stores the file as 1.
@@ -14,9 +15,11 @@ import logging
 import os
 import re
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import timm
 from huggingface_hub import constants
@@ -29,7 +32,7 @@ from tpn.zoo.checkpoint import is_whole
 from tpn.zoo.convert import CheckpointError
 from tpn.zoo.download import DownloadError, download, file_sha256
 from tpn.zoo.hub import HubUnreachableError, NoRepositoryError, WeightsUnavailableError, hub_file
-from tpn.zoo.weights import HUB_NAMESPACE, Weights
+from tpn.zoo.weights import WEIGHTS, Weights
 
 ELSEWHERE = "choose another place with TPN_CACHE or cache_dir"
 
@@ -95,21 +98,50 @@ def resolve(entry: Weights, *, cache_dir: Folder = None, url: str | None = None)
     return path
 
 
-def store(entry: Weights, checkpoint: str | PathLike[str], folder: Path, *, published: bool) -> Path:
-    """Convert a checkpoint of an entry's architecture to `folder`; return the path of the weights there.
-
-    published: whether it must be the entry's own checkpoint, as far as the number of classes tells.
-    """
-    num_classes, expected = load.num_classes_in(checkpoint), entry.dataset.num_classes
-    if published and num_classes != expected:
-        raise CheckpointError(
-            f"{checkpoint} has {num_classes} classes, {entry.name} has {expected}: it is not the published checkpoint "
-            "(tpn convert --output FOLDER keeps others)"
-        )
+def store(entry: Weights, checkpoint: str | PathLike[str], folder: Path) -> Path:
+    """Convert a checkpoint of an entry's architecture to `folder`; return the path of the weights there."""
+    _, num_classes = load.inspect_checkpoint(checkpoint)
     model = timm.create_model(entry.name, num_classes=num_classes)
     assert isinstance(model, TPNClassifier)
     load.load_checkpoint(model, checkpoint)
     return saved.save_pretrained(model, folder) / saved.WEIGHTS_FILE
+
+
+def convert(entry: Weights, checkpoint: str | PathLike[str]) -> Path:
+    """Store a published checkpoint that a person fetched in the cache, for `pretrained=True`; return its path there.
+
+    Raises CheckpointError if it is not the entry's own, by its hash where that is known, else as far as its layout and its
+    number of classes tell.
+    """
+    _check_published(entry, checkpoint, *load.inspect_checkpoint(checkpoint))
+    folder = cache_folder(entry)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        return store(entry, checkpoint, folder)
+
+
+def _check_published(entry: Weights, checkpoint: str | PathLike[str], layout: str, num_classes: int | None) -> None:
+    expected = entry.dataset.num_classes
+    problem = None
+    if num_classes != expected:
+        problem = f"it has {num_classes} classes, not {expected}"
+    elif entry.sha256 is not None:
+        digits = file_sha256(Path(checkpoint))
+        if not digits.startswith(entry.sha256):
+            other = [e.name for e in WEIGHTS.values() if e.sha256 is not None and digits.startswith(e.sha256)]
+            which = f", as that of {other[0]} does: --model {other[0]}" if other else ""
+            problem = f"its SHA-256 starts with {digits[:8]}{which}, not with {entry.sha256}"
+    elif layout not in (entry.layout, "tpn"):
+        problem = f"its names are those of {layout}, not of {entry.layout}"
+    if problem:
+        raise CheckpointError(
+            f"{checkpoint} is not the published checkpoint of {entry.name}: {problem} (tpn convert --output FOLDER keeps others)"
+        )
+
+
+def _locked(folder: Path) -> AbstractContextManager[object]:
+    """Of several processes that want the same weights, one fetches or converts them."""
+    return WeakFileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +157,7 @@ class _Link:
 def _link_of(entry: Weights, url: str | None) -> _Link:
     if url is None:
         return _Link(entry.url, None if entry.manual else entry.sha256, entry.name, True)
-    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
     if digits is None:
         raise ValueError(
             f"the name of the file at {url} does not end in digits of its SHA-256, as in 'name-0123abcd.pth'; "
@@ -151,13 +183,17 @@ def cached(folder: Path) -> Path | None:
 
 def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
     """Return the Hub's copy; None if there is none, or, with a warning, if the Hub cannot say."""
-    if entry.repo_id is None:
+    chosen = "TPN_HUB_NAMESPACE" in os.environ  # by the user, who trusts it
+    if entry.repo_id is None or not (chosen or entry.converted_sha256):
         return None
     repo = entry.repo_id + (f"@{entry.revision}" if entry.revision else "")
     try:
-        path = hub_file(repo, saved.WEIGHTS_FILE, cache_dir=cache_dir or os.environ.get("TPN_CACHE"), prefer_cached=True)
-        if entry.repo_id.startswith(f"{HUB_NAMESPACE}/"):  # otherwise the user chose whom to trust
-            _check_converted(entry, path)
+        path = hub_file(repo, saved.WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True)
+        if not chosen and file_sha256(path) != entry.converted_sha256:
+            raise WeightsUnavailableError(
+                f"{path}, from {repo} on the Hub, is not the file that this version of tpn knows: its SHA-256 is not "
+                f"{entry.converted_sha256}; remove it to fetch it again"
+            )
         return path
     except NoRepositoryError as error:
         _logger.debug("%s", error)
@@ -167,16 +203,6 @@ def _from_hub(entry: Weights, cache_dir: Folder) -> Path | None:
         if not constants.HF_HUB_OFFLINE:
             _logger.warning("%s. Turning to the publisher's own file, which holds the same weights: %s", error, entry.url)
     return None
-
-
-def _check_converted(entry: Weights, path: Path) -> None:
-    known = entry.converted_sha256
-    if known is None:
-        _logger.warning("%s from the Hub, %s: this version of tpn has no hash to compare it with", path, entry.repo_id)
-    elif file_sha256(path) != known:
-        raise WeightsUnavailableError(
-            f"{path}, from {entry.repo_id} on the Hub, is not the file that this version of tpn knows: its SHA-256 is not {known}"
-        )
 
 
 def _by_hand(entry: Weights) -> str:
@@ -197,7 +223,7 @@ def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None 
     folder = cache_root(cache_dir) / link.folder
     if link.sha256 is None:
         raise WeightsUnavailableError(_by_hand(entry))
-    file = link.url.rpartition("/")[2]
+    file = urlsplit(link.url).path.rpartition("/")[2]
     if constants.HF_HUB_OFFLINE:
         raise WeightsUnavailableError(
             f"The weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids to fetch them; "
@@ -205,14 +231,15 @@ def from_publisher(entry: Weights, *, cache_dir: Folder = None, url: str | None 
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Of several processes that want the same weights, one fetches them.
-        with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+        with _locked(folder):
             path = cached(folder)
             if path is None:
                 for left_over in folder.glob(saved.INCOMPLETE + "*"):  # by a process that was killed
                     shutil.rmtree(left_over)
                 download(link.url, folder / file, link.sha256)
-                path = store(entry, folder / file, folder, published=link.from_table)
+                if link.from_table:
+                    _check_published(entry, folder / file, *load.inspect_checkpoint(folder / file))
+                path = store(entry, folder / file, folder)
                 (folder / file).unlink()
             return path
     except DownloadError as error:

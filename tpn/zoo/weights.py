@@ -18,7 +18,8 @@ from tpn.video.spec import InputSpec
 from tpn.zoo.convert import Layout
 
 HUB_NAMESPACE = "tpn-zoo"
-"""Owner of the Hub repositories "{owner}/{model}.{tag}"; $TPN_HUB_NAMESPACE overrides it, an empty one skips the Hub."""
+"""Owner of the Hub repositories "{owner}/{model}.{tag}". It is asked for entries with a `converted_sha256` only, so that nobody
+else can take its place; $TPN_HUB_NAMESPACE names another owner, who is trusted, and an empty one skips the Hub."""
 
 
 @dataclass(frozen=True)
