@@ -18,8 +18,11 @@ def table() -> str:
         frames = f"{spec.num_frames} x {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
         top5 = "" if entry.reported_top5 is None else f"{entry.reported_top5:.2f}"
         measured = "" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
+        top1 = "" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}"
         link = f"[by hand]({entry.url})" if entry.manual else f"[direct]({entry.url})"
-        facts = (f"`{entry.name}`", frames, entry.dataset.title, f"{entry.reported_top1:.2f}", top5, measured, entry.source, link)
+        if entry.embedded:
+            link = "in the package"
+        facts = (f"`{entry.name}`", frames, entry.dataset.title, top1, top5, measured, entry.source, link)
         rows.append(f"| {' | '.join(facts)} |")
     return "\n".join(rows) + "\n"
 

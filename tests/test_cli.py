@@ -101,7 +101,7 @@ def test_failures_are_one_line(folder, args, code, says):
 
 def test_list_and_info(folder):
     table = run("list", cwd=folder).stdout.splitlines()
-    assert [line.split()[0] for line in table[1:17]] == tpn.list_models()
+    assert [line.split()[0] for line in table[1:18]] == tpn.list_models()
     assert "reported upstream" in table[-1]
     checkpoints = run("list", "*r50*", "--weights", "--json", cwd=folder).stdout.splitlines()
     assert [json.loads(line)["model"] for line in checkpoints] == tpn.list_models("*r50*", pretrained=True)

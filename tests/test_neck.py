@@ -28,7 +28,7 @@ def maps(channels, frames, size=8, batch=2):
         ((8, 8, 8, 8), (4, 4, 4, 4), (1, 2, 4, 4), 1),
     ],
 )
-@pytest.mark.parametrize("flow_order", ["cascade", "parallel"])
+@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
 def test_shape_and_gradients(channels, frames, scales, length, flow_order):
     neck = TemporalPyramid(channels, frames, temporal_scales=scales, flow_order=flow_order)
     features = [x.requires_grad_() for x in maps(channels, frames)]
@@ -92,6 +92,22 @@ def test_cascade_starts_from_the_top_down_result_and_parallel_does_not():
         torch.testing.assert_close(neck(x), neck.pyramid_fusion(fused))
 
 
+def test_single_flows():
+    """Each is one half of the parallel pyramid, fused alone."""
+    torch.manual_seed(0)
+    parallel = TemporalPyramid((16, 32), 8, temporal_scales=(4, 8), flow_order="parallel").eval()
+    x = maps((16, 32), (8, 8))
+    levels = [m(y) for m, y in zip(parallel.spatial_modulation, x, strict=True)]
+    levels = [m(y) for m, y in zip(parallel.temporal_modulation, levels, strict=True)]
+    for flow_order in ("top_down", "bottom_up"):
+        neck = TemporalPyramid((16, 32), 8, temporal_scales=(4, 8), flow_order=flow_order).eval()
+        state = {k: v for k, v in parallel.state_dict().items() if k in neck.state_dict() and "pyramid_fusion" not in k}
+        assert {k.split(".")[0] for k in neck.state_dict()} - {k.split(".")[0] for k in state} == {"pyramid_fusion"}
+        neck.load_state_dict(state, strict=False)
+        fused = getattr(parallel, f"{flow_order}_fusion")(getattr(parallel, f"{flow_order}_flow")(levels))
+        torch.testing.assert_close(neck(x), neck.pyramid_fusion(fused))
+
+
 def test_top_down_stretches_the_coarser_level():
     neck = TemporalPyramid((8, 8), 8, temporal_scales=(2, 8))
     fine, coarse = torch.zeros(1, 4, 4, 1, 1), torch.ones(1, 4, 1, 1, 1)
@@ -125,7 +141,11 @@ def test_a_tuple_of_maps_will_do():
     ("args", "kwargs", "text"),
     [
         (((16,), 8), {}, r"two levels or more, got in_channels=\(16,\)"),
-        (((16, 32), 8), {"flow_order": "both"}, "flow_order must be 'cascade' or 'parallel', got 'both'"),
+        (
+            ((16, 32), 8),
+            {"flow_order": "both"},
+            "flow_order must be one of 'cascade', 'parallel', 'top_down', 'bottom_up', got 'both'",
+        ),
         (((16, 32), (8, 8, 8)), {}, r"num_frames must be 2 positive integers, one per level, got \(8, 8, 8\)"),
         (((16, 32), 0), {}, r"num_frames must be 2 positive integers.*got \(0, 0\)"),
         (((16, 32), 8), {"temporal_scales": (8,)}, r"temporal_scales must be 2 positive integers.*got \(8,\)"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from recipe import FIXTURES, MODEL_OF, clip, fill, our_names, upstream_state_dict
-from torch.nn import functional as F
+from scripts import example
 
 import tpn
 
@@ -73,8 +73,8 @@ def test_train_step(case, tmp_path):
     source = expected["model"]
     model = load(MODEL_OF[source], upstream_state_dict(source, expected["seed"]), tmp_path, drop_rate=0.0).train()
     labels = torch.tensor(expected["labels"])
-    logits, aux = model.forward_with_aux(torch.from_numpy(clip(tuple(expected["input"]), expected["clip_seed"])))
-    loss, aux_loss = F.cross_entropy(logits, labels), 0.5 * F.cross_entropy(aux, labels)
+    clips = torch.from_numpy(clip(tuple(expected["input"]), expected["clip_seed"]))
+    loss, aux_loss, _ = example("train").TrainingLoss(model).losses(clips, labels)
     (loss + aux_loss).backward()
     assert loss.item() == pytest.approx(expected["loss_cls"], rel=1e-4)
     assert aux_loss.item() == pytest.approx(expected["loss_aux"], rel=1e-4)

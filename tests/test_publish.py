@@ -170,7 +170,7 @@ def test_command(hub, server, tmp_path, monkeypatch):
 
     dry, _ = run_python(script % ", '--dry-run'", tmp_path)
     lines = dry.splitlines()
-    assert len(lines) == len(WEIGHTS)
+    assert len(lines) == len(WEIGHTS) - 1  # one comes with the package
     assert [line.split()[-1] for line in lines if line.startswith("to fetch and publish")] == [
         f"us/{e.name}" for e in (entries[0], scratch, entries[1])
     ]

@@ -1,4 +1,4 @@
-"""The command line: `tpn list | info | predict | convert | check | publish`, also as `python -m tpn`.
+"""The command line: `tpn demo | list | info | predict | convert | check | publish`, also as `python -m tpn`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 something failed (one line says
 what), 2 wrong usage.
@@ -37,6 +37,32 @@ def _app(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+@app.command()
+def demo(
+    video: Annotated[Path | None, typer.Argument(help="A video. Default: one that is rendered.", metavar="[VIDEO]")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Another model; by default a small one that knows 14 motions and comes with tpn.")
+    ] = "tpn_slowonly_tiny_motion",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("demo.png"),
+) -> None:
+    """Classify a video and draw what was seen when. Needs no network."""
+    from tpn import demo as drawing
+    from tpn.predict import VideoClassifier
+
+    classifier = VideoClassifier(model, pretrained=True)
+    if video is None:
+        video = output.with_suffix(".mp4")
+        drawing.render_video(video)
+        err.print(f"rendered {video}")
+    seen = drawing.look(classifier, video)
+    _print_prediction(video, seen.prediction, 5, as_json=False)
+    if not drawing.can_draw():
+        err.print('no picture without matplotlib: pip install "tpn[viz]"')
+        return
+    drawing.draw(seen, output)
+    err.print(f"drew {output}")
+
+
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="Wildcard, such as 'tpn_*r101*'.")] = "*",
@@ -63,7 +89,8 @@ def list_(
     console = Console()
     console.width = max(console.width, 140)  # a row is a line, also in a pipe
     console.print(table)
-    console.print("\ntop-1, top-5: percent, reported upstream. GMACs: one clip at the training size.", highlight=False)
+    legend = "\ntop-1, top-5: percent, reported upstream (* measured by this project). GMACs: one clip at the training size."
+    console.print(legend, highlight=False)
 
 
 @app.command()
@@ -162,12 +189,7 @@ def check(
     from tpn.video import datasets
 
     spec = tpn.InputSpec(num_frames=1)  # what a clip is does not matter here
-    if data.is_dir():
-        dataset: datasets.VideoDataset = datasets.VideoFolder(data, spec, train=False)
-    elif frames is None:
-        dataset = datasets.VideoList(data, spec, train=False, root=root)
-    else:
-        dataset = datasets.RawFrames(data, spec, train=False, root=root, template=frames)
+    dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames)
     with Progress(
         TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
     ) as progress:
@@ -223,6 +245,8 @@ def _facts(name: str) -> dict[str, Any]:
     here = (sources.cache_folder(w) / "model.safetensors").is_file()
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
     measured = "not yet" if w.measured_top1 is None else f"{w.measured_top1:.2f}"
+    top1 = f"{measured}*" if w.reported_top1 is None else f"{w.reported_top1:.2f}"
+    place = "in the package" if w.embedded else "in the cache" if here else "by hand" if w.manual else "direct link"
     return {
         "architecture": w.model,
         "model": w.name,
@@ -233,6 +257,8 @@ def _facts(name: str) -> dict[str, Any]:
         "dataset": w.dataset.title,
         "reported_top1": w.reported_top1,
         "reported_top5": w.reported_top5,
+        "measured_top1": w.measured_top1,
+        "measured_top5": w.measured_top5,
         "protocol": w.protocol,
         "source": w.source,
         "url": w.url,
@@ -245,19 +271,19 @@ def _facts(name: str) -> dict[str, Any]:
             "GMACs": f"{about.gmacs:.1f}",
             "frames x interval": f"{spec.num_frames}{interval}",
             "dataset": w.dataset.title,
-            "top-1": f"{w.reported_top1:.2f}",
+            "top-1": top1,
             "top-5": "" if w.reported_top5 is None else f"{w.reported_top5:.2f}",
             "source": w.source,
-            "weights": "in the cache" if here else "by hand" if w.manual else "direct link",
+            "weights": place,
         },
         "details": {
-            "accuracy": f"reported upstream; measured by this project: {measured}",
+            "accuracy": f"{'reported upstream; ' if w.reported_top1 else ''}measured by this project: {measured}",
             "protocol": w.protocol,
             "classes": str(w.dataset.num_classes),
             "initialised from": w.initialised_from or "random",
             "note": w.note,
             "license": w.license,
-            "link": w.url,
+            "link": w.url or "none, it comes with tpn",
             "other tags": ", ".join(e.tag for e in WEIGHTS.values() if e.model == w.model and e is not w) or "none",
         },
     }

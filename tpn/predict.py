@@ -147,6 +147,16 @@ class VideoClassifier:
             except (VideoError, OSError) as error:
                 yield error
 
+    def classify_clips(self, frames: Tensor, clips: Tensor, *, progress: Progress | None = None) -> Prediction:
+        """Classify clips that were read already, `spec.num_crops` crops of each.
+
+        Args:
+            frames: the distinct frames, uint8 RGB (N, 3, H, W).
+            clips: their places in the clips, int64 (clips, T), as `VideoDataset.read` returns them.
+        """
+        logits = self._view_logits(self.spec.crops(frames), clips, self.spec, progress)
+        return Prediction(logits.softmax(dim=1).mean(dim=0), logits, self.labels)
+
     def _classify(self, source: Source, num_clips: int | None, num_crops: int | None, progress: Progress | None) -> Prediction:
         spec = self._spec_for(num_clips, num_crops)
         frames, clips = _read(source, spec)

@@ -62,6 +62,22 @@ def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
 
 
+def channels_last(module: nn.Module) -> None:
+    """Store convolution weights channels-last, 2D and 3D ones alike, which `Module.to(memory_format=...)` refuses to mix."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            m.to(memory_format=torch.channels_last)
+        elif isinstance(m, nn.Conv3d):
+            m.to(memory_format=torch.channels_last_3d)
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Let batch norms use, and leave alone, their running statistics, until the next call of `train()`."""
+    for m in module.modules():
+        if isinstance(m, BATCH_NORMS):
+            m.eval()
+
+
 def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None:
     """Initialise every convolution with `conv`, every batch norm with (1, 0), every linear with N(0, 0.01)."""
     for m in module.modules():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tpn.models.layers import ConvBnAct, init_weights
 
-FlowOrder = Literal["cascade", "parallel"]
+FlowOrder = Literal["cascade", "parallel", "top_down", "bottom_up"]
 
 
 def temporal_max_pool(scale: int) -> nn.Module:
@@ -85,7 +85,7 @@ class TemporalPyramid(nn.Module):
         groups: groups of the grouped convolutions; where it does not divide the channels, their largest
             common divisor is taken.
         flow_order: "cascade" starts the bottom-up flow from the result of the top-down flow (all published
-            weights), "parallel" from the temporal modulation's output.
+            weights), "parallel" from the temporal modulation's output; "top_down" and "bottom_up" have that flow alone.
 
     Shape:
         L maps (B, C_i, T_i, H_i, W_i) float → (B, out_channels, T_out, H_L, W_L), where
@@ -109,7 +109,7 @@ class TemporalPyramid(nn.Module):
         if num_levels < 2:
             raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
         if flow_order not in get_args(FlowOrder):
-            raise ValueError(f"flow_order must be 'cascade' or 'parallel', got {flow_order!r}")
+            raise ValueError(f"flow_order must be one of {', '.join(map(repr, get_args(FlowOrder)))}, got {flow_order!r}")
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
         temporal = _per_level("temporal_scales", frames if temporal_scales is None else temporal_scales, num_levels)
         halvings = tuple(2**i for i in reversed(range(num_levels)))
@@ -137,22 +137,32 @@ class TemporalPyramid(nn.Module):
         self.temporal_modulation = nn.ModuleList(
             TemporalConvPool(out_channels, mid_channels, scale, groups) for scale in temporal
         )
-        self.top_down = nn.ModuleList(
-            nn.Identity() if r == 1 else nn.Upsample(scale_factor=(r, 1, 1), mode="nearest") for r in ratios
-        )
-        self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
-        self.top_down_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
-        self.bottom_up_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
-        self.pyramid_fusion = ConvBnAct(2 * out_channels, out_channels, (1, 1, 1))
+        num_flows = 0
+        if flow_order != "bottom_up":
+            self.top_down = nn.ModuleList(
+                nn.Identity() if r == 1 else nn.Upsample(scale_factor=(r, 1, 1), mode="nearest") for r in ratios
+            )
+            self.top_down_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+            num_flows += 1
+        if flow_order != "top_down":
+            self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
+            self.bottom_up_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+            num_flows += 1
+        self.pyramid_fusion = ConvBnAct(num_flows * out_channels, out_channels, (1, 1, 1))
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         self._check(features)
         levels = [modulate(x) for x, modulate in zip(features, self.spatial_modulation, strict=True)]
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
-        top_down = self.top_down_flow(levels)
-        bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
-        return self.pyramid_fusion(torch.cat((self.top_down_fusion(top_down), self.bottom_up_fusion(bottom_up)), dim=1))
+        flows = []
+        if self.flow_order != "bottom_up":
+            top_down = self.top_down_flow(levels)
+            flows.append(self.top_down_fusion(top_down))
+        if self.flow_order != "top_down":
+            bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
+            flows.append(self.bottom_up_fusion(bottom_up))
+        return self.pyramid_fusion(torch.cat(flows, dim=1))
 
     def top_down_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Add each level, stretched in time, to the next finer one, from the coarsest down."""

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 class TrainTransform(nn.Module):
     """Random crop, flip and colour jitter with the published settings, one draw for all frames of a clip.
 
-    Crop of 8 % to 100 % of the area, aspect 3/4 to 4/3, resized to `spec.crop_size` (bilinear, not antialiased);
-    flip; brightness, contrast and saturation by up to 0.5, hue by up to 0.1.
+    Crop, aspect 3/4 to 4/3, resized to `spec.crop_size` (bilinear, not antialiased); flip; brightness, contrast and
+    saturation by up to 0.5, hue by up to 0.1.
 
     Args:
         spec: what the model expects, from `tpn.input_spec(model)`.
+        crop_area: smallest and largest share of the picture that a crop shows.
         flip_prob: probability of a horizontal flip. `spec.mirrored` classes change places with it.
         color_jitter: whether to jitter colours.
         normalize: return the model's input; otherwise uint8, for `spec.normalize` on the device.
@@ -27,13 +28,23 @@ class TrainTransform(nn.Module):
         uint8 (T, 3, H, W) → float32 (3, T, S, S), or uint8 (T, 3, S, S) without `normalize`.
     """
 
-    def __init__(self, spec: "InputSpec", *, flip_prob: float = 0.5, color_jitter: bool = True, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        spec: "InputSpec",
+        *,
+        crop_area: tuple[float, float] = (0.08, 1.0),
+        flip_prob: float = 0.5,
+        color_jitter: bool = True,
+        normalize: bool = True,
+    ) -> None:
         super().__init__()
         _check_rgb(spec)
+        if not 0 < crop_area[0] <= crop_area[1] <= 1:
+            raise ValueError(f"crop_area must be two shares of the picture, 0 < smallest <= largest <= 1, got {crop_area}")
         if not 0 <= flip_prob <= 1:
             raise ValueError(f"flip_prob must be within 0..1, got {flip_prob}")
         self.spec, self.flip_prob, self.normalize = spec, flip_prob, normalize
-        crop = v2.RandomResizedCrop(spec.crop_size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), antialias=False)
+        crop = v2.RandomResizedCrop(spec.crop_size, scale=crop_area, ratio=(3 / 4, 4 / 3), antialias=False)
         jitter = v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1)
         self.augment = v2.Compose([crop, jitter] if color_jitter else [crop])
         self.swaps = {a: b for pair in spec.mirrored for a, b in (pair, pair[::-1])}

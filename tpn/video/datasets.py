@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from tpn.video import decode
 from tpn.video.decode import VideoError
 from tpn.video.spec import InputSpec
+from tpn.video.transforms import resize_short_side
 
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"]
@@ -102,20 +103,25 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         """Draw other clips than in other epochs."""
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return (clip uint8 (T, 3, S, S), label) of video `index`, or of another one if it cannot be read."""
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """Return (clip uint8 (T, 3, S, S), label) of video `index`, or of another one if it cannot be read.
+
+        A pair (index, draw) gives other clips of the same video, for samplers that take it several times in an epoch.
+        """
+        index, *draw = index if isinstance(index, tuple) else (index,)
+        rng = np.random.default_rng([self.seed, int(self._epoch), index, *filter(None, draw)])
         while True:
             item = self.items[index]
             try:
-                frames = self.read(item, self._sampler(rng))
+                frames, clips = self.read(item, self._sampler(rng))
                 break
             except (VideoError, OSError) as error:
                 self._record(item, error)
                 index = int(rng.integers(len(self.items)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
-            return self.transform(frames, item.label) if self.train else (self.transform(frames), item.label)
+            clip = frames[clips[0]]
+            return self.transform(clip, item.label) if self.train else (self.transform(clip), item.label)
 
     def bad_files(self) -> dict[str, str]:
         """Return the videos that could not be read so far, in any worker, each with its reason."""
@@ -140,8 +146,13 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         """Read every frame; raise VideoError or OSError if one cannot be read."""
 
     @abstractmethod
-    def read(self, item: Item, sample: Sample) -> Tensor:
-        """Return frames, uint8 (T, 3, H, W), which `sample` chooses by the number of frames."""
+    def read(self, item: Item, sample: Sample, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
+        """Read the frames that `sample` chooses, by the number of frames, as indices (clips, T); such as `spec.indices`.
+
+        short_side: resize to it.
+
+        Returns the distinct frames, uint8 (N, 3, H, W), and the clips as places among them, int64 (clips, T).
+        """
 
     def _sampler(self, rng: np.random.Generator) -> Sample:
         if self.train:
@@ -167,12 +178,12 @@ class _VideoFiles(VideoDataset):
     def verify(self, item: Item) -> None:
         decode.verify(item.path)
 
-    def read(self, item: Item, sample: Sample) -> Tensor:
+    def read(self, item: Item, sample: Sample, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
         chosen = sample
         if self.target_fps is not None:
             chosen = at_frame_rate(sample, decode.probe(item.path).fps, self.target_fps)
-        frames, place = decode.sample_frames(item.path, chosen)
-        return frames[torch.from_numpy(place[0])]
+        frames, place = decode.sample_frames(item.path, chosen, short_side=short_side)
+        return frames, torch.from_numpy(place)
 
 
 class VideoFolder(_VideoFiles):
@@ -284,10 +295,31 @@ class RawFrames(VideoDataset):
     def _frame(self, item: Item, index: int) -> Path:
         return Path(item.path, self.template.format(self.first + index))
 
-    def read(self, item: Item, sample: Sample) -> Tensor:
+    def read(self, item: Item, sample: Sample, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
         assert item.num_frames is not None
-        wanted, place = np.unique(sample(item.num_frames)[0], return_inverse=True)
-        return torch.stack([_read_image(self._frame(item, i)) for i in wanted.tolist()])[torch.from_numpy(place)]
+        indices = sample(item.num_frames)
+        wanted, place = np.unique(indices, return_inverse=True)
+        images = [_read_image(self._frame(item, i)) for i in wanted.tolist()]
+        if short_side is not None:
+            images = [resize_short_side(image, short_side) for image in images]
+        if len({image.shape for image in images}) > 1:
+            raise VideoError(f"{item.path}: its images are of several sizes")
+        return torch.stack(images), torch.from_numpy(place).view(indices.shape)
+
+
+def open_dataset(data: PathLike, spec: InputSpec, *, train: bool, template: str | None = None, **kwargs: Any) -> VideoDataset:
+    """Return the data set that `data` is: a `VideoFolder`, a `VideoList`, or with a `template` of file names `RawFrames`.
+
+    kwargs: theirs. Raises FileNotFoundError, NotADirectoryError, ValueError.
+    """
+    if os.path.isdir(data):
+        if template is not None:
+            raise ValueError(f"{data} is a folder; extracted frames are named by a list, 'folder num_frames label' on each line")
+        kwargs.pop("root", None)
+        return VideoFolder(data, spec, train=train, **kwargs)
+    if template is not None:
+        return RawFrames(data, spec, train=train, template=template, **kwargs)
+    return VideoList(data, spec, train=train, **kwargs)
 
 
 def at_frame_rate(sample: Sample, fps: float | None, target_fps: float) -> Sample:

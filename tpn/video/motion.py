@@ -9,10 +9,9 @@ one side comes back on the other. One cycle of a motion (once across the picture
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
+from typing import Literal, get_args
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -35,6 +34,8 @@ CLASSES = (
 )
 MIRRORED = ((0, 1), (4, 5), (8, 9))
 """Classes that change places when a clip is flipped from left to right."""
+
+Order = Literal["as rendered", "shuffled", "one frame"]
 
 SLOWEST_CYCLE = 64
 """Frames of one cycle at tempo 1."""
@@ -79,21 +80,20 @@ def render(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: i
     return np.stack([_draw(background, shape, step(phase + i * tempo / SLOWEST_CYCLE)) for i in range(num_frames)])
 
 
-def write_video(path: str | os.PathLike[str], frames: NDArray[np.uint8], *, fps: int = FPS) -> None:
-    """Encode frames, uint8 RGB (T, H, W, 3), as H.264 in an mp4 file. Nothing stands under its name before it is complete."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    with av.open(str(unfinished), "w") as out:
-        stream = out.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "veryfast"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for i, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, fps)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-    os.replace(unfinished, path)
+def render_sequence(parts: Sequence[tuple[int, float, int]], *, seed: int) -> NDArray[np.uint8]:
+    """Render one shape that moves in several ways in turn, uint8 RGB (T, HEIGHT, WIDTH, 3).
+
+    parts: (label, tempo, frames) of each.
+    """
+    rng = np.random.default_rng(seed)
+    background, shape, state = _background(rng), _SHAPES[rng.integers(len(_SHAPES))], _random_state(rng)
+    pictures = []
+    for label, tempo, num_frames in parts:
+        step = _steps(label, state, rng)
+        states = [step(i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
+        pictures += [_draw(background, shape, each) for each in states]
+        state = states[-1]
+    return np.stack(pictures)
 
 
 def write_dataset(
@@ -103,12 +103,19 @@ def write_dataset(
     seed: int,
     tempos: tuple[float, float] = (1.0, 8.0),
     num_frames: int = 64,
+    order: Order = "as rendered",
 ) -> None:
     """Write `root/class name/000123.mp4` for `VideoFolder`; clips that are there already are kept.
 
     tempos: each clip's is drawn between these, evenly on a logarithmic scale.
     seed: different seeds give different clips, e.g. for training and test sets.
+    order: "shuffled" writes the frames of each clip in random order, "one frame" repeats its first one: what is left then of
+        the classes is not motion.
     """
+    from tpn.video.encode import write_video  # rendering needs no encoder
+
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
     low, high = np.log(tempos)
     for label, name in enumerate(CLASSES):
         folder = Path(root, name)
@@ -116,8 +123,12 @@ def write_dataset(
         for i in range(clips_per_class):
             path = folder / f"{i:06d}.mp4"
             if not path.exists():
-                tempo = float(np.exp(np.random.default_rng([seed, label, i]).uniform(low, high)))
-                write_video(path, render(label, tempo=tempo, seed=(seed, i), num_frames=num_frames))
+                rng = np.random.default_rng([seed, label, i])
+                tempo = float(np.exp(rng.uniform(low, high)))
+                frames = render(label, tempo=tempo, seed=(seed, i), num_frames=num_frames)
+                if order != "as rendered":
+                    frames = frames[rng.permutation(num_frames) if order == "shuffled" else np.zeros(num_frames, int)]
+                write_video(path, frames, fps=FPS)
 
 
 def _random_state(rng: np.random.Generator) -> State:

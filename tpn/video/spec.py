@@ -96,10 +96,17 @@ class InputSpec:
         return transforms.normalize(frames, self.mean, self.std)
 
     def train_transform(
-        self, *, flip_prob: float = 0.5, color_jitter: bool = True, normalize: bool = True
+        self,
+        *,
+        crop_area: tuple[float, float] = (0.08, 1.0),
+        flip_prob: float = 0.5,
+        color_jitter: bool = True,
+        normalize: bool = True,
     ) -> augment.TrainTransform:
         """Return the published training transform: clip uint8 (T, 3, H, W) [, label] → model input [, label]."""
-        return augment.TrainTransform(self, flip_prob=flip_prob, color_jitter=color_jitter, normalize=normalize)
+        return augment.TrainTransform(
+            self, crop_area=crop_area, flip_prob=flip_prob, color_jitter=color_jitter, normalize=normalize
+        )
 
     def eval_transform(self, crops: int = 1, *, normalize: bool = True) -> augment.EvalTransform:
         """Return the test transform, clip uint8 (T, 3, H, W) → model input, with one centre crop or three crops."""

@@ -3,7 +3,7 @@
 Each takes `pretrained` and, by keyword,
 
 - `num_classes`, `in_chans`, `drop_rate` (of the heads), and timm's `pretrained_cfg` (a tag, e.g. "scratch");
-- `num_frames`, `temporal_scales`, `flow_order` of the pyramid;
+- `num_frames`, `temporal_scales`, `flow_order` of the pyramid; `pyramid=False` leaves it out, auxiliary head included;
 - `zero_init_last`, and for TSM `shift_shortcut`, of the backbone;
 - `backbone_pretrained="imagenet"`, to start the backbone from timm's ImageNet ResNet of its depth (`tv_in1k`);
 - `cache_dir`, where weights are kept.
@@ -40,7 +40,8 @@ def _cfg(entry: Weights) -> dict[str, Any]:
     """Describe a weights entry in timm's terms."""
     spec = entry.input
     return {
-        "url": entry.url,
+        "url": entry.url or "",
+        "file": None if entry.embedded is None else str(entry.embedded),
         "num_classes": entry.dataset.num_classes,
         "input_size": (3, spec.crop_size, spec.crop_size),
         "test_input_size": (3, spec.three_crop_size, spec.three_crop_size),
@@ -116,8 +117,8 @@ def _create(
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
     if not isinstance(model_args["num_frames"], int) or model_args["num_frames"] < 1:
         raise ValueError(f"num_frames must be an integer >= 1, got {model_args['num_frames']!r}")
-    build = partial(_build, make_backbone, **arch)
-    model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **model_args)
+    build = partial(_build, make_backbone)
+    model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **{**arch, **model_args})
     model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}
     model.labels = labels if len(labels) == model.num_classes else None
     same_classes = model.num_classes == (len(labels) if config is None else config.get("num_classes", len(labels)))
@@ -138,6 +139,7 @@ def _check_start(backbone_pretrained: str | None, pretrained: bool) -> None:
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)
+_TINY = partial(ResNet3dSlowOnly, 18)
 _BASELINE: dict[str, Any] = {"pyramid": False}
 _TPN: dict[str, Any] = {}
 _TPN_R101: dict[str, Any] = {"lengths": (2, 1)}
@@ -238,3 +240,9 @@ def tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def tpn_tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on TSM ResNet-50: 8 frames, one per segment, Something-Something v2."""
     return _create("tpn_tsm_r50_sthv2", pretrained, _TSM, _TPN, kwargs)
+
+
+@_register
+def tpn_slowonly_tiny_motion(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on a narrow SlowOnly ResNet-18: 16 frames, every 2nd, rendered motion. Its weights lie in this package."""
+    return _create("tpn_slowonly_tiny_motion", pretrained, _TINY, {"base_channels": 16, "drop_rate": 0.2}, kwargs)

@@ -91,6 +91,8 @@ def publish(
         cache_dir, token: as in `create_model` and `push_to_hub`.
     """
     for entry in WEIGHTS.values():
+        if entry.embedded is not None:
+            continue
         repo_id = f"{namespace}/{entry.name}"
         try:
             path = sources.cached(sources.cache_folder(entry, cache_dir))

@@ -1,6 +1,7 @@
-"""Where published weights come from.
+"""Where weights come from.
 
-`pretrained=True` takes the first of these that has them, and logs which one it was:
+Entries that lie in this package are read from it. For published ones `pretrained=True` takes the first of these that has
+them, and logs which one it was:
 
 1. the local cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, else $TPN_CACHE, else "tpn"
    among the Hub's assets ($HF_ASSETS_CACHE);
@@ -87,6 +88,8 @@ def resolve(entry: Weights, *, cache_dir: Folder = None, url: str | None = None)
 
     Raises WeightsUnavailableError; CheckpointError if the publisher's file is not what the table says.
     """
+    if entry.embedded is not None and url is None:
+        return entry.embedded
     link = _link_of(entry, url)
     folder = cache_root(cache_dir) / link.folder
     path, source = cached(folder), "the cache"
@@ -113,6 +116,8 @@ def convert(entry: Weights, checkpoint: str | PathLike[str]) -> Path:
     Raises CheckpointError if it is not the entry's own, by its hash where that is known, else as far as its layout and its
     number of classes tell.
     """
+    if entry.embedded is not None:
+        raise ValueError(f"the weights of {entry.name} come with tpn; tpn convert --output FOLDER keeps others")
     _check_published(entry, checkpoint, *load.inspect_checkpoint(checkpoint))
     folder = cache_folder(entry)
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +161,8 @@ class _Link:
 
 def _link_of(entry: Weights, url: str | None) -> _Link:
     if url is None:
+        if entry.url is None:
+            raise ValueError(f"the weights of {entry.name} come with tpn")
         return _Link(entry.url, None if entry.manual else entry.sha256, entry.name, True)
     digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
     if digits is None:

@@ -1,8 +1,8 @@
-"""The weights table: every published checkpoint, one entry each. Factories, docs and the command line read it.
+"""The weights table: every checkpoint, one entry each. Factories, docs and the command line read it.
 
 Sources: the MMAction2 model zoo (layout "mmaction2", direct links) and the table of decisionforce/TPN (layout
 "original", links to a file-sharing site behind a confirmation page). Accuracies are the ones reported there; both
-projects are released under Apache-2.0.
+projects are released under Apache-2.0. Entries of layout "tpn" were trained here and lie in this package.
 """
 
 import difflib
@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tpn.video import motion
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import Layout
 
@@ -24,37 +26,39 @@ else can take its place; $TPN_HUB_NAMESPACE names another owner, who is trusted,
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with its class names in training order (`labels/{file}.txt`)."""
+    """A data set with its class names in training order: `names`, or the lines of `labels/{file}.txt`."""
 
     title: str
     file: str
     num_classes: int
+    names: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return _read_labels(self.file)
+        return self.names or _read_labels(self.file)
 
 
 KINETICS400 = Dataset("Kinetics-400", "k400", 400)
 STHV1 = Dataset("Something-Something v1", "sthv1", 174)
 STHV2 = Dataset("Something-Something v2", "sthv2", 174)
+MOTION = Dataset("rendered motion", "", len(motion.CLASSES), motion.CLASSES)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One published checkpoint.
+    """One checkpoint.
 
     Attributes:
         model, tag: registry key and checkpoint name; `name` is both, "model.tag".
         dataset, input: classes, and frames, sampling, views of the published test protocol.
         layout: the code base that wrote the file; see `tpn.zoo.convert`.
-        url: where it is. manual: the link shows a page, a person has to click.
+        url: where it is; None for those in this package. manual: the link shows a page, a person has to click.
         sha256: leading hex digits of the hash of the file there, where its publisher gives them.
         converted_sha256: the whole hash of `model.safetensors` on the Hub, once published there.
         revision: branch, tag or commit of the Hub repository; None is its main branch.
         license: of the weights, as its publisher states it.
         initialised_from: what its training started from.
-        reported_top1, reported_top5: accuracy in percent, as its publisher reports it.
+        reported_top1, reported_top5: accuracy in percent, as its publisher reports it; None for this project's own.
         measured_top1, measured_top5: the same, measured by this project.
         note: what the publisher says of data or protocol.
         model_args: arguments its model must be built with.
@@ -65,11 +69,11 @@ class Weights:
     dataset: Dataset
     input: InputSpec
     layout: Layout
-    url: str
+    url: str | None
     manual: bool
     sha256: str | None
     initialised_from: str | None
-    reported_top1: float
+    reported_top1: float | None = None
     reported_top5: float | None = None
     measured_top1: float | None = None
     measured_top5: float | None = None
@@ -84,6 +88,11 @@ class Weights:
         return f"{self.model}.{self.tag}"
 
     @property
+    def embedded(self) -> Path | None:
+        """The file in this package, for entries that come with it."""
+        return Path(str(resources.files("tpn.zoo"))) / "embedded" / f"{self.name}.safetensors" if self.url is None else None
+
+    @property
     def repo_id(self) -> str | None:
         """The Hub repository, None if $TPN_HUB_NAMESPACE is empty."""
         namespace = os.environ.get("TPN_HUB_NAMESPACE", HUB_NAMESPACE)
@@ -95,11 +104,12 @@ class Weights:
         spec = self.input
         flip = ", each also mirrored" if spec.flip else ""
         size = spec.three_crop_size if spec.num_crops == 3 else spec.crop_size
-        return f"{spec.num_clips} clips x {spec.num_crops} crops of {size}{flip}; mean of softmax over {spec.num_views} views"
+        crops = f"{spec.num_crops} crops" if spec.num_crops > 1 else "1 crop"
+        return f"{spec.num_clips} clips x {crops} of {size}{flip}; mean of softmax over {spec.num_views} views"
 
     @property
     def source(self) -> str:
-        return "MMAction2" if self.layout == "mmaction2" else "decisionforce/TPN"
+        return {"mmaction2": "MMAction2", "original": "decisionforce/TPN", "tpn": "tpn"}[self.layout]
 
 
 def _mmaction2(
@@ -203,6 +213,20 @@ _TABLE = (
     _original("tpn_tsm_r50_sthv1", STHV1, _STHV1, "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7, "", model_args=_IN_PLACE),
     _original("tsm_r50_sthv2", STHV2, _STHV2, "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3, "", model_args=_IN_PLACE),
     _original("tpn_tsm_r50_sthv2", STHV2, _STHV2, "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7, "", model_args=_IN_PLACE),
+    Weights(
+        "tpn_slowonly_tiny_motion",
+        "scratch",
+        MOTION,
+        InputSpec(16, 2, num_clips=3, num_crops=1, short_side=64, crop_size=64, three_crop_size=64, mirrored=motion.MIRRORED),
+        "tpn",
+        None,
+        False,
+        None,
+        None,
+        measured_top1=99.93,
+        measured_top5=100.0,
+        note="a small model of what tpn.video.motion renders, for demonstrations and tests",
+    ),
 )
 
 WEIGHTS: Mapping[str, Weights] = MappingProxyType({entry.name: entry for entry in _TABLE})

@@ -1,0 +1,175 @@
+"""Ask the paper's question at a small size: does the pyramid help with actions at tempos that training did not show?
+
+    python examples/tempo.py --output runs/tempo
+
+One narrow SlowOnly ResNet-18 is trained without pyramid, and with each of its flows, on rendered motion at half to twice a tempo,
+and tested at a quarter to four times that tempo; several seeds each. Two more models see clips from which time was removed: one
+repeated frame, and shuffled frames. Writes `tempo.json`, `tempo.png` and `tempo.md`. What is there already is not done again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+import tpn
+from tpn.training import whole_file
+from tpn.video import motion
+from tpn.video.datasets import VideoFolder
+
+NOMINAL = 2.0
+"""The tempo called x1: a cycle of motion in 32 frames."""
+TRAINED = (0.5, 2.0)
+TESTED = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no pyramid": {"pyramid": False},
+    "top-down": {"flow_order": "top_down"},
+    "bottom-up": {"flow_order": "bottom_up"},
+    "parallel": {"flow_order": "parallel"},
+    "cascade": {"flow_order": "cascade"},
+}
+WITHOUT_TIME: tuple[motion.Order, ...] = ("one frame", "shuffled")
+REVERSED = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+"""Classes that are each other's reversal in time."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True)
+    add("--seeds", type=int, default=3)
+    add("--clips", type=int, default=120, help="training clips of each class")
+    add("--test-clips", type=int, default=20, help="test clips of each class at each tempo")
+    add("--epochs", type=int, default=8)
+    add("--jobs", type=int, default=1, help="trainings at once")
+    add("--workers", type=int, default=2, help="processes that read videos, for each training")
+    return parser.parse_args()
+
+
+def render(args: argparse.Namespace) -> None:
+    """Write all data sets; clips that are there already are kept."""
+    tempos = (NOMINAL * TRAINED[0], NOMINAL * TRAINED[1])
+    motion.write_dataset(args.output / "train", args.clips, seed=1, tempos=tempos)
+    for order in WITHOUT_TIME:
+        motion.write_dataset(args.output / f"train {order}", args.clips, seed=1, tempos=tempos, order=order)
+        motion.write_dataset(args.output / f"test {order}", args.test_clips, seed=2, tempos=tempos, order=order)
+    for factor in TESTED:
+        tempo = NOMINAL * factor
+        motion.write_dataset(args.output / f"test {factor}", args.test_clips, seed=2, tempos=(tempo, tempo))
+
+
+def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, Any], data: str = "train") -> tpn.TPNClassifier:
+    folder = args.output / f"{name} {seed}"
+    if not (folder / "model.safetensors").exists():
+        script = Path(__file__).with_name("train.py")
+        command = [sys.executable, script, "--recipe", "motion", "--train", args.output / data, "--output", folder]
+        command += ["--model-args", json.dumps(model_args), "--seed", seed, "--epochs", args.epochs, "--workers", args.workers]
+        with open(args.output / f"{name} {seed}.log", "a") as log:
+            subprocess.run([*map(str, command), "--resume", "auto"], stdout=log, stderr=log, check=True)
+    return tpn.create_model(f"local-dir:{folder}")
+
+
+@torch.no_grad()
+def test(args: argparse.Namespace, model: tpn.TPNClassifier, data: str) -> dict[str, float]:
+    """Return top-1 accuracy on the centre clips, and how often a class beats its own reversal (50 by chance), in percent."""
+    dataset = VideoFolder(args.output / data, model.input_spec, train=False, classes=motion.CLASSES)
+    loader = DataLoader(dataset, batch_size=32, num_workers=args.workers)
+    model.eval()
+    batches = [(model(model.input_spec.normalize(frames)), labels) for frames, labels in loader]
+    logits, labels = torch.cat([logits for logits, _ in batches]), torch.cat([labels for _, labels in batches])
+    reversal = torch.arange(len(motion.CLASSES))
+    for a, b in REVERSED:
+        reversal[[a, b]] = torch.tensor([b, a])
+    other = reversal[labels]
+    right = logits.gather(1, labels[:, None]) > logits.gather(1, other[:, None])
+    top1 = (logits.argmax(dim=1) == labels).double().mean()
+    return {"top1": 100 * float(top1), "direction": 100 * float(right[other != labels].double().mean())}
+
+
+def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, dict[str, float]]:
+    """Train a variant and test it; return the result of each test set."""
+    path = args.output / f"{name} {seed}.json"
+    if not path.exists():
+        if name in WITHOUT_TIME:
+            model, tests = train(args, name, seed, {}, f"train {name}"), [f"test {name}"]
+        else:
+            model = train(args, name, seed, VARIANTS[name])
+            tests = [f"test {key}" for key in (*TESTED, *WITHOUT_TIME)]
+        with whole_file(path, "w") as file:
+            json.dump({key: test(args, model, key) for key in tests}, file)
+    return json.loads(path.read_text())
+
+
+def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
+    """curves: accuracy (seeds, tempos) of each variant."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvspan(*TRAINED, color="0.93", label="tempos of the training")
+    for name, values in curves.items():
+        mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(TESTED))
+        style = {"color": "0.35", "linestyle": "--"} if name == "no pyramid" else {}
+        (line,) = axes.plot(TESTED, mean, marker="o", markersize=4, label=name, **style)
+        axes.fill_between(TESTED, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.axhline(100 / len(motion.CLASSES), color="0.6", linestyle=":", label="chance")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(TESTED, [f"x{factor:g}" for factor in TESTED])
+    axes.set(xlabel="tempo of the test clips", ylabel="top-1 accuracy, %", ylim=(0, 101))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def table(curves: dict[str, np.ndarray]) -> str:
+    head = ["variant", *(f"x{factor:g}" for factor in TESTED), "within", "outside"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    within = np.array([TRAINED[0] <= factor <= TRAINED[1] for factor in TESTED])
+    for name, values in curves.items():
+        columns = [*values.T, values[:, within].mean(axis=1), values[:, ~within].mean(axis=1)]
+        cells = [f"{c.mean():.1f} ± {c.std(ddof=1) if len(c) > 1 else 0:.1f}" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def without_time(args: argparse.Namespace, results: dict[tuple[str, int], dict[str, dict[str, float]]]) -> str:
+    """What models do on clips from which time was removed."""
+    lines = ["| clips | trained on | top-1 | class or its reversal |", "|---|---|---:|---:|"]
+    for order in WITHOUT_TIME:
+        own = results[order, 0][f"test {order}"]
+        lines.append(f"| {order} | the same | {own['top1']:.1f} | {own['direction']:.1f} |")
+        seen = [results["cascade", seed][f"test {order}"] for seed in range(args.seeds)]
+        top1, direction = (np.mean([one[key] for one in seen]) for key in ("top1", "direction"))
+        lines.append(f"| {order} | motion | {top1:.1f} | {direction:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // args.jobs, 1)))
+    render(args)
+    runs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS] + [(order, 0) for order in WITHOUT_TIME]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(runs, pool.map(lambda run: measure(args, *run), runs), strict=True))
+    curves = {}
+    for name in VARIANTS:
+        rows = [[results[name, seed][f"test {factor}"]["top1"] for factor in TESTED] for seed in range(args.seeds)]
+        curves[name] = np.array(rows)
+    with whole_file(args.output / "tempo.json", "w") as file:
+        json.dump({f"{name} {seed}": result for (name, seed), result in results.items()}, file, indent=1)
+    draw(args.output / "tempo.png", curves)
+    with whole_file(args.output / "tempo.md", "w") as file:
+        file.write(table(curves) + "\n" + without_time(args, results))
+    print((args.output / "tempo.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Train a model on videos, or fine-tune a published one: on a GPU, on several, or on a CPU.
+
+    python examples/train.py --train videos/train --val videos/val --output runs/mine --pretrained
+    torchrun --nproc_per_node 8 examples/train.py ...                 # the same on eight GPUs
+
+`videos/train` holds a folder of videos for every class, or is a list of videos. The result is a folder for
+`tpn predict --model local-dir:runs/mine` and `create_model("local-dir:runs/mine")`; in `runs/mine/best` is the one that did best
+in validation. `--resume auto` continues a run that was interrupted, with the same result. docs/training.md has the rest.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from argparse import BooleanOptionalAction
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import tpn
+from tpn.models.layers import channels_last, freeze_batch_norm
+from tpn.training import Checkpoint, MetricsLog, class_weights, epoch_batches, report_bad_files, validate
+from tpn.video.datasets import TooManyBadFilesError, VideoDataset, open_dataset
+
+SMALL = {"optimizer": "adamw", "lr": 0.003, "lr_batch": 32, "weight_decay": 0.05, "warmup": 1, "ema": 0.99, "amp": "bfloat16"}
+PUBLISHED = {"epochs": 150, "lr": 0.01, "lr_batch": 64, "schedule": "multistep", "milestones": [75, 125], "batch_size": 8}
+RECIPES: dict[str, dict[str, Any]] = {  # the published ones, which ran on eight GPUs, and that of the model inside tpn
+    "k400-scratch": PUBLISHED | {"model": "tpn_slowonly_r50_k400", "weight_decay": 1e-4, "clip_grad": 40.0},
+    "k400-in1k": PUBLISHED | {"model": "tpn_slowonly_r50_k400", "weight_decay": 1e-4, "clip_grad": 40.0, "imagenet": True},
+    "sthv1-tsm": PUBLISHED | {"model": "tpn_tsm_r50_sthv1", "weight_decay": 5e-4, "clip_grad": 20.0, "imagenet": True},
+    "motion": SMALL
+    | {"model": "tpn_slowonly_tiny_motion", "epochs": 12, "batch_size": 32, "crop_area": [0.5, 1.0], "color_jitter": False},
+}
+CAN_CHANGE = {"output", "resume", "workers", "log_interval", "checkpoint_interval", "val_interval"}  # in a run that is resumed
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, help="start from these values; every other option overrides them")
+    add("--train", required=True, help="folder of class folders, or list")
+    add("--val", help="the same for validation")
+    add("--output", required=True, type=Path, help="folder for the model, its checkpoints and the metrics")
+    add("--root", help="what paths in lists are relative to; default: the list's folder")
+    add("--frames", metavar="TEMPLATE", help="the lists name folders of images, such as img_{:05d}.jpg")
+    add("--target-fps", type=float, help="sample as if every video had this frame rate")
+    add("--max-bad", type=float, default=0.05, help="share of unreadable videos that stops the run")
+    add("--workers", type=int, default=4, help="processes that read videos, per device")
+    add("--model", default="tpn_slowonly_r50_k400", help="a name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME")
+    add("--model-args", type=json.loads, default={}, metavar="JSON", help='such as \'{"flow_order": "parallel"}\'')
+    add("--pretrained", action="store_true", help="start from the model's published weights")
+    add("--imagenet", action=BooleanOptionalAction, default=False, help="start the backbone from ImageNet")
+    add("--checkpoint", help="start from this file, ours, MMAction2's or the original TPN's")
+    add("--freeze", choices=["none", "bn", "backbone"], default="none", help="bn: running statistics; backbone: all of it")
+    add("--short-side", type=int, help="resize to this before the crop (validation, test); default: the model's")
+    add("--crop-size", type=int, help="side of the clips; default: the model's")
+    add("--crop-area", type=float, nargs=2, default=[0.08, 1.0], help="share of the picture that training crops show")
+    add("--flip-prob", type=float, default=0.5, help="0 where left and right matter")
+    add("--color-jitter", action=BooleanOptionalAction, default=True)
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=8, help="clips per device and forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes per step")
+    add("--optimizer", default="sgd", help="a name from timm.optim; sgd is with Nesterov momentum")
+    add("--lr", type=float, default=0.01, help="learning rate for --lr-batch clips a step; scaled for others")
+    add("--lr-batch", type=int, default=64)
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=1e-4)
+    add("--layer-decay", type=float, help="learning rate factor from each layer to the one below it")
+    add("--schedule", choices=["cosine", "multistep"], default="cosine")
+    add("--milestones", type=int, nargs="+", default=[75, 125], help="epochs that divide the rate by ten (multistep)")
+    add("--warmup", type=int, default=0, metavar="EPOCHS")
+    add("--clip-grad", type=float, default=40.0, help="largest norm of the gradient; 0: any")
+    add("--aux-weight", type=float, default=0.5, help="weight of the auxiliary loss; 0: none")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--class-weights", action="store_true", help="weigh the loss of rare classes up")
+    add("--balanced", action="store_true", help="draw all classes equally often")
+    add("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.999, and keep the average")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--amp", choices=["float32", "bfloat16", "float16"], default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--channels-last", action=BooleanOptionalAction, default=True)
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--compile", action="store_true")
+    add("--seed", type=int, default=0)
+    add("--deterministic", action="store_true", help="the same numbers in every run on the same GPU")
+    add("--val-interval", type=int, default=1, metavar="EPOCHS")
+    add("--log-interval", type=int, default=20, metavar="STEPS")
+    add("--checkpoint-interval", type=int, metavar="STEPS", help="more checkpoints than one per epoch")
+    add("--resume", choices=["auto", "never"], default="never", help="auto: from the checkpoint in --output, if there is one")
+    parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))
+    return parser.parse_args(argv)
+
+
+class TrainingLoss(nn.Module):
+    """The model with its loss, CE(logits) + aux_weight * CE(aux_logits): what is compiled and distributed.
+
+    forward: frames uint8 (B, T, 3, H, W), labels (B,) → (loss, logits (B, K)). Also with class weights, the loss is a mean over
+    clips, so that its mean over devices and forward passes is that of the whole step.
+    """
+
+    def __init__(self, model: tpn.TPNClassifier, aux_weight: float = 0.5, weights: Tensor | None = None, smoothing: float = 0):
+        super().__init__()
+        self.model, self.aux_weight, self.smoothing = model, aux_weight, smoothing
+        self.register_buffer("weights", weights)
+
+    def forward(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, aux_loss, logits = self.losses(self.model.input_spec.normalize(frames), labels)
+        return loss + aux_loss, logits
+
+    def losses(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, aux_logits = self.model.forward_with_aux(clips) if self.aux_weight else (self.model(clips), None)
+        loss = self.cross_entropy(logits, labels)
+        aux_loss = torch.zeros_like(loss) if aux_logits is None else self.aux_weight * self.cross_entropy(aux_logits, labels)
+        return loss, aux_loss, logits
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.float(), labels, self.weights, reduction="none", label_smoothing=self.smoothing)
+        return losses.mean()
+
+
+def start(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started, if it did; return rank, number of processes, and this one's device."""
+    if args.resume == "never" and (args.output / "checkpoint.pt").exists():
+        raise ValueError(f"{args.output} holds a run already: continue it with --resume auto, or choose another --output")
+    rank, world, device = 0, 1, torch.device(args.device)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.manual_seed(args.seed)
+    return rank, world, device
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[tpn.TPNClassifier, VideoDataset, VideoDataset | None]:
+    """Return the model and the data sets. If these have other classes than the model, it gets new classifiers for them."""
+    start_from = {"checkpoint_path": args.checkpoint, "backbone_pretrained": "imagenet" if args.imagenet else None}
+    model = tpn.create_model(args.model, args.pretrained, **start_from, **args.model_args)
+    sizes = {"short_side": args.short_side, "three_crop_size": args.short_side, "crop_size": args.crop_size}
+    spec = model.input_spec = replace(model.input_spec, **{name: size for name, size in sizes.items() if size})
+    options = {"root": args.root, "template": args.frames, "max_bad": args.max_bad, "seed": args.seed}
+    options |= {"target_fps": args.target_fps} if args.target_fps else {}
+    train = open_dataset(args.train, spec, train=True, **options)
+    numbers = tuple(f"class {i}" for i in range(model.num_classes))
+    if model.labels and (train.classes == numbers or set(train.classes) == set(model.labels)):  # the model's own, in its order
+        train = open_dataset(args.train, spec, train=True, classes=model.labels, **options)
+    else:
+        model.reset_classifier(len(train.classes))
+        model.labels, spec = train.classes, model.input_spec
+    draws = {"crop_area": args.crop_area, "flip_prob": args.flip_prob, "color_jitter": args.color_jitter}
+    train.transform = spec.train_transform(**draws, normalize=False)
+    val = open_dataset(args.val, spec, train=False, classes=model.labels, **options) if args.val else None
+    model.set_grad_checkpointing(args.checkpointing)
+    model.backbone.requires_grad_(args.freeze != "backbone")
+    if model.aux_head is not None:
+        model.aux_head.requires_grad_(args.aux_weight > 0)
+    if args.channels_last:
+        channels_last(model)
+    return model.to(device), train, val
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rank, world, device = start(args)
+    amp = getattr(torch, args.amp)
+    model, train, val = build(args, device)
+    weights = class_weights(train.labels, model.num_classes) if args.class_weights else None
+    network: Any = TrainingLoss(model, args.aux_weight, weights, args.label_smoothing).to(device)
+    if world > 1:
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    if args.compile:
+        network = torch.compile(network)
+    batch = args.batch_size * args.accumulate * world
+    epoch_steps = len(train) // batch
+    if epoch_steps == 0:
+        raise ValueError(f"{len(train)} videos do not fill one step of {batch} clips; make --batch-size smaller")
+    lr = args.lr * batch / args.lr_batch
+    decay = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay, "filter_bias_and_bn": args.optimizer != "sgd"}
+    optimizer = create_optimizer_v2(model, args.optimizer, lr, momentum=args.momentum, **decay)
+    milestones = [m + 0.5 / epoch_steps for m in args.milestones]  # timm counts steps from one
+    shape = {"warmup_epochs": args.warmup, "warmup_lr": lr / 100, "step_on_epochs": False, "updates_per_epoch": epoch_steps}
+    schedule, _ = create_scheduler_v2(optimizer, args.schedule, args.epochs, decay_milestones=milestones, **shape)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
+    ema = ModelEmaV3(model, args.ema) if args.ema else None
+    result = ema.module if ema else model  # what is validated and saved
+
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema.module} if ema else {})
+    settings = {k: v for k, v in vars(args).items() if k not in CAN_CHANGE} | {"devices": world}
+    checkpoint = Checkpoint(args.output / "checkpoint.pt", parts, settings)
+    step, best, sums = 0, -1.0, torch.zeros(3, device=device)  # of loss, hits, passes since the last line
+    if args.resume == "auto" and checkpoint.path.exists():
+        progress = checkpoint.load()
+        step, best, sums = progress["step"], progress["best"], sums.new_tensor(progress["sums"]) * (rank == 0)
+    log = MetricsLog(args.output, step) if rank == 0 else None
+    if log:
+        passes = f"{args.batch_size} x {args.accumulate} passes x {world} devices"
+        print(f"{len(train)} videos of {model.num_classes} classes, {epoch_steps} steps an epoch, {args.amp} on {device}")
+        print(f"learning rate {lr:.4g}: {args.lr:g} for {args.lr_batch} clips a step, scaled to {passes} = {batch} clips")
+        print(f"step {step} of {args.epochs * epoch_steps}", flush=True)
+
+    def keep() -> None:
+        nonlocal sums
+        if world > 1:  # from here on they are rank 0's, in this run and in one that continues from here
+            dist.all_reduce(sums)
+            sums *= rank == 0
+        if log:
+            checkpoint.save({"step": step, "best": best, "sums": sums.tolist()})
+
+    while step < args.epochs * epoch_steps:
+        epoch = step // epoch_steps
+        train.set_epoch(epoch)
+        order = {"accumulate": args.accumulate, "balanced": args.balanced, "rank": rank, "world_size": world}
+        batches = epoch_batches(train.labels, args.batch_size, seed=args.seed, epoch=epoch, **order)
+        left = {"batch_sampler": batches[step % epoch_steps * args.accumulate :]}
+        clips = iter(DataLoader(train, **left, num_workers=args.workers, pin_memory=device.type == "cuda"))
+        model.train()
+        if args.freeze != "none":
+            freeze_batch_norm(model if args.freeze == "bn" else model.backbone)
+        began, waited, before = time.perf_counter(), 0.0, step
+        while step < (epoch + 1) * epoch_steps:
+            torch.manual_seed((args.seed * world + rank) * 1_000_003 + step)  # dropout: a resumed run draws the same
+            schedule.step_update(step)
+            for i in range(args.accumulate):
+                wait = time.perf_counter()
+                frames, labels = next(clips)
+                waited += time.perf_counter() - wait
+                frames, labels = frames.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                with nullcontext() if world == 1 or i == args.accumulate - 1 else network.no_sync():
+                    with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+                        loss, logits = network(frames, labels)
+                    scaler.scale(loss / args.accumulate).backward()
+                hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+                sums += torch.stack((loss.detach().float(), hits, torch.ones_like(hits)))
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            if ema:
+                ema.update(model, step)
+            if step % args.log_interval == 0:
+                if world > 1:
+                    dist.all_reduce(sums)
+                loss_mean, top1 = (sums[:2] / sums[2]).tolist()
+                if not math.isfinite(loss_mean):
+                    raise FloatingPointError(f"the loss is {loss_mean} after step {step}; try a smaller --lr, or --amp float32")
+                seconds = time.perf_counter() - began
+                values = {"epoch": epoch, "loss": loss_mean, "top1": 100 * top1, "lr": optimizer.param_groups[0]["lr"]}
+                values |= {"clips_per_s": (step - before) * batch / seconds, "data_wait": waited / seconds}
+                if log:
+                    log.write(step, values | {"grad_norm": float(norm)})
+                sums.zero_()
+                began, waited, before = time.perf_counter(), 0.0, step
+            if args.checkpoint_interval and step % args.checkpoint_interval == 0 and step % epoch_steps:
+                keep()
+        if val and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs):
+            values = {"epoch": epoch} | validate(result, val, batch_size=args.batch_size, workers=args.workers, amp=amp)
+            if log:
+                log.write(step, values)
+                if values["val_top1"] > best:
+                    tpn.save_pretrained(result, args.output / "best")
+            best = max(best, values["val_top1"])
+        bad = report_bad_files(args.output / "bad_files.txt", train, *([val] if val else []))
+        if log and bad:
+            print(f"{bad} unreadable videos were replaced by others; {args.output / 'bad_files.txt'} lists them")
+        keep()
+    if log:
+        tpn.save_pretrained(result, args.output)
+        print(f"done: tpn predict --model local-dir:{args.output} VIDEO")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TooManyBadFilesError as error:  # from a loader's process, with its traceback as text before it
+        sys.exit(f"error: {str(error).rpartition('TooManyBadFilesError: ')[2]}")
+    except (ValueError, TypeError, OSError, FloatingPointError, tpn.WeightsUnavailableError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""The scripts of `examples/`, as modules and as commands."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@cache
+def example(name):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_example(name, *args, processes=0, before="", check=True):
+    """Run a script as a command, under torchrun if `processes`. `before`: what a module with the name `example` undergoes first."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    script = ROOT / "examples" / f"{name}.py"
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    if before:
+        command += [
+            "-c",
+            f"import sys\nfrom scripts import example\nexample = example({name!r})\n{before}\nexample.main(sys.argv[1:])",
+        ]
+    else:
+        command += [script]
+    done = subprocess.run([*map(str, (*command, *args))], env=env, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done

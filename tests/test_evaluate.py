@@ -1,0 +1,168 @@
+"""`examples/evaluate.py`: each video once, whatever the number of processes and however often it was killed."""
+
+import csv
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scripts import example, run_example
+
+import tpn
+from tpn.predict import VideoClassifier
+from tpn.video import motion
+
+LABELS = [0, 4, 12, 0, 7, 4, 12]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and a list of seven videos, of which one cannot be read."""
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(3)
+    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4)
+    torch.nn.init.normal_(model.head.fc.weight)  # not all the same class
+    tpn.save_pretrained(model, root / "model")
+    from tpn.video.encode import write_video
+
+    for i, label in enumerate(LABELS):
+        write_video(root / f"video {i}.mp4", motion.render(label, tempo=3, seed=i, num_frames=50), fps=24)
+    (root / "video 2.mp4").write_bytes(b"broken")
+    (root / "list.txt").write_text("".join(f"video {i}.mp4 {label}\n" for i, label in enumerate(LABELS)))
+    return root
+
+
+def arguments(folder, output, *args):
+    return ["--model", f"local-dir:{folder / 'model'}", "--data", folder / "list.txt", "--output", output, *args]
+
+
+def evaluate(folder, output, *args):
+    example("evaluate").main([str(a) for a in arguments(folder, output, *args)])
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_results(folder, tmp_path, capsys):
+    summary = evaluate(folder, tmp_path, "--dump", tmp_path / "d.npz")
+    classify = VideoClassifier(tpn.create_model(f"local-dir:{folder / 'model'}"))
+    readable = [i for i in range(7) if i != 2]
+    probs = np.stack([classify(folder / f"video {i}.mp4").probs.numpy() for i in readable])
+    labels = np.array(LABELS)[readable]
+    dump = np.load(tmp_path / "d.npz")
+    assert np.array_equal(dump["probs"], probs)
+    assert np.array_equal(dump["label"], labels)
+    assert [os.path.basename(path) for path in dump["path"]] == [f"video {i}.mp4" for i in readable]
+    assert tuple(dump["class"]) == motion.CLASSES
+
+    hits = probs.argmax(axis=1) == labels
+    assert (summary["videos"], summary["views"]) == (6, 3)
+    assert summary["top1"] == pytest.approx(100 * hits.mean(), abs=1e-3)
+    ranks = (probs > probs[np.arange(6), labels][:, None]).sum(axis=1)
+    assert summary["top5"] == pytest.approx(100 * (ranks < 5).mean(), abs=1e-3)
+    per_class = [hits[labels == k].mean() for k in sorted(set(labels.tolist()))]
+    assert summary["mean_class"] == pytest.approx(100 * np.mean(per_class), abs=1e-3)
+    (path, reason), *others = summary["failed"].items()
+    assert path.endswith("video 2.mp4")
+    assert "not a video" in reason
+    assert not others
+    said = capsys.readouterr().out
+    assert "6 videos, 3 views each: top1" in said
+    assert f"not counted: {path}: " in said
+
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == list(motion.CLASSES)
+    assert {row["class"]: row["videos"] for row in rows if row["videos"] != "0"} == {
+        "moving left": "2", "turning clockwise": "2", "shrinking": "1", "blinking": "1"
+    }  # fmt: skip
+    assert (tmp_path / "confusion.png").stat().st_size > 10_000
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_formats(folder, tmp_path):
+    for suffix in (".json", ".pkl", ".npz"):
+        evaluate(folder, tmp_path, "--views", "1x1", "--dump", tmp_path / f"d{suffix}")
+    arrays = np.load(tmp_path / "d.npz")
+    with open(tmp_path / "d.pkl", "rb") as file:
+        pickled = pickle.load(file)
+    parsed = json.loads((tmp_path / "d.json").read_text())
+    for name in ("path", "label", "probs", "class"):
+        assert np.array_equal(arrays[name], pickled[name])
+        assert arrays[name].tolist() == parsed[name]
+
+
+def test_three_processes_give_what_one_gives(folder, tmp_path):
+    """Seven videos, six readable ones, on three processes."""
+    evaluate(folder, tmp_path / "one", "--dump", tmp_path / "one.json")
+    run_example("evaluate", *arguments(folder, tmp_path / "three", "--dump", tmp_path / "three.json"), processes=3)
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
+    assert (tmp_path / "one" / "summary.json").read_bytes() == (tmp_path / "three" / "summary.json").read_bytes()
+
+
+KILL = """
+import os, signal
+add = example.Journal.add
+def killing(self, row):
+    add(self, row)
+    if row["index"] == 3:
+        with self.file.open("a") as file:
+            file.write('{"index": 4, "pro')
+        os.kill(os.getpid(), signal.SIGKILL)
+example.Journal.add = killing
+"""
+
+
+def test_a_killed_run_continues(folder, tmp_path, monkeypatch, capsys):
+    done = run_example("evaluate", *arguments(folder, tmp_path / "run"), before=KILL, check=False)
+    assert done.returncode < 0
+    with pytest.raises(ValueError, match="holds unfinished results of other weights, videos or views; remove it first"):
+        evaluate(folder, tmp_path / "run", "--views", "1x1")
+    seen, module = [], example("evaluate")
+    classify = module.classify
+    monkeypatch.setattr(module, "classify", lambda *args: seen.append(args[2]) or classify(*args))
+    summary = evaluate(folder, tmp_path / "run", "--dump", tmp_path / "run.json")
+    assert seen == [4, 5, 6]
+    assert "continuing: 4 of 7 videos are done" in capsys.readouterr().out
+    assert evaluate(folder, tmp_path / "whole", "--dump", tmp_path / "whole.json") == summary
+    assert (tmp_path / "run.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_fewer_than_five_classes(tmp_path):
+    probs = np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], dtype=np.float32)
+    accuracy, confusion = example("evaluate").measure(probs, np.array([1, 1, 2]), 3)
+    assert accuracy == {"top1": 66.6667, "top5": 100.0, "mean_class": 75.0}
+    assert confusion.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_frames(folder, tmp_path):
+    """Extracted frames give what the video gives."""
+    from PIL import Image
+
+    from tpn.video.decode import read_frames
+
+    frames = read_frames(folder / "video 0.mp4", range(50))
+    (tmp_path / "v").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "v" / f"{i + 1:03d}.png")
+    (tmp_path / "frames.txt").write_text("v 50 0\n")
+    (tmp_path / "videos.txt").write_text("video 0.mp4 0\n")
+    common = ["--dump", tmp_path / "d.npz"]
+    evaluate(folder, tmp_path / "a", "--data", tmp_path / "frames.txt", "--frames", "{:03d}.png", *common)
+    from_frames = np.load(tmp_path / "d.npz")["probs"]
+    evaluate(folder, tmp_path / "a", "--data", tmp_path / "videos.txt", "--root", folder, *common)
+    assert np.array_equal(from_frames, np.load(tmp_path / "d.npz")["probs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--views", "3"], "error: views must be CLIPSxCROPS"),
+        (["--dump", "x.csv"], "--dump must end in one of .json, .pkl, .npz"),
+        (["--model", "nothing"], "error: unknown model 'nothing'"),
+    ],
+)
+def test_errors(folder, tmp_path, options, says):
+    done = run_example("evaluate", *arguments(folder, tmp_path, *options), check=False)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

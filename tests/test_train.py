@@ -1,0 +1,342 @@
+"""`examples/train.py`: what it learns, what it writes, and that an interrupted run ends like one that was not."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from scripts import ROOT, example, run_example
+from servers import run_python
+from videos import write_video
+
+import tpn
+from tpn.predict import VideoClassifier
+from tpn.video import motion
+from tpn.video.datasets import TooManyBadFilesError
+
+CLASSES = ("moving left", "turning clockwise", "blinking")
+SMALL = ["--model", "tpn_slowonly_tiny_motion", "--model-args", '{"base_channels": 4, "drop_rate": 0.2}', "--crop-size", "32",
+         "--short-side", "36", "--optimizer", "adamw", "--lr", "0.01", "--lr-batch", "4", "--workers", "0", "--log-interval", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Three classes of four short videos for training, two for validation."""
+    root = tmp_path_factory.mktemp("motion")
+    for part, clips, seed in (("train", 4, 1), ("val", 2, 2)):
+        motion.write_dataset(root / "all" / part, clips, seed=seed, num_frames=34)
+        for name in CLASSES:
+            shutil.copytree(root / "all" / part / name, root / part / name)
+    return root
+
+
+def train(videos, output, *args, small=SMALL):
+    example("train").main([*small, "--train", str(videos / "train"), "--output", str(output), *map(str, args)])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k not in ("clips_per_s", "data_wait")} for line in lines]
+
+
+def weights(folder):
+    return tpn.create_model(f"local-dir:{folder}").state_dict()
+
+
+def test_from_videos_to_a_model(videos, tmp_path, capsys):
+    lines = train(videos, tmp_path, "--val", videos / "val", "--epochs", 3, "--batch-size", 4, "--warmup", 1)
+    said = capsys.readouterr().out
+    assert "12 videos of 3 classes, 3 steps an epoch, float32 on cpu" in said
+    assert "learning rate 0.01: 0.01 for 4 clips a step, scaled to 4 x 1 passes x 1 devices = 4 clips" in said
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 10))
+    assert steps[0]["lr"] == pytest.approx(0.0001)  # warm-up
+    assert steps[3]["lr"] > steps[8]["lr"] > 0
+    assert all(line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["grad_norm"] > 0 for line in steps)
+    validations = [line for line in lines if "val_loss" in line]
+    assert [(line["step"], line["val_top5"]) for line in validations] == [(3, 100), (6, 100), (9, 100)]
+
+    for folder in (tmp_path, tmp_path / "best"):
+        model = tpn.create_model(f"local-dir:{folder}")
+        assert model.labels == tuple(sorted(CLASSES))
+        assert model.input_spec.crop_size == 32
+        assert model.input_spec.mirrored == ()
+    video = next((videos / "val").rglob("*.mp4"))
+    assert {name for name, _ in VideoClassifier(model)(video).top(5)} == set(CLASSES)
+
+
+def test_the_models_own_classes_keep_their_order(videos, tmp_path):
+    train(videos / "all", tmp_path, "--epochs", 1, "--batch-size", 8)
+    model = tpn.create_model(f"local-dir:{tmp_path}")
+    assert model.labels == motion.CLASSES != tuple(sorted(motion.CLASSES))
+    assert model.input_spec.mirrored == motion.MIRRORED
+
+
+def test_workers_change_nothing(videos, tmp_path):
+    runs = [
+        train(videos, tmp_path / str(workers), "--epochs", 2, "--batch-size", 4, "--val", videos / "val", "--workers", workers)
+        for workers in (0, 2)
+    ]
+    assert without_times(runs[0]) == without_times(runs[1])
+
+
+KILL = """
+import os, signal, torch
+from tpn import training
+class Log(training.MetricsLog):
+    def write(self, step, values):
+        super().write(step, values)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+example.MetricsLog = Log
+"""
+KILL_WHILE_WRITING = """
+import io, os, signal, torch
+whole, count = torch.save, 0
+def save(content, file):
+    global count
+    count += 1
+    if count < 3:
+        return whole(content, file)
+    buffer = io.BytesIO()
+    whole(content, buffer)
+    file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+
+
+@pytest.mark.parametrize("kill", [KILL, KILL_WHILE_WRITING], ids=["between checkpoints", "while a checkpoint is written"])
+def test_a_killed_run_continues_bit_for_bit(videos, tmp_path, kill):
+    """Six steps of two epochs, a checkpoint after every second step and every epoch, a line of metrics for every second step."""
+    args = [
+        "--val",
+        videos / "val",
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--accumulate",
+        2,
+        "--ema",
+        0.9,
+        "--checkpoint-interval",
+        2,
+    ]
+    args = [*SMALL, "--log-interval", 2, "--workers", 1, "--train", videos / "train", *args]
+    run_example("train", *args, "--output", tmp_path / "whole")
+    args += ["--output", tmp_path / "killed"]
+    done = run_example("train", *args, before=kill.replace("step == 5", "step == 4"), check=False)
+    assert done.returncode < 0
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] in (2, 3)
+    again = run_example("train", *args, check=False)
+    assert again.returncode == 1
+    assert (
+        again.stderr
+        == f"error: {tmp_path / 'killed'} holds a run already: continue it with --resume auto, or choose another --output\n"
+    )
+    run_example("train", *args, "--resume", "auto")
+    lines = [
+        without_times(map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())) for run in ("whole", "killed")
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 5
+    for file in ("model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_other_settings_are_not_continued(videos, tmp_path):
+    args = ["--epochs", 1, "--batch-size", 4]
+    train(videos, tmp_path, *args)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other settings: seed=0, now 1"):
+        train(videos, tmp_path, *args, "--seed", 1, "--resume", "auto")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    train(videos, tmp_path, *args, "--resume", "auto", "--workers", 1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+import tpn
+from scripts import example
+from tpn.models.layers import freeze_batch_norm
+
+def gradients(part, weights):
+    torch.manual_seed(0)
+    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=8, drop_rate=0.0)
+    loss = example("train").TrainingLoss(model, weights=weights)
+    network = DistributedDataParallel(loss) if dist.is_initialized() else loss
+    freeze_batch_norm(model.train())
+    frames = torch.randint(256, (8, 16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(8)
+    network(frames[part], labels[part])[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+def rank(i, path, weights):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=i, world_size=2)
+    got = gradients(slice(4 * i, 4 * i + 4), weights)
+    expected = torch.load(path + ".pt")
+    error = (got - expected).abs().max() / expected.abs().max()
+    print(f"{error:.1e}", flush=True)
+    assert error < 1e-5 and expected.abs().max() > 0.01
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    for i, weights in enumerate((None, torch.linspace(0.2, 2, 14))):
+        path = f"{sys.argv[1]}/{i}"
+        torch.save(gradients(slice(0, 8), weights), path + ".pt")
+        mp.spawn(rank, (path, weights), nprocs=2)
+"""
+
+
+def test_two_devices_give_the_gradients_of_one(tmp_path):
+    """Half of the batch each, batch norm frozen; also with class weights, whose sums differ between the halves."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    said, _ = run_python(
+        f"import runpy, sys; sys.argv = ['x', {str(tmp_path)!r}]; runpy.run_path({str(script)!r}, run_name='__main__')",
+        tmp_path,
+        **env,
+    )
+    assert len(re.findall(r"\de-\d\d", said)) == 4  # two processes, two losses
+
+
+def test_two_devices_train_like_one(videos, tmp_path):
+    args = [*SMALL, "--model-args", '{"base_channels": 4, "drop_rate": 0}', "--freeze", "bn", "--train", videos / "train"]
+    args += ["--val", videos / "val", "--epochs", 2, "--log-interval", 2, "--optimizer", "sgd", "--lr", 0.1, "--class-weights"]
+    run_example("train", *args, "--batch-size", 3, "--output", tmp_path / "two", processes=2)
+    run_example("train", *args, "--batch-size", 6, "--output", tmp_path / "one")
+    run_example("train", *args, "--batch-size", 2, "--accumulate", 3, "--output", tmp_path / "passes")
+    one, two, passes = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two", "passes")
+    )
+    for other in (two, passes):
+        for a, b in zip(one, other, strict=True):
+            assert {k: v for k, v in b.items() if k not in ("clips_per_s", "data_wait")} == pytest.approx(
+                {k: v for k, v in a.items() if k not in ("clips_per_s", "data_wait")}, rel=1e-4
+            )
+    start, end = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(start[name], end[name], atol=1e-5) for name in start)
+
+
+@pytest.mark.parametrize("freeze", ["none", "bn", "backbone"])
+def test_freezing(videos, tmp_path, freeze):
+    torch.manual_seed(5)
+    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4)
+    tpn.save_pretrained(model, tmp_path / "start")
+    small = ["--model", f"local-dir:{tmp_path / 'start'}", *SMALL[4:]]
+    train(videos, tmp_path / "end", "--epochs", 1, "--batch-size", 4, "--freeze", freeze, small=small)
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "end")
+    changed = {name for name in before if before[name].shape == after[name].shape and not torch.equal(before[name], after[name])}
+    statistics = {name for name in changed if "running" in name or "num_batches" in name}
+    assert bool(statistics) == (freeze != "bn")
+    assert any(name.startswith("backbone.") for name in changed) == (freeze != "backbone")
+    assert any(name.startswith("neck.") for name in changed - statistics)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--balanced", "--class-weights", "--label-smoothing", "0.1"],
+        ["--aux-weight", "0", "--checkpointing"],
+        ["--amp", "bfloat16", "--ema", "0.9", "--layer-decay", "0.8"],
+        ["--amp", "float16", "--no-channels-last", "--clip-grad", "0", "--optimizer", "sgd"],
+        ["--schedule", "multistep", "--milestones", "1", "--accumulate", "2", "--batch-size", "2"],
+        ["--deterministic", "--flip-prob", "0", "--no-color-jitter", "--crop-area", "0.5", "1", "--target-fps", "12"],
+    ],
+    ids=lambda options: options[0][2:],
+)
+def test_options(videos, tmp_path, options):
+    try:
+        lines = train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, *options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(lines) == 6
+    assert all(0 < line["loss"] < 20 for line in lines)
+    rates = [line["lr"] for line in lines]
+    if "multistep" in options:
+        assert rates == pytest.approx([0.01] * 3 + [0.001] * 3)
+    if "--aux-weight" in options:
+        assert lines[0]["loss"] == pytest.approx(1.1, abs=0.2)  # ln 3, not 1.5 ln 3
+
+
+def test_recipes():
+    parse = example("train").parse_args
+    needed = ["--train", "a", "--output", "b"]
+    args = parse([*needed, "--recipe", "sthv1-tsm", "--epochs", "9"])
+    assert (args.model, args.imagenet, args.epochs) == ("tpn_tsm_r50_sthv1", True, 9)
+    assert (args.weight_decay, args.clip_grad, args.lr, args.milestones, args.schedule) == (
+        5e-4,
+        20,
+        0.01,
+        [75, 125],
+        "multistep",
+    )
+    for name in ("k400-scratch", "k400-in1k"):
+        args = parse([*needed, "--recipe", name])
+        assert (args.model, args.imagenet) == ("tpn_slowonly_r50_k400", name == "k400-in1k")
+        assert (args.epochs, args.lr, args.lr_batch, args.weight_decay, args.clip_grad) == (150, 0.01, 64, 1e-4, 40)
+        assert (args.optimizer, args.momentum, args.aux_weight, args.flip_prob, args.crop_area) == (
+            "sgd",
+            0.9,
+            0.5,
+            0.5,
+            [0.08, 1],
+        )
+
+
+def test_bad_files_are_replaced_and_listed(videos, tmp_path, capsys):
+    shutil.copytree(videos / "train", tmp_path / "train")
+    (tmp_path / "train" / "blinking" / "broken.mp4").write_bytes(b"not a video")
+    train(tmp_path, tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--max-bad", 0.1)
+    assert "1 unreadable videos were replaced by others" in capsys.readouterr().out
+    assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("blinking/broken.mp4")
+    with pytest.raises(TooManyBadFilesError, match=r"1 of 13 videos cannot be read, more than max_bad=0\.05 allows"):
+        train(tmp_path, tmp_path / "strict", "--epochs", 1, "--batch-size", 4)
+
+
+def test_errors_are_one_line(videos, tmp_path):
+    shutil.copytree(videos / "train", tmp_path / "train")
+    for i in range(3):
+        (tmp_path / "train" / "blinking" / f"broken {i}.mp4").write_bytes(b"not a video")
+    args = [*SMALL, "--train", tmp_path / "train", "--batch-size", 4, "--epochs", 1, "--output", tmp_path / "run"]
+    done = run_example("train", *args, "--workers", 2, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("skipped")]
+    assert errors[0].startswith("error: 1 of 15 videos cannot be read")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (["--batch-size", "13"], ValueError, "12 videos do not fill one step of 13 clips; make --batch-size smaller"),
+        (["--lr", "1e30", "--epochs", "3"], FloatingPointError, "the loss is nan after step .*; try a smaller --lr"),
+        (["--model", "tpn_slowonly_r5"], ValueError, "unknown model"),
+        (["--val", "nowhere"], FileNotFoundError, "nowhere"),
+        (["--pretrained", "--imagenet"], ValueError, "pass one of pretrained=True"),
+    ],
+)
+def test_errors(videos, tmp_path, options, error, says):
+    with pytest.raises(error, match=says):
+        train(videos, tmp_path, "--batch-size", 4, *options)
+
+
+def test_a_real_size_video_and_numbered_classes(tmp_path):
+    """A list whose labels are numbers, as many as the model has classes: the model's names are kept."""
+    for i in range(2):
+        write_video(tmp_path / f"{i}.mp4", num_frames=9)
+    (tmp_path / "list.txt").write_text("".join(f"{i % 2}.mp4 {i}\n" for i in range(14)))
+    args = [*SMALL, "--train", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--epochs", "1"]
+    example("train").main(args)
+    assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").labels == motion.CLASSES
