@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = {"warmup_epochs": args.warmup, "warmup_lr": lr / 100, "step_on_epochs": False, "updates_per_epoch": epoch_steps}
     schedule, _ = create_scheduler_v2(optimizer, args.schedule, args.epochs, decay_milestones=milestones, **shape)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
-    ema = ModelEmaV3(model, args.ema) if args.ema else None
+    ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
     result = ema.module if ema else model  # what is validated and saved
 
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema.module} if ema else {})

@@ -12,9 +12,11 @@ import safetensors.torch
 import timm
 import torch
 from recipe import sketch_state_dict
+from scripts import example
 from servers import run_python
 
 import tpn
+from tpn.video import motion
 from tpn.zoo import saved, sources
 from tpn.zoo.weights import WEIGHTS, get_weights
 
@@ -39,6 +41,11 @@ def machine(tmp_path_factory):
     tpn.save_pretrained(tpn.create_model(weights.name), sources.cache_folder(weights, root / "cache"))
     (root / "work").mkdir()
     write_video(root / "work" / "video.mp4", num_frames=20)
+    for part in ("train", "val"):
+        for name in ("running", "sitting down"):
+            folder = root / "work" / "videos" / part / name
+            folder.mkdir(parents=True)
+            write_video(folder / "1.mp4", num_frames=20)
     os.link(root / "cache" / weights.name / saved.WEIGHTS_FILE, root / "work" / "mine.pth")
     repo = root / "torch" / "hub" / "org_tpn_main"
     repo.mkdir(parents=True)
@@ -100,14 +107,69 @@ def test_table_of_the_weights_page(tmp_path):
 def test_shell_snippets(machine):
     folder, env = machine
     lines = [line.partition("#")[0].strip() for block in snippets("bash") for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith("tpn ")]
-    commands += [line.partition("&& ")[2] + " --views 1x1" for line in lines if line.endswith("&& tpn predict video.mp4")]
-    assert len(commands) == 5
+    commands = [re.sub("^pip install .* && ", "", line) for line in lines]
+    commands = [line for line in commands if line and line != "pytest"]
+    assert len(commands) == 9
+    shutil.copytree(ROOT / "examples", folder / "examples")
     for command in commands:
-        command = re.sub(r"^tpn ", f"{sys.executable} -m tpn ", command)
+        command = re.sub(r"^tpn ", f"{sys.executable} -m tpn ", command).replace("python ", f"{sys.executable} ")
+        if "predict video.mp4" in command:
+            command += " --views 1x1"
+        if "train.py" in command:  # what the options say, in less time
+            command += " --epochs 1 --batch-size 2 --crop-size 64 --short-side 64 --workers 1"
         done = subprocess.run(command, shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout or "wrote my-tpn" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_page(machine, tmp_path):
+    """Every command of the page, on fewer videos and for fewer epochs."""
+    _, env = machine
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    motion.write_dataset(tmp_path / "videos" / "train", 1, seed=1, num_frames=34)
+    shutil.copytree(tmp_path / "videos" / "train", tmp_path / "videos" / "val")
+    shutil.copy(next((tmp_path / "videos").rglob("*.mp4")), tmp_path / "new.mp4")
+    first, last = snippets("bash", page)
+    shorter = (
+        ("tpn_slowonly_r50_k400 --pretrained --epochs 20", "tpn_slowonly_tiny_motion --pretrained --epochs 1 --workers 1"),
+        ("motion/train', 300", "motion/train', 3"),
+        ("motion/val', 30", "motion/val', 1"),
+        ("motion/test', 100", "motion/test', 1"),
+        ("--recipe motion", "--recipe motion --epochs 2"),
+    )
+    commands = first + last
+    for long, short in shorter:
+        assert commands.count(long) == 1, long
+        commands = commands.replace(long, short)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    commands = commands.replace("python ", f"{sys.executable} ").replace("tpn predict", f"{sys.executable} -m tpn predict")
+    commands = commands.replace("tpn check", f"{sys.executable} -m tpn check")
+    done = subprocess.run(
+        ["bash", "-euc", commands],
+        cwd=tmp_path,
+        env=os.environ | env | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "14 videos in 14 classes, 0 of them cannot be read" in done.stdout
+    assert tpn.create_model(f"local-dir:{tmp_path / 'tiny'}").labels == motion.CLASSES
+    assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 4e6
+
+
+def test_recipes_of_the_training_page():
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| `(\w+)` \| (\w+) \| (\S+) \| (\d+) \|$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE
+    )
+    recipes = example("train").RECIPES
+    assert {name for name, *_ in rows} == recipes.keys() - {"motion"}
+    for name, model, start, decay, norm in rows:
+        recipe = recipes[name]
+        assert (model, float(decay), float(norm)) == (recipe["model"], recipe["weight_decay"], recipe["clip_grad"])
+        assert recipe.get("imagenet", False) == (start == "ImageNet")
 
 
 def test_table_agrees_with_the_weights():

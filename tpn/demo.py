@@ -40,7 +40,7 @@ class Seen:
 def render_video(path: str | os.PathLike[str]) -> None:
     """Write a video of one shape that moves in several ways in turn."""
     parts = [(motion.CLASSES.index(name), tempo, SCENE_FRAMES) for name, tempo in SCENES]
-    write_video(path, motion.render_sequence(parts, seed=6), fps=motion.FPS)
+    write_video(path, motion.render_sequence(parts, seed=12), fps=motion.FPS)
 
 
 def look(classifier: VideoClassifier, video: str | os.PathLike[str]) -> Seen:
