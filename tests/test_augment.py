@@ -136,3 +136,17 @@ def test_other_arguments():
         SPEC.train_transform(flip_prob=2)
     with pytest.raises(ValueError, match="num_crops must be 1"):
         SPEC.eval_transform(2)
+
+
+def test_crop_area(clip):
+    torch.manual_seed(0)
+    gradient = torch.arange(120, dtype=torch.uint8).expand(8, 3, 90, 120)
+    for low, high in ((0.5, 1.0), (0.08, 0.2)):
+        transform = SPEC.train_transform(crop_area=(low, high), color_jitter=False, flip_prob=0, normalize=False)
+        widths = [int(out.max()) - int(out.min()) + 1 for out in (transform(gradient) for _ in range(30))]
+        # of 120 columns, a crop of that area and an aspect of 3/4 to 4/3 shows between
+        assert np.sqrt(low * 90 * 120 * 3 / 4) - 2 <= min(widths)
+        assert max(widths) <= np.sqrt(high * 90 * 120 * 4 / 3) + 2
+    for area in ((0, 1), (0.5, 0.4), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="crop_area must be two shares of the picture"):
+            SPEC.train_transform(crop_area=area)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from videos import number, write_video
 
 from tpn import InputSpec
-from tpn.video.datasets import RawFrames, TooManyBadFilesError, VideoFolder, VideoList, at_frame_rate
+from tpn.video.datasets import RawFrames, TooManyBadFilesError, VideoFolder, VideoList, at_frame_rate, open_dataset
 from tpn.video.decode import read_frames
 
 SPEC = InputSpec(4, 2, short_side=36, crop_size=32, num_clips=10)
@@ -280,3 +280,36 @@ def test_labels_of_the_training_set(root, tmp_path):
 def test_other_arguments(root, kwargs, says):
     with pytest.raises(ValueError, match=says):
         VideoFolder(root, SPEC, train=True, **kwargs)
+
+
+def test_another_draw_of_the_same_video(root):
+    data = VideoFolder(root, SPEC, train=True)
+    first, second = data[2, 0][0], data[2, 1][0]
+    assert torch.equal(first, data[2][0])
+    assert torch.equal(second, data[2, 1][0])
+    assert not torch.equal(first, second)
+
+
+def test_what_a_path_is(root, tmp_path):
+    assert isinstance(open_dataset(root, SPEC, train=True, root=None, template=None), VideoFolder)
+    (tmp_path / "list.txt").write_text(f"{root}/left turn/video 0.mp4 0\n")
+    assert isinstance(open_dataset(tmp_path / "list.txt", SPEC, train=True), VideoList)
+    (tmp_path / "frames.txt").write_text("folder 5 0\n")
+    assert isinstance(open_dataset(tmp_path / "frames.txt", SPEC, train=True, template="{}.jpg"), RawFrames)
+    with pytest.raises(ValueError, match="is a folder; extracted frames are named by a list"):
+        open_dataset(root, SPEC, train=True, template="{}.jpg")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_dataset(root / "nowhere", SPEC, train=True)
+    with pytest.raises(ValueError, match="line 1: the number of frames must be an integer >= 1"):
+        open_dataset(tmp_path / "list.txt", SPEC, train=True, template="{}.jpg", root=root)
+
+
+def test_all_clips_of_a_video(root):
+    """What evaluation reads: the distinct frames, resized, and each clip as places among them."""
+    data = VideoFolder(root, SPEC, train=False)
+    frames, clips = data.read(data.items[0], SPEC.indices, short_side=24)
+    assert clips.shape == (10, 4)
+    assert frames.shape[-2] == 24
+    whole, place = data.read(data.items[0], SPEC.indices)
+    assert torch.equal(clips, place)
+    assert [[number(whole[i]) for i in clip] for clip in clips] == SPEC.indices(20).tolist()

@@ -7,6 +7,7 @@ from torch import nn
 import tpn
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import AuxHead, ClassificationHead
+from tpn.models.layers import channels_last, freeze_batch_norm
 from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM, temporal_shift
@@ -367,3 +368,24 @@ def test_group_matcher_covers_every_parameter():
     assert sorted(n for group in groups.values() for n in group) == sorted(n for n, _ in model.named_parameters())
     assert groups[0] == ["backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"]
     assert {n.split(".")[0] for n in groups[max(groups)]} <= {"neck", "head", "aux_head"}
+
+
+def test_channels_last_and_frozen_batch_norm():
+    """For 3D and 2D networks alike; neither changes what is computed."""
+    for name in ("tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"):
+        torch.manual_seed(0)
+        model = tpn.create_model(name, base_channels=8).eval()
+        x = torch.randn(2, 3, model.input_spec.num_frames, 32, 32)
+        expected = model(x)
+        channels_last(model)
+        stem = model.backbone.conv1.weight
+        last = torch.channels_last if stem.ndim == 4 else torch.channels_last_3d
+        assert stem.is_contiguous(memory_format=last)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        freeze_batch_norm(model.train())
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model.forward_with_aux(x)
+        assert model.training
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        model.train().forward_with_aux(x)
+        assert not all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tpn.video import decode
-from tpn.video.motion import CLASSES, FPS, HEIGHT, MIRRORED, SLOWEST_CYCLE, WIDTH, _steps, render, write_dataset
+from tpn.video.motion import CLASSES, FPS, HEIGHT, MIRRORED, SLOWEST_CYCLE, WIDTH, _steps, render, render_sequence, write_dataset
 
 
 def test_same_arguments_same_clip():
@@ -89,3 +89,27 @@ def test_files(tmp_path):
 def test_other_arguments(kwargs, says):
     with pytest.raises(ValueError, match=says):
         render(seed=0, **kwargs)
+
+
+def test_clips_without_time(tmp_path):
+    for order in ("as rendered", "one frame", "shuffled"):
+        write_dataset(tmp_path / order, 1, seed=4, num_frames=8, order=order)
+    for name in CLASSES:
+        clips = {path.name: decode.read_frames(path / name / "000000.mp4", range(8)).float() for path in tmp_path.iterdir()}
+        rendered, repeated, shuffled = clips["as rendered"], clips["one frame"], clips["shuffled"]
+        assert (repeated - repeated[:1]).abs().mean() < 1
+        assert (repeated[0] - rendered[0]).abs().mean() < 3
+        distance = (shuffled[:, None] - rendered[None]).abs().mean(dim=(2, 3, 4))
+        assert distance.min(dim=1).values.max() < 4  # each is one of the rendered frames
+    with pytest.raises(ValueError, match="order must be one of 'as rendered', 'shuffled', 'one frame', got 'reversed'"):
+        write_dataset(tmp_path, 1, seed=4, order="reversed")
+
+
+def test_sequence():
+    """A shape goes on from where it is; the background stays."""
+    clip = render_sequence([(1, 2.0, 10), (4, 4.0, 10)], seed=3)
+    assert clip.shape == (20, HEIGHT, WIDTH, 3)
+    assert np.array_equal(clip, render_sequence([(1, 2.0, 10), (4, 4.0, 10)], seed=3))
+    assert np.array_equal(clip[9], clip[10])
+    changed = (clip.astype(int) - clip[:1]).any(axis=(0, 3))
+    assert 0.01 < changed.mean() < 0.5

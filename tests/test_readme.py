@@ -112,7 +112,7 @@ def test_shell_snippets(machine):
     assert len(commands) == 9
     shutil.copytree(ROOT / "examples", folder / "examples")
     for command in commands:
-        command = re.sub(r"^tpn ", f"{sys.executable} -m tpn ", command).replace("python ", f"{sys.executable} ")
+        command = re.sub(r"^tpn ", f"{sys.executable} -m tpn ", re.sub(r"^python ", f"{sys.executable} ", command))
         if "predict video.mp4" in command:
             command += " --views 1x1"
         if "train.py" in command:  # what the options say, in less time
