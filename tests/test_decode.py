@@ -9,10 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from servers import run_python
 from videos import HEIGHT, WIDTH, add_stream, frame, number, write_video
 
 from tpn.video import decode
 from tpn.video.decode import VideoError, probe, read_frames, sample_frames
+from tpn.video.motion import write_dataset
 from tpn.video.transforms import resize_short_side
 
 N = 40
@@ -217,3 +219,22 @@ def test_file_without_permission():
         assert done.stdout.strip() == str(path), done.stderr
     finally:
         shutil.rmtree(folder)
+
+
+def test_closing_a_decoder_does_not_wait_for_its_threads_for_ever(tmp_path):
+    """What a program, or an older torchvision, has set before: FFmpeg's threads then wait for the interpreter to log."""
+    write_dataset(tmp_path, 1, seed=0, num_frames=34)
+    script = """
+import faulthandler, pathlib
+faulthandler.dump_traceback_later(60, exit=True)
+import av.logging
+av.logging.set_level(av.logging.ERROR)
+from tpn.video import decode
+files = sorted(pathlib.Path().rglob("*.mp4"))
+for _ in range(12):
+    for file in files:
+        decode.probe(file)
+print(len(files))
+"""
+    said, _ = run_python(script, tmp_path)
+    assert said == "14\n"

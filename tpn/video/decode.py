@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import av.logging
 import numpy as np
 import torch
 from av.container import InputContainer
@@ -23,6 +24,10 @@ from torch import Tensor
 from tpn.video.transforms import resize_short_side
 
 PathLike = str | os.PathLike[str]
+
+# PyAV's default. Older torchvisions, imported above, let FFmpeg's threads log through Python; a thread that waits for the
+# interpreter while its decoder is being closed, which holds it, waits for ever.
+av.logging.set_level(None)
 
 TEXT_DEMUXERS = {"tty"}
 """FFmpeg plays text files as terminal recordings; nobody who passes one here means that."""
