@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tpn
+from tpn.video import augment
 
 SPEC = tpn.input_spec("tpn_slowonly_r50_k400")
 LEFT_RIGHT = replace(SPEC, mirrored=((2, 4), (30, 41)))
@@ -38,6 +39,34 @@ def test_one_draw_for_all_frames(clip):
     for out in seen:
         assert (out == out[:1]).all()
     assert len({out.numpy().tobytes() for out in seen}) == 8
+
+
+def test_colours(clip, monkeypatch):
+    """Each of the four is used once a clip, in any order, over its whole range."""
+    seen = []
+    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue"):
+        module = augment if name == "adjust_hue" else augment.functional
+        change = getattr(module, name)
+
+        def record(frame, amount, name=name, change=change):
+            seen.append((name, amount))
+            return change(frame, amount)
+
+        monkeypatch.setattr(module, name, record)
+    torch.manual_seed(0)
+    clips = []
+    for _ in range(200):
+        seen.clear()
+        SPEC.train_transform()(clip[:1])
+        clips.append([*seen])
+    assert {len(changes) for changes in clips} == {4}
+    assert len({tuple(name for name, _ in changes) for changes in clips}) == 24
+    for name, low, high in [(f"adjust_{what}", 0.5, 1.5) for what in ("brightness", "contrast", "saturation")] + [
+        ("adjust_hue", -0.1, 0.1)
+    ]:
+        amounts = [dict(changes)[name] for changes in clips]
+        assert low <= min(amounts) < low + 0.1 * (high - low)
+        assert high >= max(amounts) > high - 0.1 * (high - low)
 
 
 def test_seeds_give_the_same_clip(clip):

@@ -1,14 +1,13 @@
 """The model that comes with the package, and `tpn demo`."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from servers import run_python
+from servers import run_python, start_python
 from videos import write_video
 
 import tpn
@@ -76,8 +75,11 @@ def test_rendered_video_shows_what_it_says(classifier, tmp_path):
     assert seen.duration == pytest.approx(len(demo.SCENES) * demo.SCENE_FRAMES / motion.FPS)
 
 
-def run(*args, cwd):
-    return subprocess.run([sys.executable, "-m", "tpn", "demo", *args], cwd=cwd, capture_output=True, text=True, timeout=120)
+def run(*args, cwd, before=""):
+    script = f"import sys\nsys.argv = {['tpn', 'demo', *args]}\nfrom tpn import cli, demo\n{before}\ncli.main()"
+    process = start_python(script, cwd)
+    out, complaints = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, complaints)
 
 
 def test_command(tmp_path):
@@ -103,8 +105,9 @@ def test_a_video_of_ones_own(tmp_path):
 
 
 def test_without_matplotlib(tmp_path):
-    script = "import sys; sys.modules['matplotlib'] = None; from tpn import demo, cli; demo.can_draw = lambda: False; sys.argv = ['tpn', 'demo']; cli.main()"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run(cwd=tmp_path, before="demo.can_draw = lambda: False")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "demo.png").exists()
     assert "swinging up and down" in done.stdout
     assert 'pip install "tpn[viz]"' in done.stderr
 

@@ -34,6 +34,15 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As many as torchrun gives its processes: sums over several round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def arguments(folder, output, *args):
     return ["--model", f"local-dir:{folder / 'model'}", "--data", folder / "list.txt", "--output", output, *args]
 

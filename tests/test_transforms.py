@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
 from tpn import InputSpec
-from tpn.video.transforms import center_crop, normalize, resize_short_side, three_crop
+from tpn.video.transforms import adjust_hue, center_crop, normalize, resize_short_side, three_crop
 
 PIXELS = np.load(Path(__file__).parent / "fixtures" / "pixels.npz")
 
@@ -64,3 +65,17 @@ def test_spec_crops():
 def test_bad_frames(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, -0.03, 0.0, 0.07, 0.1, 0.49])
+def test_hue_is_torchvisions(turns):
+    rng = np.random.default_rng(1)
+    noise = torch.from_numpy(rng.integers(0, 256, (2, 3, 60, 50), dtype=np.uint8))
+    gray = noise[:, :1].repeat(1, 3, 1, 1)
+    pure = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]], dtype=torch.uint8)
+    for x in (noise, gray, pure.view(6, 3, 1, 1)):
+        ours = adjust_hue(x, turns)
+        assert (ours.dtype, ours.shape) == (x.dtype, x.shape)
+        assert (ours.int() - functional.adjust_hue(x, turns).int()).abs().max() <= 1
+    assert torch.equal(adjust_hue(noise, 0), noise)
+    assert torch.equal(adjust_hue(gray, turns), gray)

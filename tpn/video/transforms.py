@@ -58,6 +58,27 @@ def three_crop(x: Tensor, size: int) -> Tensor:
     return torch.stack([_crop(x, step_y * i, step_x * i, size) for i in (0, 2, 1)])
 
 
+def adjust_hue(x: Tensor, turns: float) -> Tensor:
+    """Turn the hue of every pixel; saturation and value stay. torchvision's operator within 1 level, several times faster.
+
+    x: uint8 RGB (..., 3, H, W). turns: of the colour circle, -0.5..0.5. Returns the same type and shape.
+    """
+    _check_frames(x)
+    r, g, b = x.float().unbind(-3)
+    top, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = top - low
+    # Hue in sixths of the circle: 0 red, 2 green, 4 blue. From red over green to cyan it is 1 + g + b - r (each less `low`,
+    # in terms of chroma), and the same backwards on the side of blue.
+    hue = torch.copysign((chroma - low).add_(g).add_(b).sub_(r), g - b).div_(chroma.clamp(min=1)).add_(6 * turns).remainder_(6)
+    red = (hue - 3).abs_().sub_(1)
+    green = (hue - 2).abs_().neg_().add_(2)
+    blue = (hue - 4).abs_().neg_().add_(2)
+    out = torch.empty_like(x)
+    for i, share in enumerate((red, green, blue)):
+        out.select(-3, i).copy_(share.clamp_(0, 1).mul_(chroma).add_(low).add_(0.5))
+    return out
+
+
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turn frames into model input: (x - mean) / std, channels before time.
 
