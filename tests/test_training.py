@@ -82,3 +82,15 @@ def test_metrics_go_on_after_the_step_of_a_checkpoint(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
     assert "step 3: loss 0.5" in capsys.readouterr().out
+
+
+def test_tensorboard_shows_the_same(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 0.1 * step})
+    MetricsLog(tmp_path, 2).write(4, {"loss": 0.5})  # continues after step 2
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
+        (step, pytest.approx(loss)) for step, loss in ((1, 0.1), (2, 0.2), (4, 0.5))
+    ]
