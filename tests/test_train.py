@@ -46,10 +46,10 @@ def weights(folder):
 
 
 def test_from_videos_to_a_model(videos, tmp_path, capsys):
-    lines = train(videos, tmp_path, "--val", videos / "val", "--epochs", 3, "--batch-size", 4, "--warmup", 1)
+    lines = train(videos, tmp_path, "--val", videos / "val", "--epochs", 3, "--batch-size", 4, "--warmup", 1, "--lr", 0.04, "--lr-batch", 16)
     said = capsys.readouterr().out
     assert "12 videos of 3 classes, 3 steps an epoch, float32 on cpu" in said
-    assert "learning rate 0.01: 0.01 for 4 clips a step, scaled to 4 x 1 passes x 1 devices = 4 clips" in said
+    assert "learning rate 0.01: 0.04 for 16 clips a step, scaled to 4 x 1 passes x 1 devices = 4 clips" in said
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
     assert steps[0]["lr"] == pytest.approx(0.0001)  # warm-up
@@ -266,6 +266,10 @@ def test_options(videos, tmp_path, options):
     rates = [line["lr"] for line in lines]
     if "multistep" in options:
         assert rates == pytest.approx([0.01] * 3 + [0.001] * 3)
+    if "--ema" in options:
+        saved, parts = weights(tmp_path), torch.load(tmp_path / "checkpoint.pt")["parts"]
+        assert all(torch.equal(value, parts["ema"][name]) for name, value in saved.items())
+        assert not torch.equal(saved["head.fc.weight"], parts["model"]["head.fc.weight"])
     if "--aux-weight" in options:
         assert lines[0]["loss"] == pytest.approx(1.1, abs=0.2)  # ln 3, not 1.5 ln 3
 
@@ -313,7 +317,7 @@ def test_errors_are_one_line(videos, tmp_path):
     done = run_example("train", *args, "--workers", 2, check=False)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("skipped")]
-    assert errors[0].startswith("error: 1 of 15 videos cannot be read")
+    assert re.match(r"error: [123] of 15 videos cannot be read", errors[0])  # two processes may have met one each
     assert "Traceback" not in done.stderr
 
 
