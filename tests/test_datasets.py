@@ -261,6 +261,9 @@ def test_odd_folders(root, tmp_path):
     (tmp_path / "a class" / "loop").symlink_to(tmp_path / "a class")
     (tmp_path / "a class" / "one.mp4").symlink_to(root / "left turn" / "video 0.mp4")
     assert [os.path.basename(item.path) for item in VideoFolder(tmp_path, SPEC, train=True).items] == ["one.mp4"]
+    elsewhere = len(list((root / "left turn").rglob("*.mp4")))
+    (tmp_path / "a class" / "more").symlink_to(root / "left turn")  # a link to another folder is followed
+    assert len(VideoFolder(tmp_path, SPEC, train=True)) == 1 + elsewhere
 
 
 def test_labels_of_the_training_set(root, tmp_path):
