@@ -278,6 +278,13 @@ def test_options(videos, tmp_path, options):
         assert lines[0]["loss"] == pytest.approx(1.1, abs=0.2)  # ln 3, not 1.5 ln 3
 
 
+def test_class_weights_reach_the_loss(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(example("train"), "class_weights", lambda labels, num_classes: torch.zeros(num_classes))
+    for options, expected in (([], False), (["--class-weights"], True)):
+        lines = train(videos, tmp_path / str(expected), "--epochs", 1, "--batch-size", 4, *options)
+        assert (lines[0]["loss"] == 0) is expected
+
+
 def test_recipes():
     parse = example("train").parse_args
     needed = ["--train", "a", "--output", "b"]
