@@ -3,8 +3,9 @@
     python examples/evaluate.py --model tpn_slowonly_r50_k400 --pretrained --data k400/val.csv --output runs/k400
     torchrun --nproc_per_node 8 examples/evaluate.py ...              # the same on eight GPUs
 
-Every video counts exactly once. A run that was interrupted is continued by the same command. `--output` receives `summary.json`,
-`per_class.csv` and `confusion.png`; `--dump` the probabilities of every video.
+Every video counts exactly once. A run that was interrupted is continued by the same command; so is one that could not read some
+of the videos, once these are mended. `--output`, which all processes must see, receives `summary.json`, `per_class.csv` and
+`confusion.png`; `--dump` the probabilities of every video. The exit code is 1 if more videos than `--max-bad` cannot be read.
 """
 
 import argparse
@@ -13,24 +14,24 @@ import csv
 import hashlib
 import importlib.util
 import json
-import os
 import pickle
-import sys
 import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 
 import tpn
 from tpn.predict import VideoClassifier, parse_views
-from tpn.training import ranks, whole_file
-from tpn.video.datasets import VideoDataset, open_dataset
+from tpn.training import command, gathered, join_processes, positive_int, shared, whole_file
+from tpn.video.datasets import VideoDataset, bad_reason, open_dataset
 from tpn.video.decode import VideoError
 
 Row = dict[str, Any]
@@ -46,12 +47,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="folder of class folders, or list")
     add("--root", help="what paths in a list are relative to; default: the list's folder")
     add("--frames", metavar="TEMPLATE", help="the list names folders of images, such as img_{:05d}.jpg")
+    add("--first-frame", type=int, default=1, help="number of the first image")
     add("--target-fps", type=float, help="sample as if every video had this frame rate")
     add("--views", metavar="CLIPSxCROPS", help="such as 1x1; default: as published")
     add("--output", required=True, type=Path, help="folder for the results")
     add("--dump", type=Path, help=".json, .pkl or .npz file for the probabilities of every video")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--batch-size", type=int, help="views at once")
+    add("--batch-size", type=positive_int, help="views at once")
+    add("--amp", choices=["float32", "bfloat16", "float16"], default="float32", help="precision of autocast")
+    add("--workers", type=positive_int, default=2, help="videos to read at once, while the model is at work")
+    add("--max-bad", type=float, default=0.0, help="share of the videos that may be unreadable; they are not counted")
     args = parser.parse_args(argv)
     if args.dump is not None and args.dump.suffix not in DUMPS:
         parser.error(f"--dump must end in one of {', '.join(DUMPS)}, got {args.dump}")
@@ -63,7 +68,7 @@ def build(args: argparse.Namespace) -> tuple[VideoClassifier, VideoDataset]:
     model = tpn.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint)
     if num_clips and num_crops:
         model.input_spec = replace(model.input_spec, num_clips=num_clips, num_crops=num_crops, flip=False)
-    options: dict[str, Any] = {"root": args.root, "template": args.frames}
+    options: dict[str, Any] = {"root": args.root, "template": args.frames, "first": args.first_frame}
     options |= {"target_fps": args.target_fps} if args.target_fps else {}
     data = open_dataset(args.data, model.input_spec, train=False, classes=model.labels, **options)
     if len(data.classes) != model.num_classes:
@@ -71,17 +76,18 @@ def build(args: argparse.Namespace) -> tuple[VideoClassifier, VideoDataset]:
     return VideoClassifier(model, device=args.device, batch_size=args.batch_size), data
 
 
-def identity(classifier: VideoClassifier, data: VideoDataset) -> dict[str, Any]:
+def identity(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDataset) -> dict[str, Any]:
     """What results must have in common to be put together."""
     weights = hashlib.sha256()
     for name, tensor in sorted(classifier.model.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    videos = hashlib.sha256(repr([data.items, data.target_fps]).encode())
-    return {"weights": weights.hexdigest(), "videos": videos.hexdigest(), "input": classifier.spec.to_dict()}
+    videos = hashlib.sha256(repr([data.items, data.target_fps, args.frames, args.first_frame]).encode(errors="backslashreplace"))
+    about = {"weights": weights.hexdigest(), "videos": videos.hexdigest(), "input": classifier.spec.to_dict(), "amp": args.amp}
+    return about | {"architecture": repr(classifier.model.model_args)}
 
 
 class Journal:
-    """The rows that are done, one file per process in `folder`, so that a killed run can be continued."""
+    """The videos that are done, one file per process in `folder`, so that a killed run can be continued."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
@@ -101,6 +107,7 @@ class Journal:
         return list(rows.values())
 
     def add(self, row: Row) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # on another machine
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -110,30 +117,34 @@ class Journal:
         self.folder.rmdir()
 
 
-def classify(classifier: VideoClassifier, data: VideoDataset, index: int) -> Row:
-    try:
-        frames, clips = data.read(data.items[index], classifier.spec.indices, short_side=classifier.spec.short_side)
-    except (VideoError, OSError) as error:
-        return {"index": index, "error": str(error)}
-    probs = classifier.classify_clips(frames, clips).probs
-    return {"index": index, "probs": base64.b64encode(probs.numpy().tobytes()).decode()}
+Clips = tuple[torch.Tensor, torch.Tensor]
+"""Distinct frames of a video, and the clips as places among them."""
 
 
-def shared(value: Any) -> Any:
-    """Return rank 0's value in every process."""
-    values = [value]
-    if ranks()[1] > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+def read_ahead(classifier: VideoClassifier, data: VideoDataset, indices: Sequence[int], workers: int) -> Iterator[Clips | str]:
+    """Read videos in the order given, some of them while the model looks at others; yield the reason for one that is bad."""
+
+    def read(index: int) -> Clips | str:
+        try:
+            return data.read(data.items[index], classifier.spec.indices, short_side=classifier.spec.short_side)
+        except (VideoError, OSError) as error:
+            return bad_reason(data.items[index], error)
+
+    reading: deque[Future[Clips | str]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for index in indices:
+            reading.append(pool.submit(read, index))
+            if len(reading) > workers:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
 
 
-def gathered(rows: list[Row]) -> list[Row]:
-    """Return the rows of all processes."""
-    parts: list[Any] = [rows]
-    if ranks()[1] > 1:
-        parts = [None] * ranks()[1]
-        dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+def classify(classifier: VideoClassifier, clips: Clips, amp: torch.dtype) -> str:
+    """Return the probabilities of a video as base64 of K float32."""
+    with torch.autocast(classifier.device.type, amp, enabled=amp != torch.float32):
+        probs = classifier.classify_clips(*clips).probs
+    return base64.b64encode(probs.numpy().tobytes()).decode()
 
 
 def measure(probs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
@@ -193,8 +204,8 @@ def dump_npz(path: Path, content: dict[str, Any]) -> None:
 DUMPS = {".json": dump_json, ".pkl": dump_pickle, ".npz": dump_npz}
 
 
-def report(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDataset, rows: list[Row]) -> None:
-    """Write and print the results; `rows` in any order."""
+def report(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDataset, rows: list[Row]) -> int:
+    """Write and print the results; `rows` in any order. Return how many videos could not be read."""
     done = sorted((row for row in rows if "probs" in row), key=lambda row: row["index"])
     failed = {data.items[row["index"]].path: row["error"] for row in rows if "error" in row}
     if not done:
@@ -220,37 +231,42 @@ def report(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDat
     for path, reason in failed.items():
         print(f"not counted: {path}: {reason}")
     print(f"more in {args.output}")
+    return len(failed)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if "RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
-        dist.init_process_group("gloo")  # only results travel
-    rank, world = ranks()
+    rank, world, device = join_processes(args.device, "gloo")  # only results travel
+    args.device = str(device)
     classifier, data = build(args)
-    journal = Journal(args.output / "unfinished", identity(classifier, data))
-    before = shared(journal.open() if rank == 0 else None)
+    journal = Journal(args.output / "unfinished", identity(args, classifier, data))
+    before = shared(journal.open)
     done = {row["index"] for row in before}
     left = [index for index in range(len(data)) if index not in done][rank::world]
     if rank == 0 and before:
         print(f"continuing: {len(before)} of {len(data)} videos are done")
-    rows = []
+    rows: list[Row] = []
     console = Console(stderr=True)
-    for index in track(left, "videos", console=console, disable=rank > 0 or not console.is_terminal, transient=True):
-        rows.append(classify(classifier, data, index))
+    videos = zip(left, read_ahead(classifier, data, left, args.workers), strict=True)
+    hidden = rank > 0 or not console.is_terminal
+    for index, clips in track(videos, "videos", len(left), console=console, disable=hidden, transient=True):
+        if isinstance(clips, str):
+            rows.append({"index": index, "error": clips})
+            continue
+        rows.append({"index": index, "probs": classify(classifier, clips, getattr(torch, args.amp))})
         journal.add(rows[-1])
-    rows = before + gathered(rows)
-    if rank == 0:
-        report(args, classifier, data, rows)
+    rows = before + [row for part in gathered(rows) for row in part]
+    if rank > 0:
+        return
+    failed = report(args, classifier, data, rows)
+    if not failed:
         journal.remove()
+    if failed > args.max_bad * len(data):
+        raise ValueError(
+            f"{failed} of {len(data)} videos cannot be read, and were not counted; the same command reads only them, once they "
+            "are mended; --max-bad allows for some"
+        )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, OSError, tpn.WeightsUnavailableError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    command(main)

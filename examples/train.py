@@ -12,8 +12,8 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
+import zlib
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -31,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import tpn
+from tpn import training
 from tpn.models.layers import channels_last, freeze_batch_norm
-from tpn.training import Checkpoint, MetricsLog, class_weights, epoch_batches, report_bad_files, validate
-from tpn.video.datasets import TooManyBadFilesError, VideoDataset, open_dataset
+from tpn.training import class_weights, command, positive_int
+from tpn.video.datasets import VideoDataset, open_dataset
 
 SMALL = {"optimizer": "adamw", "lr": 0.003, "lr_batch": 32, "weight_decay": 0.05, "warmup": 1, "ema": 0.99, "amp": "bfloat16"}
 PUBLISHED = {"epochs": 150, "lr": 0.01, "lr_batch": 64, "schedule": "multistep", "milestones": [75, 125], "batch_size": 8}
@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # the published ones, which ran on eight
     "motion": SMALL
     | {"model": "tpn_slowonly_tiny_motion", "epochs": 12, "batch_size": 32, "crop_area": [0.5, 1.0], "color_jitter": False},
 }
-CAN_CHANGE = {"output", "resume", "workers", "log_interval", "checkpoint_interval", "val_interval"}  # in a run that is resumed
+CAN_CHANGE = "output resume workers log_interval checkpoint_interval val_interval val max_bad device checkpointing"  # on resuming
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, type=Path, help="folder for the model, its checkpoints and the metrics")
     add("--root", help="what paths in lists are relative to; default: the list's folder")
     add("--frames", metavar="TEMPLATE", help="the lists name folders of images, such as img_{:05d}.jpg")
+    add("--first-frame", type=int, default=1, help="number of the first image")
     add("--target-fps", type=float, help="sample as if every video had this frame rate")
     add("--max-bad", type=float, default=0.05, help="share of unreadable videos that stops the run")
     add("--workers", type=int, default=4, help="processes that read videos, per device")
@@ -65,17 +66,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--imagenet", action=BooleanOptionalAction, default=False, help="start the backbone from ImageNet")
     add("--checkpoint", help="start from this file, ours, MMAction2's or the original TPN's")
     add("--freeze", choices=["none", "bn", "backbone"], default="none", help="bn: running statistics; backbone: all of it")
+    add("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     add("--short-side", type=int, help="resize to this before the crop (validation, test); default: the model's")
     add("--crop-size", type=int, help="side of the clips; default: the model's")
+    add("--frame-interval", type=positive_int, help="take every n-th frame; default: the model's")
     add("--crop-area", type=float, nargs=2, default=[0.08, 1.0], help="share of the picture that training crops show")
     add("--flip-prob", type=float, default=0.5, help="0 where left and right matter")
     add("--color-jitter", action=BooleanOptionalAction, default=True)
-    add("--epochs", type=int, default=30)
-    add("--batch-size", type=int, default=8, help="clips per device and forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes per step")
+    add("--epochs", type=positive_int, default=30)
+    add("--batch-size", type=positive_int, default=8, help="clips per device and forward pass")
+    add("--accumulate", type=positive_int, default=1, help="forward passes per step")
     add("--optimizer", default="sgd", help="a name from timm.optim; sgd is with Nesterov momentum")
     add("--lr", type=float, default=0.01, help="learning rate for --lr-batch clips a step; scaled for others")
-    add("--lr-batch", type=int, default=64)
+    add("--lr-batch", type=positive_int, default=64)
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=1e-4)
     add("--layer-decay", type=float, help="learning rate factor from each layer to the one below it")
@@ -94,10 +97,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--compile", action="store_true")
     add("--seed", type=int, default=0)
-    add("--deterministic", action="store_true", help="the same numbers in every run on the same GPU")
-    add("--val-interval", type=int, default=1, metavar="EPOCHS")
-    add("--log-interval", type=int, default=20, metavar="STEPS")
-    add("--checkpoint-interval", type=int, metavar="STEPS", help="more checkpoints than one per epoch")
+    add("--deterministic", action="store_true", help="the same numbers in every run; PyTorch warns of operations that cannot")
+    add("--val-interval", type=positive_int, default=1, metavar="EPOCHS")
+    add("--log-interval", type=positive_int, default=20, metavar="STEPS", help="and at the end of an epoch")
+    add("--checkpoint-interval", type=positive_int, metavar="STEPS", help="more checkpoints than one per epoch")
     add("--resume", choices=["auto", "never"], default="never", help="auto: from the checkpoint in --output, if there is one")
     parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))
     return parser.parse_args(argv)
@@ -131,19 +134,13 @@ class TrainingLoss(nn.Module):
 
 
 def start(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, if it did; return rank, number of processes, and this one's device."""
-    if args.resume == "never" and (args.output / "checkpoint.pt").exists():
+    """Join the other processes, if there are any; return rank, number of processes, and this one's device."""
+    rank, world, device = training.join_processes(args.device)
+    if args.resume == "never" and training.shared((args.output / "checkpoint.pt").exists):
         raise ValueError(f"{args.output} holds a run already: continue it with --resume auto, or choose another --output")
-    rank, world, device = 0, 1, torch.device(args.device)
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
     return rank, world, device
@@ -153,9 +150,12 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[tpn.TPNClassi
     """Return the model and the data sets. If these have other classes than the model, it gets new classifiers for them."""
     start_from = {"checkpoint_path": args.checkpoint, "backbone_pretrained": "imagenet" if args.imagenet else None}
     model = tpn.create_model(args.model, args.pretrained, **start_from, **args.model_args)
-    sizes = {"short_side": args.short_side, "three_crop_size": args.short_side, "crop_size": args.crop_size}
-    spec = model.input_spec = replace(model.input_spec, **{name: size for name, size in sizes.items() if size})
-    options = {"root": args.root, "template": args.frames, "max_bad": args.max_bad, "seed": args.seed}
+    changes = {"short_side": args.short_side, "three_crop_size": args.short_side, "crop_size": args.crop_size}
+    changes |= {"frame_interval": args.frame_interval}
+    spec = model.input_spec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
+    if spec.crop_size > spec.short_side:
+        raise ValueError(f"a crop of {spec.crop_size} pixels does not fit into {spec.short_side}; make --short-side larger")
+    options = {"root": args.root, "template": args.frames, "first": args.first_frame, "max_bad": args.max_bad, "seed": args.seed}
     options |= {"target_fps": args.target_fps} if args.target_fps else {}
     train = open_dataset(args.train, spec, train=True, **options)
     numbers = tuple(f"class {i}" for i in range(model.num_classes))
@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     model, train, val = build(args, device)
     weights = class_weights(train.labels, model.num_classes) if args.class_weights else None
     network: Any = TrainingLoss(model, args.aux_weight, weights, args.label_smoothing).to(device)
+    if args.sync_bn and world > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     if args.compile:
@@ -202,13 +204,14 @@ def main(argv: list[str] | None = None) -> None:
     result = ema.module if ema else model  # what is validated and saved
 
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema.module} if ema else {})
-    settings = {k: v for k, v in vars(args).items() if k not in CAN_CHANGE} | {"devices": world}
-    checkpoint = Checkpoint(args.output / "checkpoint.pt", parts, settings)
-    step, best, sums = 0, -1.0, torch.zeros(3, device=device)  # of loss, hits, passes since the last line
-    if args.resume == "auto" and checkpoint.path.exists():
-        progress = checkpoint.load()
-        step, best, sums = progress["step"], progress["best"], sums.new_tensor(progress["sums"]) * (rank == 0)
-    log = MetricsLog(args.output, step) if rank == 0 else None
+    settings = {k: v for k, v in vars(args).items() if k not in CAN_CHANGE.split()}
+    settings |= {"devices": world, "videos": len(train), "checksum of their labels": zlib.crc32(repr(train.labels).encode())}
+    checkpoint = training.Checkpoint(args.output / "checkpoint.pt", parts, settings)
+    step, best, means = 0, -1.0, training.RunningMeans(device)
+    if args.resume == "auto" and (progress := checkpoint.load()):
+        step, best = progress["step"], progress["best"]
+        means.restore(progress["sums"])
+    log = training.MetricsLog(args.output, step) if rank == 0 else None
     if log:
         passes = f"{args.batch_size} x {args.accumulate} passes x {world} devices"
         print(f"{len(train)} videos of {model.num_classes} classes, {epoch_steps} steps an epoch, {args.amp} on {device}")
@@ -216,18 +219,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"step {step} of {args.epochs * epoch_steps}", flush=True)
 
     def keep() -> None:
-        nonlocal sums
-        if world > 1:  # from here on they are rank 0's, in this run and in one that continues from here
-            dist.all_reduce(sums)
-            sums *= rank == 0
+        sums = means.collect()
         if log:
-            checkpoint.save({"step": step, "best": best, "sums": sums.tolist()})
+            checkpoint.save({"step": step, "best": best, "sums": sums})
 
     while step < args.epochs * epoch_steps:
         epoch = step // epoch_steps
         train.set_epoch(epoch)
         order = {"accumulate": args.accumulate, "balanced": args.balanced, "rank": rank, "world_size": world}
-        batches = epoch_batches(train.labels, args.batch_size, seed=args.seed, epoch=epoch, **order)
+        batches = training.epoch_batches(train.labels, args.batch_size, seed=args.seed, epoch=epoch, **order)
         left = {"batch_sampler": batches[step % epoch_steps * args.accumulate :]}
         clips = iter(DataLoader(train, **left, num_workers=args.workers, pin_memory=device.type == "cuda"))
         model.train()
@@ -246,8 +246,7 @@ def main(argv: list[str] | None = None) -> None:
                     with torch.autocast(device.type, amp, enabled=amp != torch.float32):
                         loss, logits = network(frames, labels)
                     scaler.scale(loss / args.accumulate).backward()
-                hits = (logits.detach().argmax(dim=1) == labels).float().mean()
-                sums += torch.stack((loss.detach().float(), hits, torch.ones_like(hits)))
+                means.add(loss, logits.argmax(dim=1) == labels)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             scaler.step(optimizer)
@@ -256,29 +255,25 @@ def main(argv: list[str] | None = None) -> None:
             step += 1
             if ema:
                 ema.update(model, step)
-            if step % args.log_interval == 0:
-                if world > 1:
-                    dist.all_reduce(sums)
-                loss_mean, top1 = (sums[:2] / sums[2]).tolist()
-                if not math.isfinite(loss_mean):
-                    raise FloatingPointError(f"the loss is {loss_mean} after step {step}; try a smaller --lr, or --amp float32")
+            if step % args.log_interval == 0 or step % epoch_steps == 0:
+                values = {"epoch": epoch} | means.read() | {"lr": max(group["lr"] for group in optimizer.param_groups)}
                 seconds = time.perf_counter() - began
-                values = {"epoch": epoch, "loss": loss_mean, "top1": 100 * top1, "lr": optimizer.param_groups[0]["lr"]}
                 values |= {"clips_per_s": (step - before) * batch / seconds, "data_wait": waited / seconds}
                 if log:
                     log.write(step, values | {"grad_norm": float(norm)})
-                sums.zero_()
                 began, waited, before = time.perf_counter(), 0.0, step
             if args.checkpoint_interval and step % args.checkpoint_interval == 0 and step % epoch_steps:
                 keep()
+        del clips  # and its processes
+        training.same_batch_norms(model, result)
         if val and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs):
-            values = {"epoch": epoch} | validate(result, val, batch_size=args.batch_size, workers=args.workers, amp=amp)
+            values = {"epoch": epoch} | training.validate(result, val, batch_size=args.batch_size, workers=args.workers, amp=amp)
             if log:
                 log.write(step, values)
                 if values["val_top1"] > best:
                     tpn.save_pretrained(result, args.output / "best")
             best = max(best, values["val_top1"])
-        bad = report_bad_files(args.output / "bad_files.txt", train, *([val] if val else []))
+        bad = training.report_bad_files(args.output / "bad_files.txt", train, *([val] if val else []))
         if log and bad:
             print(f"{bad} unreadable videos were replaced by others; {args.output / 'bad_files.txt'} lists them")
         keep()
@@ -288,12 +283,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TooManyBadFilesError as error:  # from a loader's process, with its traceback as text before it
-        sys.exit(f"error: {str(error).rpartition('TooManyBadFilesError: ')[2]}")
-    except (ValueError, TypeError, OSError, FloatingPointError, tpn.WeightsUnavailableError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    command(main)

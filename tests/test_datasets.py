@@ -211,7 +211,7 @@ def test_bad_files_are_replaced_and_named(mixed, caplog, workers):
     bad = data.bad_files()
     assert {os.path.basename(path) for path in bad} == {"cut.mp4", "empty.mp4", "link.mp4"}
     assert "the file is empty" in bad[str(mixed / "left turn" / "empty.mp4")]
-    assert bad[str(mixed / "left turn" / "link.mp4")].startswith("No such file or directory: ")
+    assert bad[str(mixed / "left turn" / "link.mp4")] == "No such file or directory"
     if workers == 0:
         assert sum("skipped" in r.getMessage() for r in caplog.records) == 3
 

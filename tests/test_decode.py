@@ -108,13 +108,14 @@ def test_the_larger_of_two_video_streams(tmp_path):
 @pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (90, 1), (-90, 3), (180, 2), (-180, 2)])
 def test_rotation_is_counter_clockwise_degrees(rotation, turns):
     class Frame:
-        def to_ndarray(self, format):
+        def to_ndarray(self, format, width, height):
+            assert (format, width, height) == ("rgb24", 6, 4)
             return image
 
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     upright = Frame()
     upright.rotation = rotation
-    assert torch.equal(decode._to_rgb(upright), torch.from_numpy(np.rot90(image, turns).copy()).permute(2, 0, 1))
+    assert torch.equal(decode._to_rgb(upright, 6, 4), torch.from_numpy(np.rot90(image, turns).copy()).permute(2, 0, 1))
 
 
 def test_one_frame(tmp_path):

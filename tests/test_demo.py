@@ -85,10 +85,10 @@ def run(*args, cwd, before=""):
 def test_command(tmp_path):
     done = run(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.mp4", "demo.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tpn-demo.mp4", "tpn-demo.png"]
     assert len(done.stdout.splitlines()) == 6
-    assert "drew demo.png" in done.stderr
-    with Image.open(tmp_path / "demo.png") as picture:
+    assert "drew tpn-demo.png" in done.stderr
+    with Image.open(tmp_path / "tpn-demo.png") as picture:
         assert min(picture.size) > 500
 
 
@@ -107,7 +107,7 @@ def test_a_video_of_ones_own(tmp_path):
 def test_without_matplotlib(tmp_path):
     done = run(cwd=tmp_path, before="demo.can_draw = lambda: False")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "demo.png").exists()
+    assert not (tmp_path / "tpn-demo.png").exists()
     assert "swinging up and down" in done.stdout
     assert 'pip install "tpn[viz]"' in done.stderr
 

@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 what), 2 wrong usage.
 """
 
+import io
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ def demo(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Another model; by default a small one that knows 14 motions and comes with tpn.")
     ] = "tpn_slowonly_tiny_motion",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("demo.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("tpn-demo.png"),
 ) -> None:
     """Classify a video and draw what was seen when. Needs no network."""
     from tpn import demo as drawing
@@ -51,7 +52,7 @@ def demo(
 
     classifier = VideoClassifier(model, pretrained=True)
     if video is None:
-        video = output.with_suffix(".mp4")
+        video = output.with_name("tpn-demo.mp4")
         drawing.render_video(video)
         err.print(f"rendered {video}")
     seen = drawing.look(classifier, video)
@@ -182,22 +183,27 @@ def check(
     frames: Annotated[
         str | None, typer.Option(help="For lists of extracted frames: their file names, such as img_{:05d}.jpg.")
     ] = None,
+    first_frame: Annotated[int, typer.Option(min=0, help="Number of their first frame.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Videos to read at once.")] = 2,
     report: Annotated[Path, typer.Option(help="Where to write the bad files, each with its reason.")] = Path("bad_files.txt"),
 ) -> None:
-    """Read every frame of a data set, and report the files that cannot be read."""
+    """Read every frame of a data set, and report the files that cannot be read: those so far, if it is interrupted."""
     from tpn.video import datasets
 
     spec = tpn.InputSpec(num_frames=1)  # what a clip is does not matter here
-    dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames)
+    dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames, first=first_frame)
+    num_bad = 0
     with Progress(
         TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
     ) as progress:
-        rows = progress.track(dataset.check(workers), total=len(dataset))
-        bad = [f"{item.path}\t{reason}" for item, reason in rows if reason]
-    typer.echo(f"{len(dataset)} videos in {len(dataset.classes)} classes, {len(bad)} of them cannot be read")
-    if bad:
-        report.write_text("\n".join(bad) + "\n", encoding="utf-8")
+        report.unlink(missing_ok=True)
+        for item, reason in progress.track(dataset.check(workers), total=len(dataset)):
+            if reason:
+                num_bad += 1
+                with report.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{item.path}\t{reason}\n")
+    typer.echo(f"{len(dataset)} videos in {len(dataset.classes)} classes, {num_bad} of them cannot be read")
+    if num_bad:
         err.print(f"error: the list is in {report}")
         raise typer.Exit(1)
 
@@ -222,6 +228,9 @@ def publish(
 
 def main() -> None:
     """Run the program; every failure is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

@@ -40,6 +40,10 @@ Sample = Callable[[int], NDArray[np.int64]]
 _logger = logging.getLogger(__name__)
 
 
+LISTED = 20
+"""Bad files that an error names; and that may come first of all before the run is stopped."""
+
+
 class TooManyBadFilesError(RuntimeError):
     """More videos cannot be read than the data set's `max_bad` allows; the message lists them."""
 
@@ -78,7 +82,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         seed: int = 0,
     ) -> None:
         if not items:
-            raise ValueError("the data set has no videos")
+            raise ValueError("the data set has no videos: the list is empty, or none of those that it names is there")
         if target_fps is not None and target_fps <= 0:
             raise ValueError(f"target_fps must be positive, got {target_fps}")
         if not 0 <= max_bad <= 1:
@@ -86,7 +90,9 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         self.items, self.classes, self.spec, self.train = list(items), tuple(classes), spec, train
         self.target_fps, self.max_bad, self.seed = target_fps, max_bad, seed
         self.transform = spec.train_transform(normalize=False) if train else spec.eval_transform(normalize=False)
+        self._num_files = len({item.path for item in self.items})
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers see it change
+        self._any_read = torch.zeros((), dtype=torch.bool).share_memory_()
         handle, self._bad_file = tempfile.mkstemp(prefix="tpn-bad-files-", suffix=".jsonl")
         os.close(handle)
         weakref.finalize(self, _remove, self._bad_file, os.getpid())
@@ -114,6 +120,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
             item = self.items[index]
             try:
                 frames, clips = self.read(item, self._sampler(rng))
+                self._any_read.fill_(True)
                 break
             except (VideoError, OSError) as error:
                 self._record(item, error)
@@ -135,7 +142,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
             try:
                 self.verify(item)
             except (VideoError, OSError) as error:
-                return _reason(error)
+                return bad_reason(item, error)
             return None
 
         with ThreadPoolExecutor(workers) as pool:  # the decoder leaves Python's lock alone
@@ -159,18 +166,31 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
             return lambda total: self.spec.random_indices(total, rng)
         return replace(self.spec, num_clips=1).indices
 
+    def check_bad(self, bad: dict[str, str]) -> None:
+        """Raise TooManyBadFilesError if these, as `bad_files` returns them, are more than `max_bad` allows."""
+        if len(bad) <= self.max_bad * self._num_files and len(bad) < self._num_files:
+            return
+        lines = [f"\n  {path}: {reason}" for path, reason in bad.items()]
+        more = f"\n  and {len(lines) - LISTED} more; `tpn check` lists all" if len(lines) > LISTED else ""
+        raise TooManyBadFilesError(
+            f"{len(bad)} of {self._num_files} videos cannot be read, more than max_bad={self.max_bad} allows:"
+            + "".join(lines[:LISTED])
+            + more
+        )
+
     def _record(self, item: Item, error: Exception) -> None:
         known = self.bad_files()
         if item.path not in known:
-            reason = _reason(error)
+            reason = bad_reason(item, error)
             _logger.warning("skipped %s: %s", item.path, reason)
             with open(self._bad_file, "a", encoding="utf-8") as file:  # one short write: whole lines also from many workers
                 file.write(json.dumps([item.path, reason]) + "\n")
             known[item.path] = reason
-        if len(known) > self.max_bad * len(self.items) or len(known) == len(self.items):
-            listed = "".join(f"\n  {path}: {reason}" for path, reason in known.items())
+        self.check_bad(known)
+        if len(known) >= LISTED and not self._any_read:
             raise TooManyBadFilesError(
-                f"{len(known)} of {len(self.items)} videos cannot be read, more than max_bad={self.max_bad} allows:{listed}"
+                f"the first {len(known)} videos cannot be read, not one could; is the folder right that paths are relative to?"
+                + "".join(f"\n  {path}: {reason}" for path, reason in known.items())
             )
 
 
@@ -242,9 +262,9 @@ class VideoList(_VideoFiles):
         **kwargs: Any,
     ) -> None:
         folder = Path(file).parent if root is None else Path(root)
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = _lines(file)
         if lines and "youtube_id" in lines[0].split(","):
-            named = _kinetics(lines, folder)
+            named = _kinetics(file, lines, folder)
         else:
             named = [(str(folder / path), label) for path, label in _split_lines(file, lines, 1)]
         items, names = _labelled(file, named, classes)
@@ -279,7 +299,7 @@ class RawFrames(VideoDataset):
             raise ValueError("target_fps does not apply to extracted frames, which have no frame rate")
         self.template, self.first = template, first
         folder = Path(file).parent if root is None else Path(root)
-        rows = _split_lines(file, Path(file).read_text(encoding="utf-8").splitlines(), 2)
+        rows = _split_lines(file, _lines(file), 2)
         items, names = _labelled(file, [(path, label) for path, _, label in rows], classes)
         frames = [int(count) if count.isdecimal() and int(count) > 0 else None for _, count, _ in rows]
         if None in frames:
@@ -315,10 +335,11 @@ def open_dataset(data: PathLike, spec: InputSpec, *, train: bool, template: str 
     if os.path.isdir(data):
         if template is not None:
             raise ValueError(f"{data} is a folder; extracted frames are named by a list, 'folder num_frames label' on each line")
-        kwargs.pop("root", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("root", "first")}
         return VideoFolder(data, spec, train=train, **kwargs)
     if template is not None:
         return RawFrames(data, spec, train=train, template=template, **kwargs)
+    kwargs.pop("first", None)
     return VideoList(data, spec, train=train, **kwargs)
 
 
@@ -335,10 +356,12 @@ def at_frame_rate(sample: Sample, fps: float | None, target_fps: float) -> Sampl
     return chosen
 
 
-def _reason(error: Exception) -> str:
+def bad_reason(item: Item, error: Exception) -> str:
+    """Return why a video cannot be read, without its path."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+        other = error.filename and os.fspath(error.filename) != item.path
+        return f"{error.strerror}: {error.filename}" if other else error.strerror
+    return str(error).removeprefix(f"{item.path}: ")
 
 
 def _read_image(path: Path) -> Tensor:
@@ -347,6 +370,10 @@ def _read_image(path: Path) -> Tensor:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except UnidentifiedImageError as error:
         raise VideoError(f"{path}: not an image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # missing, forbidden: Python's own; the others are Pillow's
+            raise
+        raise VideoError(f"{path}: a damaged image ({error})") from error
 
 
 def _videos_below(folder: Path) -> list[Path]:
@@ -362,6 +389,13 @@ def _videos_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def _lines(file: PathLike) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: neither a folder nor a list of videos, which is a text file in UTF-8") from error
+
+
 def _split_lines(file: PathLike, lines: Sequence[str], fields_behind: int) -> list[tuple[str, ...]]:
     """Split "path field ..." lines from the right: paths may hold spaces. Empty lines are passed over."""
     rows = []
@@ -374,12 +408,19 @@ def _split_lines(file: PathLike, lines: Sequence[str], fields_behind: int) -> li
     return rows
 
 
-def _kinetics(lines: Sequence[str], root: Path) -> list[tuple[str, str]]:
+def _kinetics(file: PathLike, lines: Sequence[str], root: Path) -> list[tuple[str, str]]:
     """(path, class name) of the videos of an official Kinetics CSV that are there."""
-    rows = list(csv.DictReader(lines))
+    reader = csv.DictReader(lines)
+    missing = {"label", "youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{file}: this looks like a CSV of Kinetics, but has no {', '.join(sorted(missing))} column")
+    rows = list(reader)
     found = []
-    for row in rows:
-        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
+    for number, row in enumerate(rows, 2):
+        try:
+            name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
+        except (TypeError, ValueError):
+            raise ValueError(f"{file}: line {number}: time_start and time_end must be whole seconds") from None
         path = next((p for p in (root / row["label"] / name, root / name) if p.is_file()), None)
         if path is not None:
             found.append((str(path), row["label"]))

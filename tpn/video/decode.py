@@ -2,6 +2,7 @@
 
 Frames are counted and numbered as the decoder gives them, in presentation order; the header's frame
 count and frame rate are not used. Only the frames asked for are kept, and decoding stops after the last of them.
+Where the picture's size changes on the way, all frames get that of the first one, as FFmpeg's own tools do it.
 """
 
 import os
@@ -20,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from tpn.video.transforms import resize_short_side
 
@@ -60,7 +62,7 @@ def probe(path: PathLike) -> VideoInfo:
         first = next(_frames(path, container, stream), None)
         if first is None:
             raise VideoError(f"{path}: no frame could be decoded")
-        height, width = _to_rgb(first).shape[-2:]
+        height, width = _to_rgb(first, first.width, first.height).shape[-2:]
         rate = stream.average_rate
         return VideoInfo(num_frames, width, height, None if rate is None else float(rate), stream.codec_context.name)
 
@@ -139,6 +141,8 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise VideoError(f"{path}: the file has no video stream")
         stream = max(videos, key=lambda s: s.width * s.height)
         stream.thread_type = "AUTO"
+        if get_worker_info() is not None:  # a loader's process: there is one for every core already
+            stream.codec_context.thread_count = 1
         yield container, stream
 
 
@@ -165,10 +169,12 @@ def _decode(path: PathLike, wanted: NDArray[np.int64], short_side: int | None) -
     remaining = set(wanted.tolist())
     kept: dict[int, Tensor] = {}
     number = 0
+    size: tuple[int, int] | None = None
     with _open(path) as (container, stream):
         for frame in _frames(path, container, stream):
+            size = size or (frame.width, frame.height)
             if number in remaining:
-                rgb = _to_rgb(frame)
+                rgb = _to_rgb(frame, *size)
                 kept[number] = rgb if short_side is None else resize_short_side(rgb, short_side)
                 remaining.remove(number)
             number += 1
@@ -177,8 +183,8 @@ def _decode(path: PathLike, wanted: NDArray[np.int64], short_side: int | None) -
     return kept, number
 
 
-def _to_rgb(frame: VideoFrame) -> Tensor:
-    """uint8 (3, H, W), upright."""
+def _to_rgb(frame: VideoFrame, width: int, height: int) -> Tensor:
+    """uint8 (3, H, W), upright; width, height: of the picture as it is stored."""
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, like rot90
-    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns))
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
