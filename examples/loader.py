@@ -2,21 +2,22 @@
 
     python examples/loader.py videos/train --model tpn_slowonly_r50_k400 --workers 2
 
-In turn, over the same draws: decoding alone (one thread, no transform), the data set (decoding, crop, flip, colours), and a
-DataLoader whose workers run that data set. Prints clips per second of a worker, and the time in terms of decoding alone; medians.
+In turn, over the same draws and with as many loader processes: decoding alone, then with crop and flip, then with colours too.
+Prints clips per second of a process, and the time in terms of decoding alone; medians.
 """
 
 import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import tpn
+from tpn.training import command, positive_int
 from tpn.video.datasets import VideoDataset, open_dataset
 
 
@@ -26,15 +27,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="tpn_slowonly_r50_k400", help="whose clips to read")
     parser.add_argument("--clips", type=int, default=64, help="clips of one measurement")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1, help="of the DataLoader")
+    parser.add_argument("--workers", type=positive_int, default=1, help="loader processes")
     return parser.parse_args()
 
 
-def decode_only(data: VideoDataset, indices: list[int]) -> None:
-    """Read the frames that the data set reads, and nothing more."""
-    for index in indices:
-        rng = np.random.default_rng([data.seed, 0, index])
-        data.read(data.items[index], lambda total, rng=rng: data.spec.random_indices(total, rng))
+class Decoded(Dataset[int]):
+    """Reads the frames that a data set reads, and nothing more."""
+
+    def __init__(self, data: VideoDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> int:
+        rng = np.random.default_rng([self.data.seed, 0, index])
+        self.data.read(self.data.items[index], lambda total: self.data.spec.random_indices(total, rng))
+        return 0
 
 
 def main() -> None:
@@ -45,29 +54,24 @@ def main() -> None:
     plain.transform = plain.spec.train_transform(color_jitter=False, normalize=False)
     indices = [i % len(data) for i in range(args.clips)]
 
-    def through_workers() -> None:
-        for _ in DataLoader(Subset(data, indices), batch_size=8, num_workers=args.workers):
+    def load(dataset: Dataset[Any]) -> None:
+        for _ in DataLoader(Subset(dataset, indices), batch_size=8, num_workers=args.workers):
             pass
 
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "decoding alone": (lambda: decode_only(data, indices), 1),
-        "data set without colour jitter": (lambda: [plain[i] for i in indices], 1),
-        "data set": (lambda: [data[i] for i in indices], 1),
-        f"DataLoader, workers: {args.workers}": (through_workers, args.workers),
-    }
+    ways = {"decoding alone": Decoded(data), "and crop and flip": plain, "and colours": data}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(args.repeats + 1):
-        for name, (work, processes) in ways.items():
+        for name, dataset in ways.items():
             began = time.perf_counter()
-            work()
+            load(dataset)
             if repeat:  # the first is to warm up
-                seconds[name].append((time.perf_counter() - began) * processes)
+                seconds[name].append((time.perf_counter() - began) * args.workers)
     base = seconds["decoding alone"]
     print(f"{data.spec.num_frames} frames to {data.spec.crop_size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
     for name, values in seconds.items():
         ratio = statistics.median(value / reference for value, reference in zip(values, base, strict=True))
-        print(f"{name:<32} {args.clips / statistics.median(values):7.1f} clips/s per worker  {ratio:5.2f} x decoding")
+        print(f"{name:<32} {args.clips / statistics.median(values):7.1f} clips/s per process  {ratio:5.2f} x decoding")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

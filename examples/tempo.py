@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import tpn
-from tpn.training import whole_file
+from tpn.training import command, whole_file
 from tpn.video import motion
 from tpn.video.datasets import VideoFolder
 
@@ -57,6 +57,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Results of other settings must not be mixed with these."""
+    path = args.output / "settings.json"
+    settings = {"clips": args.clips, "test_clips": args.test_clips, "epochs": args.epochs}
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{args.output} holds results of other settings, {path.read_text()}; choose another --output")
+    with whole_file(path, "w") as file:
+        json.dump(settings, file)
+
+
 def render(args: argparse.Namespace) -> None:
     """Write all data sets; clips that are there already are kept."""
 
@@ -79,7 +89,9 @@ def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, 
         command = [sys.executable, script, "--recipe", "motion", "--train", args.output / data, "--output", folder]
         command += ["--model-args", json.dumps(model_args), "--seed", seed, "--epochs", args.epochs, "--workers", args.workers]
         with open(args.output / f"{name} {seed}.log", "a") as log:
-            subprocess.run([*map(str, command), "--resume", "auto"], stdout=log, stderr=log, check=True)
+            done = subprocess.run([*map(str, command), "--resume", "auto"], stdout=log, stderr=log)
+        if done.returncode:
+            raise RuntimeError(f"a training failed; {log.name} says why")
     return tpn.create_model(f"local-dir:{folder}")
 
 
@@ -159,6 +171,7 @@ def without_time(args: argparse.Namespace, results: dict[tuple[str, int], dict[s
 def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    check_settings(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers need the other cores
     render(args)
     runs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS] + [(order, 0) for order in WITHOUT_TIME]
@@ -177,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -132,6 +133,8 @@ def join_processes(device: str, backend: str | None = None) -> tuple[int, int, t
     if "RANK" in os.environ:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
+        # Of a 1x1 convolution's weight, which is the same in memory whichever of its two layouts it is said to have.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
         # Where only results are exchanged, at the end, the first process may wait long for the last one.
         dist.init_process_group(backend, timeout=timedelta(days=7) if backend == "gloo" else None)
