@@ -86,10 +86,10 @@ def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, 
     folder = args.output / f"{name} {seed}"
     if not (folder / "model.safetensors").exists():
         script = Path(__file__).with_name("train.py")
-        command = [sys.executable, script, "--recipe", "motion", "--train", args.output / data, "--output", folder]
-        command += ["--model-args", json.dumps(model_args), "--seed", seed, "--epochs", args.epochs, "--workers", args.workers]
+        arguments = [sys.executable, script, "--recipe", "motion", "--train", args.output / data, "--output", folder]
+        arguments += ["--model-args", json.dumps(model_args), "--seed", seed, "--epochs", args.epochs, "--workers", args.workers]
         with open(args.output / f"{name} {seed}.log", "a") as log:
-            done = subprocess.run([*map(str, command), "--resume", "auto"], stdout=log, stderr=log)
+            done = subprocess.run([*map(str, arguments), "--resume", "auto"], stdout=log, stderr=log)
         if done.returncode:
             raise RuntimeError(f"a training failed; {log.name} says why")
     return tpn.create_model(f"local-dir:{folder}")

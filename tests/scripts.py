@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -26,14 +27,14 @@ def run_example(name, *args, processes=0, before="", check=True):
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    if before:
-        command += [
-            "-c",
-            f"import sys\nfrom scripts import example\nexample = example({name!r})\n{before}\nexample.main(sys.argv[1:])",
-        ]
-    else:
-        command += [script]
-    done = subprocess.run([*map(str, (*command, *args))], env=env, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory() as folder:
+        if before:
+            script = Path(folder, "changed.py")
+            script.write_text(
+                f"import sys\nfrom scripts import example\nexample = example({name!r})\n{before}\n"
+                "if __name__ == '__main__':\n    example.command(example.main)\n"
+            )
+        done = subprocess.run([*map(str, (*command, script, *args))], env=env, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, done.stderr
     return done

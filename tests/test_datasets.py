@@ -229,6 +229,29 @@ def test_nothing_but_bad_files_does_not_spin(tmp_path):
         VideoFolder(tmp_path, SPEC, train=False, max_bad=1)[0]
 
 
+def test_a_list_that_names_bad_files_often_does_not_spin(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    (tmp_path / "list.txt").write_text("bad.mp4 0\n" * 60)
+    with pytest.raises(TooManyBadFilesError, match="1 of 1 videos cannot be read"):
+        VideoList(tmp_path / "list.txt", SPEC, train=True)[0]
+
+
+def test_a_wrong_root_is_noticed_early(tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(1000)))
+    data = VideoList(tmp_path / "list.txt", SPEC, train=True)
+    with pytest.raises(TooManyBadFilesError, match="the first 20 videos cannot be read, not one could; is the folder right"):
+        data[0]
+
+
+def test_a_long_list_of_bad_files_is_cut(root, tmp_path):
+    lines = [f"{i}.mp4 0\n" for i in range(30)] + [f"{root / 'left turn' / 'video 0.mp4'} 0\n"]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    data = VideoList(tmp_path / "list.txt", SPEC, train=True, max_bad=0.75)
+    data[30]  # one can be read
+    with pytest.raises(TooManyBadFilesError, match=r"24 of 31 videos cannot be read(.|\n)*and 4 more; `tpn check` lists all"):
+        [data[i] for i in range(30)]
+
+
 def test_the_list_of_bad_files_goes_with_the_data_set(root):
     data = VideoFolder(root, SPEC, train=True)
     assert os.path.exists(data._bad_file)
@@ -264,6 +287,17 @@ def test_odd_folders(root, tmp_path):
     elsewhere = len(list((root / "left turn").rglob("*.mp4")))
     (tmp_path / "a class" / "more").symlink_to(root / "left turn")  # a link to another folder is followed
     assert len(VideoFolder(tmp_path, SPEC, train=True)) == 1 + elsewhere
+
+
+def test_other_lists(root, tmp_path):
+    with pytest.raises(ValueError, match=r"video 0\.mp4: neither a folder nor a list of videos"):
+        VideoList(root / "left turn" / "video 0.mp4", SPEC, train=True)
+    (tmp_path / "k.csv").write_text("youtube_id,time_start,time_end\nabc,0,10\n")
+    with pytest.raises(ValueError, match=r"k\.csv: this looks like a CSV of Kinetics, but has no label column"):
+        VideoList(tmp_path / "k.csv", SPEC, train=True)
+    (tmp_path / "k.csv").write_text("label,youtube_id,time_start,time_end\na,abc,0,\n")
+    with pytest.raises(ValueError, match=r"k\.csv: line 2: time_start and time_end must be whole seconds"):
+        VideoList(tmp_path / "k.csv", SPEC, train=True)
 
 
 def test_labels_of_the_training_set(root, tmp_path):

@@ -118,6 +118,35 @@ def test_rotation_is_counter_clockwise_degrees(rotation, turns):
     assert torch.equal(decode._to_rgb(upright, 6, 4), torch.from_numpy(np.rot90(image, turns).copy()).permute(2, 0, 1))
 
 
+def test_a_picture_that_changes_its_size(tmp_path):
+    """As FFmpeg's own tools do it: all frames get the size of the first."""
+    parts = []
+    for size in ((64, 48), (128, 96)):
+        with av.open(tmp_path / f"{size}.ts", "w") as out:
+            stream = add_stream(out, "libx264", "yuv420p", size, {})
+            for i in range(6):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame(i, *size), format="rgb24")))
+            out.mux(stream.encode(None))
+        parts.append((tmp_path / f"{size}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    total = decode.verify(tmp_path / "both.ts")
+    assert total > 6
+    frames = read_frames(tmp_path / "both.ts", [0, total - 1])
+    assert frames.shape == (2, 3, 48, 64)
+    assert number(frames[1]) == 5
+
+
+def test_loader_processes_use_one_thread(tmp_path, monkeypatch):
+    """There is one of them for every core already."""
+    path = write_video(tmp_path / "v.mp4", 3)
+    counts = []
+    for info in (None, object()):
+        monkeypatch.setattr(decode, "get_worker_info", lambda info=info: info)
+        with decode._open(path) as (_, stream):
+            counts.append(stream.codec_context.thread_count)
+    assert counts == [0, 1]
+
+
 def test_one_frame(tmp_path):
     path = write_video(tmp_path / "v.mp4", 1)
     frames, place = sample_frames(path, lambda total: np.arange(8) % total)

@@ -214,6 +214,47 @@ def test_two_devices_give_the_gradients_of_one(tmp_path):
     assert len(re.findall(r"\de-\d\d", said)) == 4  # two processes, two losses
 
 
+ELSEWHERE = """
+import os
+if os.environ["RANK"] == "1":  # on another machine, whose disk has no checkpoint
+    sys.argv[sys.argv.index("--output") + 1] += " elsewhere"
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_continue_bit_for_bit(videos, tmp_path):
+    args = [*SMALL, "--train", videos / "train", "--val", videos / "val", "--epochs", 2, "--batch-size", 2, "--workers", 1]
+    args += ["--ema", 0.9, "--checkpoint-interval", 2]
+    run_example("train", *args, "--output", tmp_path / "whole", processes=2)
+    args += ["--output", tmp_path / "killed"]
+    done = run_example("train", *args, before=KILL, processes=2, check=False)
+    assert done.returncode != 0
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
+    run_example("train", *args, "--resume", "auto", before=ELSEWHERE, processes=2)
+    assert not (tmp_path / "killed elsewhere").exists()
+    lines = [
+        without_times(map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())) for run in ("whole", "killed")
+    ]
+    assert lines[0] == lines[1]
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_bad_files_of_all_devices_count(videos, tmp_path):
+    """Five of 25 are bad: each of two processes meets less than a sixth of all, together they meet a fifth."""
+    for i in range(20):
+        source = sorted((videos / "train").rglob("*.mp4"))[i % 12]
+        (tmp_path / "train" / source.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "train" / source.parent.name / f"{i}.mp4")
+    for i in range(5):
+        (tmp_path / "train" / CLASSES[0] / f"bad {i}.mp4").write_bytes(b"bad")
+    args = [*SMALL, "--train", tmp_path / "train", "--epochs", 1, "--batch-size", 2, "--output", tmp_path / "run"]
+    done = run_example("train", *args, "--max-bad", 0.17, processes=2, check=False)
+    assert done.returncode != 0
+    assert "error: 5 of 25 videos cannot be read" in done.stderr
+    assert 'train.py", line' not in done.stderr
+
+
 def test_two_devices_train_like_one(videos, tmp_path):
     args = [*SMALL, "--model-args", '{"base_channels": 4, "drop_rate": 0}', "--freeze", "bn", "--train", videos / "train"]
     args += ["--val", videos / "val", "--epochs", 2, "--log-interval", 2, "--optimizer", "sgd", "--lr", 0.1, "--class-weights"]
@@ -278,6 +319,51 @@ def test_options(videos, tmp_path, options):
         assert lines[0]["loss"] == pytest.approx(1.1, abs=0.2)  # ln 3, not 1.5 ln 3
 
 
+@pytest.fixture(scope="module")
+def plain(videos, tmp_path_factory):
+    """What two epochs are without any option."""
+    return without_times(train(videos, tmp_path_factory.mktemp("plain"), "--epochs", 2, "--batch-size", 4))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--balanced"],
+        ["--label-smoothing", "0.1"],
+        ["--layer-decay", "0.5"],
+        ["--target-fps", "12"],
+        ["--frame-interval", "1"],
+        ["--crop-area", "0.9", "1"],
+        ["--flip-prob", "0"],
+        ["--no-color-jitter"],
+        ["--clip-grad", "0.1"],
+        ["--weight-decay", "2"],
+        ["--freeze", "bn"],
+        ["--aux-weight", "0"],
+        ["--seed", "1"],
+    ],
+    ids=lambda option: option[0][2:],
+)
+def test_an_option_changes_something(videos, tmp_path, plain, option):
+    lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, *option))
+    assert [line["loss"] for line in lines] != [line["loss"] for line in plain]
+    assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with --layer-decay the classifier's
+
+
+@pytest.mark.parametrize("option", ["--checkpointing", "--no-channels-last", "--compile", "--deterministic"])
+def test_an_option_changes_no_result(videos, tmp_path, plain, monkeypatch, option):
+    compiled, original = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))  # no C++ compiler
+    try:
+        lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, option))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if option == "--no-channels-last":  # sums in another order; batch norm over so few clips, and the steps, magnify that
+        lines, plain = lines[0]["loss"], pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert lines == plain
+    assert len(compiled) == (option == "--compile")
+
+
 def test_class_weights_reach_the_loss(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(example("train"), "class_weights", lambda labels, num_classes: torch.zeros(num_classes))
     for options, expected in (([], False), (["--class-weights"], True)):
@@ -336,9 +422,11 @@ def test_errors_are_one_line(videos, tmp_path):
     ("options", "error", "says"),
     [
         (["--batch-size", "13"], ValueError, "12 videos do not fill one step of 13 clips; make --batch-size smaller"),
-        (["--lr", "1e30", "--epochs", "3"], FloatingPointError, "the loss is nan; try a smaller --lr"),
+        (["--lr", "1e30", "--epochs", "3", "--log-interval", "100"], FloatingPointError, "the loss is nan; try a smaller --lr"),
         (["--model", "tpn_slowonly_r5"], ValueError, "unknown model"),
         (["--val", "nowhere"], FileNotFoundError, "nowhere"),
+        (["--crop-size", "64"], ValueError, "a crop of 64 pixels does not fit into 36; make --short-side larger"),
+        (["--device", "gpu"], ValueError, "cannot use device 'gpu'"),
         (["--pretrained", "--imagenet"], ValueError, "pass one of pretrained=True"),
     ],
 )

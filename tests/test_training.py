@@ -1,13 +1,15 @@
 """Order of the batches, files, checkpoints, metrics: what `examples/train.py` is made of."""
 
+import argparse
 import json
+import math
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from tpn.training import Checkpoint, MetricsLog, class_weights, epoch_batches, whole_file
+from tpn.training import Checkpoint, MetricsLog, RunningMeans, class_weights, epoch_batches, positive_int, whole_file
 
 LABELS = [0] * 13 + [1] * 3 + [2] * 21
 
@@ -82,6 +84,52 @@ def test_metrics_go_on_after_the_step_of_a_checkpoint(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
     assert "step 3: loss 0.5" in capsys.readouterr().out
+
+
+def test_metrics_are_json_whatever_happens(tmp_path):
+    MetricsLog(tmp_path).write(1, {"loss": 0.5, "grad_norm": math.inf})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": 0.5,
+        "grad_norm": None,
+    }
+
+
+def test_running_means():
+    means = RunningMeans(torch.device("cpu"))
+    means.add(torch.tensor(1.0), torch.tensor([True, False]))
+    kept = means.collect()
+    means.add(torch.tensor(3.0), torch.tensor([True, True]))
+    expected = {"loss": 2, "top1": 75}
+    assert means.read() == expected
+    means.restore(kept)
+    means.add(torch.tensor(3.0), torch.tensor([True, True]))
+    assert means.read() == expected
+    means.add(torch.tensor(math.nan), torch.tensor([True, True]))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        means.collect()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", None])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    checkpoint = Checkpoint(tmp_path / "c.pt", {}, {})
+    assert checkpoint.load() is None
+    (tmp_path / "c.pt").write_bytes(content) if content is not None else torch.save([1], tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt is no checkpoint of such a training; remove it to start anew"):
+        checkpoint.load()
+
+
+def test_names_that_are_not_unicode(tmp_path):
+    with whole_file(tmp_path / "report.txt", "w") as file:
+        file.write("caf\udce9.mp4")
+    assert (tmp_path / "report.txt").read_text() == r"caf\udce9.mp4"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_positive_int(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"must be an integer >= 1, got '{text}'"):
+        positive_int(text)
+    assert positive_int("12") == 12
 
 
 def test_tensorboard_shows_the_same(tmp_path):
