@@ -197,7 +197,13 @@ def test_check(folder, tmp_path):
     assert (done.returncode, done.stdout) == (1, "3 videos in 2 classes, 1 of them cannot be read\n")
     assert done.stderr == "error: the list is in r.txt\n"
     path, reason = (tmp_path / "r.txt").read_text().rstrip().split("\t")
-    assert (path, reason) == (os.path.join("data", "bad class", "x y.mp4"), f"{path}: the file is empty")
+    assert (path, reason) == (os.path.join("data", "bad class", "x y.mp4"), "the file is empty")
+    (tmp_path / path).rename(tmp_path / "data" / "good" / os.fsdecode(b"caf\xe9.mp4"))  # a name that is not UTF-8
+    assert run("check", "data", "--report", "r.txt", cwd=tmp_path).returncode == 1
+    assert (tmp_path / "r.txt").read_text() == "data/good/caf\\udce9.mp4\tthe file is empty\n"
+    (tmp_path / "data" / "good" / os.fsdecode(b"caf\xe9.mp4")).unlink()
+    assert run("check", "data", "--report", "r.txt", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "r.txt").exists()
     assert run("check", "nowhere", cwd=tmp_path).stderr == "error: nowhere: No such file or directory\n"
     (tmp_path / "list.txt").write_text("data/good/a.mp4 0\nfolder/of/frames.mp4 1\n")
     assert run("check", "list.txt", cwd=tmp_path).stdout == "2 videos in 2 classes, 1 of them cannot be read\n"
