@@ -180,7 +180,7 @@ class VideoClassifier:
         self.model.eval()
         try:
             for start in range(0, len(views), self.batch_size):
-                batch = torch.stack([crop[clip] for crop, clip in views[start : start + self.batch_size]])
+                batch = torch.stack([crop.index_select(0, clip) for crop, clip in views[start : start + self.batch_size]])
                 with torch.inference_mode():
                     x = spec.normalize(batch.to(like.device)).to(like.dtype)
                     logits.append(self.model(x).float().cpu())

@@ -127,7 +127,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
                 index = int(rng.integers(len(self.items)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
-            clip = frames[clips[0]]
+            clip = frames.index_select(0, clips[0])  # several times faster than frames[clips[0]]
             return self.transform(clip, item.label) if self.train else (self.transform(clip), item.label)
 
     def bad_files(self) -> dict[str, str]:
