@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             best = max(best, values["val_top1"])
         bad = training.report_bad_files(args.output / "bad_files.txt", train, *([val] if val else []))
         if log and bad:
-            print(f"{bad} unreadable videos were replaced by others; {args.output / 'bad_files.txt'} lists them")
+            print(f"unreadable videos, replaced by others: {bad}; {args.output / 'bad_files.txt'} lists them")
         keep()
     if log:
         tpn.save_pretrained(result, args.output)

@@ -7,6 +7,9 @@ import tempfile
 import pytest
 from servers import Hub, Server
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="tpn-tests-")
 atexit.register(HOME.cleanup)

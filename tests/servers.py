@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 FAULTLESS = {"status": 200, "cut": None, "headers": {}, "body": None, "hang": 0, "redirect": None}
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Clients that are killed, or stop reading, are part of the tests."""
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Server:
     """Serves `files` ({path: bytes}) with ranges, and logs `requests` as (method, path, Range).
 
@@ -41,7 +49,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()

@@ -195,9 +195,10 @@ def test_check(folder, tmp_path):
     (tmp_path / "data" / "bad class" / "x y.mp4").write_bytes(b"")
     done = run("check", "data", "--report", "r.txt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "3 videos in 2 classes, 1 of them cannot be read\n")
-    assert done.stderr == "error: the list is in r.txt\n"
+    bad = os.path.join("data", "bad class", "x y.mp4")
+    assert done.stderr == f"{bad}: the file is empty\nerror: all of them, with their reasons, are in r.txt\n"
     path, reason = (tmp_path / "r.txt").read_text().rstrip().split("\t")
-    assert (path, reason) == (os.path.join("data", "bad class", "x y.mp4"), "the file is empty")
+    assert (path, reason) == (bad, "the file is empty")
     (tmp_path / path).rename(tmp_path / "data" / "good" / os.fsdecode(b"caf\xe9.mp4"))  # a name that is not UTF-8
     assert run("check", "data", "--report", "r.txt", cwd=tmp_path).returncode == 1
     assert (tmp_path / "r.txt").read_text() == "data/good/caf\\udce9.mp4\tthe file is empty\n"

@@ -337,6 +337,7 @@ def test_killed_while_converting(server, published, cache, tmp_path):
     assert len(server.requests) == 1
 
 
+@pytest.mark.slow
 def test_eight_processes_fetch_once(server, published, cache, tmp_path):
     server.faults = [{"hang": 1}]
     script = (

@@ -112,7 +112,11 @@ torch.save = save
 
 
 @pytest.mark.parametrize(
-    ("kill", "left"), [(KILL, 4), (KILL_WHILE_WRITING, 3)], ids=["within an epoch", "while a checkpoint is written"]
+    ("kill", "left"),
+    [
+        pytest.param(KILL, 4, id="within an epoch"),
+        pytest.param(KILL_WHILE_WRITING, 3, id="while a checkpoint is written", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_continues_bit_for_bit(videos, tmp_path, kill, left):
     """Six steps of two epochs; a checkpoint and a line of metrics after every second step and every epoch."""
@@ -255,6 +259,7 @@ def test_bad_files_of_all_devices_count(videos, tmp_path):
     assert 'train.py", line' not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_devices_train_like_one(videos, tmp_path):
     args = [*SMALL, "--model-args", '{"base_channels": 4, "drop_rate": 0}', "--freeze", "bn", "--train", videos / "train"]
     args += ["--val", videos / "val", "--epochs", 2, "--log-interval", 2, "--optimizer", "sgd", "--lr", 0.1, "--class-weights"]
@@ -400,7 +405,7 @@ def test_bad_files_are_replaced_and_listed(videos, tmp_path, capsys):
     shutil.copytree(videos / "train", tmp_path / "train")
     (tmp_path / "train" / "blinking" / "broken.mp4").write_bytes(b"not a video")
     train(tmp_path, tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--max-bad", 0.1)
-    assert "1 unreadable videos were replaced by others" in capsys.readouterr().out
+    assert "unreadable videos, replaced by others: 1" in capsys.readouterr().out
     assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("blinking/broken.mp4")
     with pytest.raises(TooManyBadFilesError, match=r"1 of 13 videos cannot be read, more than max_bad=0\.05 allows"):
         train(tmp_path, tmp_path / "strict", "--epochs", 1, "--batch-size", 4)

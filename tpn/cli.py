@@ -200,11 +200,13 @@ def check(
         for item, reason in progress.track(dataset.check(workers), total=len(dataset)):
             if reason:
                 num_bad += 1
+                if num_bad <= 10:
+                    progress.console.print(f"{item.path}: {reason}", soft_wrap=True, markup=False, highlight=False)
                 with report.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{item.path}\t{reason}\n")
     typer.echo(f"{len(dataset)} videos in {len(dataset.classes)} classes, {num_bad} of them cannot be read")
     if num_bad:
-        err.print(f"error: the list is in {report}")
+        err.print(f"error: all of them, with their reasons, are in {report}")
         raise typer.Exit(1)
 
 

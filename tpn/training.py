@@ -194,7 +194,9 @@ def command(main: Callable[[], None]) -> None:
         _fail(str(error).rpartition("TooManyBadFilesError: ")[2])
     except torch.OutOfMemoryError as error:
         _fail(f"{str(error).splitlines()[0]} Try a smaller --batch-size.")
-    except (ValueError, TypeError, OSError, FloatingPointError, WeightsUnavailableError) as error:
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (ValueError, TypeError, FloatingPointError, WeightsUnavailableError) as error:
         _fail(str(error))
     except RuntimeError as error:
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)):
@@ -337,7 +339,9 @@ class Checkpoint:
         names = sorted(before.keys() | self.settings.keys())
         other = [f"{n}={before.get(n)!r}, now {self.settings.get(n)!r}" for n in names if before.get(n) != self.settings.get(n)]
         if other:
-            raise ValueError(f"{self.path} was written with other settings: {'; '.join(other)}")
+            raise ValueError(
+                f"{self.path} was written with other settings: {'; '.join(other)}; keep those, or take another --output"
+            )
         whole: dict[str, Any] = content
         return whole
 

@@ -229,7 +229,7 @@ class VideoFolder(_VideoFiles):
         names = folders if classes is None else list(classes)
         unknown = sorted(set(folders) - set(names))
         if unknown:
-            raise ValueError(f"{root}: classes that are not among the given ones: {', '.join(unknown)}")
+            raise ValueError(_unknown_classes(root, unknown, names))
         items = []
         for name in folders:
             videos = _videos_below(Path(root, name))
@@ -442,7 +442,7 @@ def _labelled(
         names = list(classes) if classes is not None else sorted({label for _, label in named})
         unknown = sorted({label for _, label in named} - set(names))
         if unknown:
-            raise ValueError(f"{file}: classes that are not among the given ones: {', '.join(unknown)}")
+            raise ValueError(_unknown_classes(file, unknown, names))
         labels = [names.index(label) for _, label in named]
     return [(path, label) for (path, _), label in zip(named, labels, strict=True)], names
 
@@ -450,3 +450,10 @@ def _labelled(
 def _remove(path: str, owner: int) -> None:
     if os.getpid() == owner:  # not in a loader's worker
         Path(path).unlink(missing_ok=True)
+
+
+def _unknown_classes(source: PathLike, unknown: Sequence[str], expected: Sequence[str]) -> str:
+    def few(names: Sequence[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    return f"{source}: classes that are not among the given ones: {few(unknown)}; expected some of {few(expected)}"
