@@ -67,6 +67,20 @@ def test_eval(case, tmp_path):
         assert_close(value, fixture[name], name)
 
 
+@pytest.fixture
+def two_threads():
+    """With two threads or more, sums are taken in the order in which the reference took them.
+
+    Another order flips some ReLUs of values that are zero but for rounding, which moves gradients of these small clips by 3e-3;
+    so does float64.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, 2))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", TRAIN)
 def test_train_step(case, tmp_path):
     expected = json.loads((FIXTURES / f"{case}.json").read_text())
