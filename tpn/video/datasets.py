@@ -5,7 +5,6 @@ and the item alone, so the number of loader workers does not matter. A video tha
 written down; see `VideoDataset.bad_files`.
 """
 
-import csv
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tpn.video import decode
+from tpn.video import decode, lists
 from tpn.video.decode import VideoError
 from tpn.video.spec import InputSpec
 from tpn.video.transforms import resize_short_side
@@ -229,7 +228,7 @@ class VideoFolder(_VideoFiles):
         names = folders if classes is None else list(classes)
         unknown = sorted(set(folders) - set(names))
         if unknown:
-            raise ValueError(_unknown_classes(root, unknown, names))
+            raise ValueError(lists.unknown_classes(root, unknown, names))
         items = []
         for name in folders:
             videos = _videos_below(Path(root, name))
@@ -262,12 +261,12 @@ class VideoList(_VideoFiles):
         **kwargs: Any,
     ) -> None:
         folder = Path(file).parent if root is None else Path(root)
-        lines = _lines(file)
+        lines = lists.read_lines(file)
         if lines and "youtube_id" in lines[0].split(","):
-            named = _kinetics(file, lines, folder)
+            named = lists.kinetics(file, lines, folder)
         else:
-            named = [(str(folder / path), label) for path, label in _split_lines(file, lines, 1)]
-        items, names = _labelled(file, named, classes)
+            named = [(str(folder / path), label) for path, label in lists.split_lines(file, lines, 1)]
+        items, names = lists.labelled(file, named, classes)
         super().__init__([Item(path, label) for path, label in items], names, spec, train=train, **kwargs)
 
 
@@ -299,8 +298,8 @@ class RawFrames(VideoDataset):
             raise ValueError("target_fps does not apply to extracted frames, which have no frame rate")
         self.template, self.first = template, first
         folder = Path(file).parent if root is None else Path(root)
-        rows = _split_lines(file, _lines(file), 2)
-        items, names = _labelled(file, [(path, label) for path, _, label in rows], classes)
+        rows = lists.split_lines(file, lists.read_lines(file), 2)
+        items, names = lists.labelled(file, [(path, label) for path, _, label in rows], classes)
         frames = [int(count) if count.isdecimal() and int(count) > 0 else None for _, count, _ in rows]
         if None in frames:
             raise ValueError(f"{file}: line {frames.index(None) + 1}: the number of frames must be an integer >= 1")
@@ -389,71 +388,6 @@ def _videos_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _lines(file: PathLike) -> list[str]:
-    try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: neither a folder nor a list of videos, which is a text file in UTF-8") from error
-
-
-def _split_lines(file: PathLike, lines: Sequence[str], fields_behind: int) -> list[tuple[str, ...]]:
-    """Split "path field ..." lines from the right: paths may hold spaces. Empty lines are passed over."""
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = line.rsplit(maxsplit=fields_behind)
-        if row and len(row) != fields_behind + 1:
-            raise ValueError(f"{file}: line {number}: expected {fields_behind + 1} fields, got {line!r}")
-        if row:
-            rows.append(tuple(row))
-    return rows
-
-
-def _kinetics(file: PathLike, lines: Sequence[str], root: Path) -> list[tuple[str, str]]:
-    """(path, class name) of the videos of an official Kinetics CSV that are there."""
-    reader = csv.DictReader(lines)
-    missing = {"label", "youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{file}: this looks like a CSV of Kinetics, but has no {', '.join(sorted(missing))} column")
-    rows = list(reader)
-    found = []
-    for number, row in enumerate(rows, 2):
-        try:
-            name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
-        except (TypeError, ValueError):
-            raise ValueError(f"{file}: line {number}: time_start and time_end must be whole seconds") from None
-        path = next((p for p in (root / row["label"] / name, root / name) if p.is_file()), None)
-        if path is not None:
-            found.append((str(path), row["label"]))
-    if len(found) < len(rows):
-        _logger.warning("%s of %s videos of the list are not in %s", len(rows) - len(found), len(rows), root)
-    return found
-
-
-def _labelled(
-    file: PathLike, named: Sequence[tuple[str, str]], classes: Sequence[str] | None
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Turn labels, numbers or class names, into numbers; return them with the class names."""
-    if all(label.isdecimal() for _, label in named):
-        labels = [int(label) for _, label in named]
-        names = list(classes) if classes is not None else [f"class {i}" for i in range(max(labels, default=-1) + 1)]
-        if labels and max(labels) >= len(names):
-            raise ValueError(f"{file}: label {max(labels)}, but there are {len(names)} classes, numbered from 0")
-    else:
-        names = list(classes) if classes is not None else sorted({label for _, label in named})
-        unknown = sorted({label for _, label in named} - set(names))
-        if unknown:
-            raise ValueError(_unknown_classes(file, unknown, names))
-        labels = [names.index(label) for _, label in named]
-    return [(path, label) for (path, _), label in zip(named, labels, strict=True)], names
-
-
 def _remove(path: str, owner: int) -> None:
     if os.getpid() == owner:  # not in a loader's worker
         Path(path).unlink(missing_ok=True)
-
-
-def _unknown_classes(source: PathLike, unknown: Sequence[str], expected: Sequence[str]) -> str:
-    def few(names: Sequence[str]) -> str:
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-    return f"{source}: classes that are not among the given ones: {few(unknown)}; expected some of {few(expected)}"
