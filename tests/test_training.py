@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import time
 from collections import Counter
 
 import pytest
@@ -137,6 +138,7 @@ def test_tensorboard_shows_the_same(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": 0.1 * step})
+    time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
     MetricsLog(tmp_path, 2).write(4, {"loss": 0.5})  # continues after step 2
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [
