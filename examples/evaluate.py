@@ -16,9 +16,8 @@ import importlib.util
 import json
 import pickle
 import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from rich.console import Console
 from rich.progress import track
 
 import tpn
-from tpn.predict import VideoClassifier, parse_views
+from tpn.predict import Clips, Prediction, Unreadable, VideoClassifier, parse_views
 from tpn.training import command, gathered, join_processes, positive_int, shared, whole_file
+from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason, open_dataset
 from tpn.video.decode import VideoError
 
@@ -54,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dump", type=Path, help=".json, .pkl or .npz file for the probabilities of every video")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive_int, help="views at once")
-    add("--amp", choices=["float32", "bfloat16", "float16"], default="float32", help="precision of autocast")
+    add("--precision", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="see tpn.optimize")
+    add("--compile", action="store_true")
     add("--workers", type=positive_int, default=2, help="videos to read at once, while the model is at work")
     add("--max-bad", type=float, default=0.0, help="share of the videos that may be unreadable; they are not counted")
     args = parser.parse_args(argv)
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace) -> tuple[VideoClassifier, VideoDataset]:
+def build(args: argparse.Namespace) -> tuple[tpn.TPNClassifier, VideoDataset]:
     num_clips, num_crops = parse_views(args.views) if args.views else (None, None)
     model = tpn.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint)
     if num_clips and num_crops:
@@ -73,17 +74,17 @@ def build(args: argparse.Namespace) -> tuple[VideoClassifier, VideoDataset]:
     data = open_dataset(args.data, model.input_spec, train=False, classes=model.labels, **options)
     if len(data.classes) != model.num_classes:
         raise ValueError(f"{args.data} has {len(data.classes)} classes, the model {model.num_classes}")
-    return VideoClassifier(model, device=args.device, batch_size=args.batch_size), data
+    return model, data
 
 
-def identity(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDataset) -> dict[str, Any]:
+def identity(args: argparse.Namespace, model: tpn.TPNClassifier, data: VideoDataset) -> dict[str, Any]:
     """What results must have in common to be put together."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(classifier.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     videos = hashlib.sha256(repr([data.items, data.target_fps, args.frames, args.first_frame]).encode(errors="backslashreplace"))
-    about = {"weights": weights.hexdigest(), "videos": videos.hexdigest(), "input": classifier.spec.to_dict(), "amp": args.amp}
-    return about | {"architecture": repr(classifier.model.model_args)}
+    about = {"weights": weights.hexdigest(), "videos": videos.hexdigest(), "input": model.input_spec.to_dict()}
+    return about | {"precision": args.precision, "architecture": repr(model.model_args)}
 
 
 class Journal:
@@ -117,34 +118,22 @@ class Journal:
         self.folder.rmdir()
 
 
-Clips = tuple[torch.Tensor, torch.Tensor]
-"""Distinct frames of a video, and the clips as places among them."""
+def classify(classifier: VideoClassifier, data: VideoDataset, indices: Sequence[int], workers: int) -> Iterator[Row]:
+    """Classify videos in the order given; some are read while the model looks at others."""
 
-
-def read_ahead(classifier: VideoClassifier, data: VideoDataset, indices: Sequence[int], workers: int) -> Iterator[Clips | str]:
-    """Read videos in the order given, some of them while the model looks at others; yield the reason for one that is bad."""
-
-    def read(index: int) -> Clips | str:
+    def read(index: int) -> Clips | Unreadable:
+        spec = classifier.spec
         try:
-            return data.read(data.items[index], classifier.spec.indices, short_side=classifier.spec.short_side)
+            return data.read(data.items[index], spec.indices, short_side=spec.short_side)
         except (VideoError, OSError) as error:
-            return bad_reason(data.items[index], error)
+            return error
 
-    reading: deque[Future[Clips | str]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for index in indices:
-            reading.append(pool.submit(read, index))
-            if len(reading) > workers:
-                yield reading.popleft().result()
-        while reading:
-            yield reading.popleft().result()
-
-
-def classify(classifier: VideoClassifier, clips: Clips, amp: torch.dtype) -> str:
-    """Return the probabilities of a video as base64 of K float32."""
-    with torch.autocast(classifier.device.type, amp, enabled=amp != torch.float32):
-        probs = classifier.classify_clips(*clips).probs
-    return base64.b64encode(probs.numpy().tobytes()).decode()
+    with closing(read_ahead(read, indices, workers=workers)) as videos:
+        for index, result in zip(indices, classifier.classify_each(videos), strict=True):
+            if isinstance(result, Prediction):
+                yield {"index": index, "probs": base64.b64encode(result.probs.numpy().tobytes()).decode()}
+            else:
+                yield {"index": index, "error": bad_reason(data.items[index], result)}
 
 
 def measure(probs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
@@ -237,9 +226,10 @@ def report(args: argparse.Namespace, classifier: VideoClassifier, data: VideoDat
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rank, world, device = join_processes(args.device, "gloo")  # only results travel
-    args.device = str(device)
-    classifier, data = build(args)
-    journal = Journal(args.output / "unfinished", identity(args, classifier, data))
+    model, data = build(args)
+    journal = Journal(args.output / "unfinished", identity(args, model, data))
+    options = {"precision": args.precision, "compile": args.compile, "batch_size": args.batch_size}
+    classifier = VideoClassifier(model, device=device, **options)
     before = shared(journal.open)
     done = {row["index"] for row in before}
     left = [index for index in range(len(data)) if index not in done][rank::world]
@@ -247,14 +237,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"continuing: {len(before)} of {len(data)} videos are done")
     rows: list[Row] = []
     console = Console(stderr=True)
-    videos = zip(left, read_ahead(classifier, data, left, args.workers), strict=True)
     hidden = rank > 0 or not console.is_terminal
-    for index, clips in track(videos, "videos", len(left), console=console, disable=hidden, transient=True):
-        if isinstance(clips, str):
-            rows.append({"index": index, "error": clips})
-            continue
-        rows.append({"index": index, "probs": classify(classifier, clips, getattr(torch, args.amp))})
-        journal.add(rows[-1])
+    results = classify(classifier, data, left, args.workers)
+    for row in track(results, "videos", len(left), console=console, disable=hidden, transient=True):
+        rows.append(row)
+        if "probs" in row:
+            journal.add(row)
     rows = before + [row for part in gathered(rows) for row in part]
     if rank > 0:
         return

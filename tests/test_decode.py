@@ -64,7 +64,7 @@ def test_sample_frames_returns_distinct_frames_and_places(tmp_path):
 
 def test_decoder_has_the_last_word_on_the_number_of_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 10)
-    monkeypatch.setattr(decode, "_count_packets", lambda *_: 15)
+    monkeypatch.setattr(decode, "_index", lambda *_: decode._Index(15))
     frames, _ = sample_frames(path, lambda total: np.array([0, total - 1]))
     assert [number(f) for f in frames] == [0, 9]
 
@@ -82,6 +82,69 @@ def test_decoding_stops_after_the_last_frame_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_frames", counting)
     read_frames(path, [4, 7])
     assert len(pulled) == 8
+
+
+CODECS = [
+    ("v.mp4", "libx264", {"g": 30, "bf": 3}),
+    ("v.mkv", "libx264", {"g": 30, "x264-params": "open-gop=1:bframes=4"}),
+    ("v.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=30"}),
+    ("v.mp4", "libx265", {"x265-params": "keyint=30:open-gop=1:log-level=0"}),
+    ("v.webm", "libvpx-vp9", {"g": 30, "deadline": "realtime", "cpu-used": 8}),
+    ("v.mp4", "mpeg4", {"g": 30, "bf": 2}),
+    ("v.avi", "mpeg4", {"g": 30}),
+    ("v.ts", "libx264", {"g": 30}),
+    ("v.webm", "libvpx", {"g": 30, "auto-alt-ref": 1, "lag-in-frames": 12}),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), CODECS, ids=lambda value: value if isinstance(value, str) else None)
+def test_seeking_gives_exactly_the_frames_that_decoding_everything_gives(tmp_path, name, codec, options):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    path = write_video(tmp_path / name, 200, codec=codec, **options)
+    every = read_frames(path, range(200))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        wanted = np.unique(rng.integers(0, 200, rng.integers(1, 5)))
+        frames, place = sample_frames(path, lambda total, wanted=wanted: wanted)
+        assert torch.equal(frames[torch.from_numpy(place)], every[torch.from_numpy(wanted)])
+
+
+def decoded(path, wanted, monkeypatch):
+    """Return how many frames were decoded to get those."""
+    pulled, frames_of = [], decode._frames
+
+    def counting(*args):
+        for item in frames_of(*args):
+            pulled.append(item)
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_frames", counting)
+        frames, place = sample_frames(path, lambda total: np.array(wanted))
+    assert [number(frames[i]) for i in place] == wanted
+    return len(pulled)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_seeking_spares_what_lies_between(tmp_path, monkeypatch, name):
+    path = write_video(tmp_path / name, 240, codec="libx264", g=40, sc_threshold=0)
+    assert decoded(path, [3, 5], monkeypatch) == 6
+    assert decoded(path, [3, 150], monkeypatch) < 4 + 50
+    assert decoded(path, [201], monkeypatch) < 50
+    assert decoded(path, [5, 23], monkeypatch) == 24  # too near to jump
+
+
+def test_a_decoder_that_gives_other_frames_than_promised_has_the_last_word(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=20)
+    index_of = decode._index
+
+    def wrong(container, stream):
+        index = index_of(container, stream)
+        return decode._Index(index.count, {time: n for time, n in index.numbers.items() if n != 159}, index.keys)
+
+    monkeypatch.setattr(decode, "_index", wrong)
+    assert decoded(path, [2, 160], monkeypatch) > 161  # from the key frame, then from the start
 
 
 def test_short_side_resizes_while_reading(tmp_path):

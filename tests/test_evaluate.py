@@ -56,7 +56,7 @@ def evaluate(folder, output, *args):
 
 def test_results(folder, tmp_path, capsys):
     summary = evaluate(folder, tmp_path, "--dump", tmp_path / "d.npz")
-    classify = VideoClassifier(tpn.create_model(f"local-dir:{folder / 'model'}"))
+    classify = VideoClassifier(f"local-dir:{folder / 'model'}")
     readable = [i for i in range(7) if i != 2]
     probs = np.stack([classify(folder / f"video {i}.mp4").probs.numpy() for i in readable])
     labels = np.array(LABELS)[readable]
@@ -139,13 +139,13 @@ def seen(folder, output, monkeypatch):
     """Evaluate; return what was read: (index, what)."""
     rows, module = [], example("evaluate")
 
-    def read_ahead(classifier, data, indices, workers, original=module.read_ahead):
-        for index, clips in zip(indices, original(classifier, data, indices, workers), strict=True):
-            rows.append((index, clips))
-            yield clips
+    def classify(classifier, data, indices, workers, original=module.classify):
+        for row in original(classifier, data, indices, workers):
+            rows.append((row["index"], row.get("probs", row.get("error"))))
+            yield row
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "read_ahead", read_ahead)
+        patch.setattr(module, "classify", classify)
         evaluate(folder, output, "--dump", f"{output}.json")
     return rows
 
@@ -165,9 +165,11 @@ def test_a_mended_video_is_all_that_is_read_again(folder, tmp_path, monkeypatch)
 
 def test_half_precision(folder, tmp_path):
     summaries = []
-    for amp in ("float32", "bfloat16"):
-        evaluate(folder, tmp_path / amp, "--views", "1x1", "--amp", amp, "--dump", tmp_path / f"{amp}.npz")
-        summaries.append(np.load(tmp_path / f"{amp}.npz")["probs"])
+    for precision in ("float32", "bfloat16"):
+        evaluate(
+            folder, tmp_path / precision, "--views", "1x1", "--precision", precision, "--dump", tmp_path / f"{precision}.npz"
+        )
+        summaries.append(np.load(tmp_path / f"{precision}.npz")["probs"])
     assert not np.array_equal(*summaries)
     np.testing.assert_allclose(*summaries, atol=0.02)
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from videos import write_video
 
 from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier
 from tpn.predict import parse_views
+from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, read_frames
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +104,75 @@ def test_predict_each_goes_on_after_a_bad_file(model, video):
     assert isinstance(missing, FileNotFoundError)
     with pytest.raises(VideoError):
         VideoClassifier(model)(sources)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 9, 20])
+def test_pipeline_gives_what_a_simple_loop_gives(model, video, tmp_path, mix, batch_size):
+    """Views of several videos in a batch, errors in between, everything in order."""
+    sources = [video, tmp_path / "missing.mp4", *(write_video(tmp_path / f"{n}.mp4", n) for n in (11, 24, 9)), video]
+    simple = VideoClassifier(model)
+    classify = VideoClassifier(model, batch_size=batch_size, workers=3)
+    classify._mix_videos = mix
+    seen = []
+    results = list(classify.predict_each(sources, num_clips=2, num_crops=1, progress=lambda *done: seen.append(done)))
+    assert len(results) == len(sources)
+    for source, result in zip(sources, results, strict=True):
+        if source.name == "missing.mp4":
+            assert isinstance(result, FileNotFoundError)
+            continue
+        expected = simple(source, num_clips=2, num_crops=1)
+        assert result.source == str(source)
+        torch.testing.assert_close(result.view_logits, expected.view_logits, rtol=0, atol=1e-5)
+    assert seen.count((2, 2)) == 5
+
+
+def test_reading_keeps_a_bounded_distance(model, video):
+    """However long the list, and whatever is in it."""
+    taken = []
+
+    def sources():
+        for i in range(200):
+            taken.append(i)
+            yield "missing.mp4" if i % 2 else video
+
+    classify = VideoClassifier(model, batch_size=4, workers=2)
+    classify._mix_videos = True
+    for given, _ in enumerate(classify.predict_each(sources(), num_clips=1, num_crops=1), 1):
+        assert len(taken) - given <= 2 + 1 + 2 * 4 + 2
+        if given == 60:
+            break
+    assert len(taken) < 80
+
+
+def test_stopping_early_leaves_no_thread(model, video):
+    before = threading.active_count()
+    for _ in VideoClassifier(model, workers=4).predict_each([video] * 50):
+        assert threading.active_count() > before
+        break
+    assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError):
+        VideoClassifier(model, workers=4)([video] * 50, progress=lambda *_: 1 / 0)
+    assert threading.active_count() == before
+
+
+def test_read_ahead():
+    running = []
+
+    def read(number):
+        running.append(number)
+        if number == 5:
+            raise OSError("five")
+        return number
+
+    reads = read_ahead(read, range(100), workers=3)
+    for expected in range(5):
+        assert next(reads) == expected
+        assert len(running) <= expected + 1 + 3
+    with pytest.raises(OSError, match="five"):
+        next(reads)
+    assert list(reads) == []
+    assert len(running) < 12
 
 
 @pytest.mark.parametrize("num_frames", [1, 7, 8, 15])

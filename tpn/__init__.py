@@ -7,6 +7,7 @@ from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
+from tpn.optimize import OptimizedClassifier, optimize
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import CheckpointError
 from tpn.zoo.hub import UploadError, WeightsUnavailableError
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ClassificationHead",
     "InputSpec",
+    "OptimizedClassifier",
     "Prediction",
     "ResNet3dSlowOnly",
     "ResNetTSM",
@@ -38,6 +40,7 @@ __all__ = [
     "input_spec",
     "list_models",
     "model_info",
+    "optimize",
     "push_to_hub",
     "save_pretrained",
 ]

@@ -6,9 +6,10 @@ Where the picture's size changes on the way, all frames get that of the first on
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -26,10 +27,21 @@ from torch.utils.data import get_worker_info
 from tpn.video.transforms import resize_short_side
 
 PathLike = str | os.PathLike[str]
+Device = torch.device | str | None
 
 # PyAV's default. Older torchvisions, imported above, let FFmpeg's threads log through Python; a thread that waits for the
 # interpreter while its decoder is being closed, which holds it, waits for ever.
 av.logging.set_level(None)
+
+SEEK_BY = {
+    (container, codec): timestamp
+    for container, timestamp in (("mov,mp4,m4a,3gp,3g2,mj2", "dts"), ("matroska,webm", "pts"))
+    for codec in ("h264", "hevc", "mpeg4", "vp9", "av1", "libdav1d")
+}
+"""Containers that know their key frames, codecs that start anew from one; and the timestamps by which FFmpeg finds them."""
+
+MIN_SKIP = 24
+"""Frames that a seek must spare: it costs about as much as decoding a few."""
 
 TEXT_DEMUXERS = {"tty"}
 """FFmpeg plays text files as terminal recordings; nobody who passes one here means that."""
@@ -57,7 +69,7 @@ def probe(path: PathLike) -> VideoInfo:
     count. Raises FileNotFoundError, IsADirectoryError, PermissionError, or VideoError.
     """
     with _open(path) as (container, stream):
-        num_frames = _count_packets(container, stream)
+        num_frames = _index(container, stream).count
     with _open(path) as (container, stream):
         first = next(_frames(path, container, stream), None)
         if first is None:
@@ -80,34 +92,40 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     wanted = np.asarray(indices, dtype=np.int64)
     if wanted.ndim != 1 or wanted.size == 0 or wanted.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
-    frames, decoded = _decode(path, wanted, short_side)
+    frames, decoded = _decode(path, wanted, short_side, None, _Index(0))
     if wanted.max() not in frames:
         raise IndexError(f"{path}: frame {wanted.max()} was asked for, the video has {decoded} frames")
     return torch.stack([frames[i] for i in wanted.tolist()])
 
 
 def sample_frames(
-    path: PathLike, sample: Callable[[int], NDArray[np.int64]], *, short_side: int | None = None
+    path: PathLike,
+    sample: Callable[[int], NDArray[np.int64]],
+    *,
+    short_side: int | None = None,
+    device: Device = None,
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """Let `sample` choose frames by their total number and read them.
 
     sample: total_frames → indices of any shape, e.g. `InputSpec.indices`.
     short_side: as in `read_frames`.
+    device: where each frame goes before it is resized. Default: the CPU.
 
     Returns the distinct frames, uint8 RGB (N, 3, H, W), and an array of the indices' shape that holds the place of
     each chosen frame among them. Raises what `probe` raises.
     """
     with _open(path) as (container, stream):
-        total = _count_packets(container, stream)
+        index = _index(container, stream)
+    total = index.count
     # A packet is a frame in nearly every file. Where the decoder gives fewer, it has the last word.
     for _ in range(2):
         if total == 0:
             raise VideoError(f"{path}: no frame could be decoded")
         wanted, place = np.unique(sample(total), return_inverse=True)
-        frames, decoded = _decode(path, wanted, short_side)
+        frames, decoded = _decode(path, wanted, short_side, device, index)
         if len(frames) == len(wanted):
             return torch.stack([frames[i] for i in wanted.tolist()]), place.reshape(sample(total).shape)
-        total = decoded
+        total, index = decoded, _Index(decoded)
     raise VideoError(f"{path}: two passes gave different numbers of frames")
 
 
@@ -146,9 +164,34 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
-def _count_packets(container: InputContainer, stream: VideoStream) -> int:
-    """Count the packets that carry a frame to be shown: as many as there are frames, for a fraction of the work."""
-    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+@dataclass(frozen=True)
+class _Index:
+    """What the packets of a stream tell of its frames, for a fraction of the work that decoding is.
+
+    count: packets that carry a frame to be shown: as many as there are frames.
+    numbers: where frames can be found by their timestamps, the number of the frame of each; else empty.
+    keys: the key frames' numbers, in order, each with the timestamp to seek to.
+    """
+
+    count: int
+    numbers: dict[int, int] = field(default_factory=dict)
+    keys: tuple[tuple[int, int], ...] = ()
+
+
+def _index(container: InputContainer, stream: VideoStream) -> _Index:
+    packets = [p for p in container.demux(stream) if p.size]
+    count = sum(not p.is_discard for p in packets)
+    timed = [(p.pts, p.dts if p.dts is not None else p.pts, p.is_keyframe) for p in packets if p.pts is not None]
+    place = {pts: i for i, pts in enumerate(sorted(pts for pts, _, _ in timed))}
+    by = SEEK_BY.get((container.format.name, stream.codec_context.name))
+    # Every packet must be a frame of its own, at a time of its own, and the first one a key frame with nothing before it.
+    if by is None or not timed or not len(place) == len(timed) == len(packets) == count:
+        return _Index(count)
+    first, _, is_key = timed[0]
+    if place[first] > 0 or not is_key:
+        return _Index(count)
+    keys = sorted((place[pts], pts if by == "pts" else dts) for pts, dts, is_key in timed if is_key)
+    return _Index(count, place, tuple(keys))
 
 
 def _frames(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -164,8 +207,16 @@ def _frames(path: PathLike, container: InputContainer, stream: VideoStream) -> I
         raise VideoError(f"{path}: damaged, decoding failed after frame {number} ({error.strerror})") from error
 
 
-def _decode(path: PathLike, wanted: NDArray[np.int64], short_side: int | None) -> tuple[dict[int, Tensor], int]:
-    """Return the wanted frames that exist, by index, and how many were decoded."""
+def _decode(
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
+) -> tuple[dict[int, Tensor], int]:
+    """Return the wanted frames that exist, by number, and how many the video has, as far as it was decoded."""
+    try:
+        found = _decode_from_keys(path, wanted, short_side, device, index)
+    except VideoError:
+        found = None  # from the start, the message says which frame is damaged
+    if found is not None:
+        return found, index.count
     remaining = set(wanted.tolist())
     kept: dict[int, Tensor] = {}
     number = 0
@@ -174,13 +225,51 @@ def _decode(path: PathLike, wanted: NDArray[np.int64], short_side: int | None) -
         for frame in _frames(path, container, stream):
             size = size or (frame.width, frame.height)
             if number in remaining:
-                rgb = _to_rgb(frame, *size)
-                kept[number] = rgb if short_side is None else resize_short_side(rgb, short_side)
+                kept[number] = _finish(frame, size, short_side, device)
                 remaining.remove(number)
             number += 1
             if not remaining:
                 break
     return kept, number
+
+
+def _decode_from_keys(
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
+) -> dict[int, Tensor] | None:
+    """Return the wanted frames, passing over what lies between them where a key frame allows it.
+
+    None: that would spare nothing; or the decoder gives other frames than the packets promise. Then all must be decoded.
+    """
+    starts = [number for number, _ in index.keys]
+    nearest = [index.keys[bisect_right(starts, number) - 1] for number in wanted.tolist()] if starts else []
+    if not any(key - before > MIN_SKIP for (key, _), before in zip(nearest, [0, *(wanted + 1).tolist()], strict=False)):
+        return None
+    kept: dict[int, Tensor] = {}
+    due = 0  # the frame that comes next
+    with _open(path) as (container, stream):
+        size = (stream.codec_context.width, stream.codec_context.height)
+        frames = _frames(path, container, stream)
+        for number, (key, time) in zip(wanted.tolist(), nearest, strict=True):
+            if key - due > MIN_SKIP:
+                container.seek(time, stream=stream)
+                frames = _frames(path, container, stream)
+                due = key
+            while due <= number:
+                frame = next(frames, None)
+                came = None if frame is None or frame.pts is None else index.numbers.get(frame.pts)
+                if came is not None and came < due:
+                    continue  # from before the key frame
+                if frame is None or came != due or (frame.width, frame.height) != size:
+                    return None
+                if due == number:
+                    kept[number] = _finish(frame, size, short_side, device)
+                due += 1
+    return kept
+
+
+def _finish(frame: VideoFrame, size: tuple[int, int], short_side: int | None, device: Device) -> Tensor:
+    rgb = _to_rgb(frame, *size).to(device or "cpu")
+    return rgb if short_side is None else resize_short_side(rgb, short_side)
 
 
 def _to_rgb(frame: VideoFrame, width: int, height: int) -> Tensor:

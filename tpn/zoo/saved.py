@@ -38,7 +38,10 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     if model.labels is not None and len(model.labels) != model.num_classes:
         raise ValueError(f"model.labels has {len(model.labels)} names, the model has {model.num_classes} classes")
     if model.model_args is None:
-        raise ValueError("only models made by tpn.create_model or a factory function know how to be built again")
+        raise ValueError(
+            "only models made by tpn.create_model or a factory function know how to be built again; "
+            "of an optimized model, save the one that it was made of"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(model)

@@ -1,0 +1,267 @@
+"""`tpn.optimize`: the same results, from a copy that is for inference only."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tpn
+from tpn.optimize import FlatConv3d, OptimizedClassifier, fastest_dtype
+
+SIZES = {"base_channels": 8, "num_classes": 7}
+NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]
+
+
+def build(name, **kwargs):
+    """A narrow model whose batch norms do something, and whose classes differ."""
+    torch.manual_seed(0)
+    model = tpn.create_model(name, **(SIZES | kwargs))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.3, 0.8)
+            nn.init.normal_(module.bias, std=0.1)
+    if model.num_classes:
+        with torch.no_grad():
+            scale = model.eval().forward_head(model.forward_features(clips(model)), pre_logits=True).norm(dim=1).mean()
+            nn.init.normal_(model.head.fc.weight, std=1 / float(scale))
+    return model.train()
+
+
+def assert_near(got, expected):
+    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+def clips(model, batch=2, size=64):
+    return torch.randn(batch, 3, model.input_spec.num_frames, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_computes_the_same(name):
+    model = build(name).eval()
+    x = clips(model)
+    fast = tpn.optimize(model, "float32", sample=x)
+    with torch.no_grad():
+        logits, aux_logits = model.forward_with_aux(x)
+        assert_near(fast(x), logits)
+        assert_near(fast.forward_features(x), model.forward_features(x))
+        if aux_logits is not None:
+            assert_near(fast.forward_with_aux(x)[1], aux_logits)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d)]
+    assert fast.report.folded_norms == len(norms) > 10
+    assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d)]
+    assert fast.report.max_difference < 1e-5
+    assert fast.report.same_top1
+    assert isinstance(fast, tpn.TPNClassifier)
+    assert (fast.labels, fast.input_spec, fast.num_classes) == (model.labels, model.input_spec, model.num_classes)
+
+
+def test_the_given_model_stays_as_it_is():
+    model = build("tpn_tsm_r50_sthv1").train()
+    before = copy.deepcopy(model.state_dict())
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    fast = tpn.optimize(model, torch.bfloat16, sample=clips(model))
+    assert model.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert hooks == [m for m in (*model.modules(), *fast.modules()) if m._forward_hooks or m._forward_pre_hooks] == []
+    nn.init.zeros_(model.head.fc.weight)
+    assert fast.head.fc.weight.abs().sum() > 0
+
+
+def test_half_precision_and_its_report():
+    model = build("tpn_slowonly_r50_k400").eval()
+    x = clips(model)
+    fast = tpn.optimize(model, "bfloat16", sample=x)
+    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16} == {fast.report.dtype}
+    with torch.inference_mode():
+        expected, got = model(x).softmax(dim=1), fast(x).softmax(dim=1)
+        assert torch.equal(fast(x.bfloat16()), fast(x))  # the caller may have done it
+    assert got.dtype == torch.float32
+    assert fast.report.max_difference == float((expected - got).abs().max()) > 1e-5
+    assert fast.report.same_top1 == bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
+
+
+def test_embedded_model_in_half_precision(tmp_path):
+    from tpn.video.motion import write_dataset
+
+    write_dataset(tmp_path, 1, seed=5)
+    plain = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True)
+    fast = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, precision="bfloat16")
+    for video in sorted(tmp_path.rglob("*.mp4")):
+        expected, got = plain(video), fast(video)
+        assert (expected.probs - got.probs).abs().max() < 5e-3
+        assert expected.top(1)[0][0] == got.top(1)[0][0]
+
+
+def test_the_default_is_the_fastest_precision_of_the_device():
+    model = build("tpn_slowonly_tiny_motion")
+    assert tpn.optimize(model).report.dtype == fastest_dtype(torch.device("cpu"))
+    assert fastest_dtype(torch.device("cuda")) == torch.float16
+    assert fastest_dtype(torch.device("mps")) == torch.float32
+
+
+def test_it_is_for_inference_only(tmp_path):
+    fast = tpn.optimize(build("tpn_slowonly_tiny_motion"))
+    assert not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert fast.eval() is fast
+    with pytest.raises(RuntimeError, match=r"inference only; train the one that it was made of"):
+        fast.train()
+    with pytest.raises(RuntimeError, match=r"change the one that it was made of"):
+        fast.reset_classifier(3)
+    with pytest.raises(ValueError, match=r"optimized already"):
+        tpn.optimize(fast)
+    with pytest.raises(ValueError, match="of an optimized model, save the one that it was made of"):
+        tpn.save_pretrained(fast, tmp_path / "fast")
+    assert not (tmp_path / "fast").exists()
+
+
+def test_features_without_classifier():
+    model = build("tpn_slowonly_tiny_motion", num_classes=0).eval()
+    x = clips(model)
+    fast = tpn.optimize(model, "bfloat16", sample=x)
+    with torch.no_grad():
+        expected, got = model(x), fast(x)
+    assert got.shape == (2, model.num_features)
+    assert fast.report.max_difference == pytest.approx(float((expected - got).abs().max() / expected.abs().max()), rel=1e-3)
+
+
+class Odd(nn.Module):
+    """Convolutions whose batch norms cannot be folded, and one that can."""
+
+    out_channels = (8,)
+
+    def __init__(self):
+        super().__init__()
+        self.read_twice, self.norm1 = nn.Conv3d(3, 8, 1), nn.BatchNorm3d(8)
+        self.used_twice, self.norm2 = nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(8)
+        self.not_at_once, self.norm3 = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(8)
+        self.plain, self.norm4 = nn.Conv3d(8, 8, 3), nn.BatchNorm3d(8)
+
+    def forward(self, x):
+        x = self.read_twice(x)
+        x = x + self.norm1(x)
+        x = self.norm2(self.used_twice(self.used_twice(x)))
+        x = self.norm3(self.not_at_once(x).relu_())
+        return (self.norm4(self.plain(x)),)
+
+
+def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
+    torch.manual_seed(0)
+    model = tpn.TPNClassifier(Odd(), None, tpn.ClassificationHead(8, 5))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            nn.init.normal_(module.running_mean)
+            nn.init.normal_(module.bias)
+    with pytest.raises(ValueError, match="no input_spec"):
+        tpn.optimize(model)
+    x = torch.randn(2, 3, 4, 16, 16)
+    fast = tpn.optimize(model, "float32", sample=x)
+    assert fast.report.folded_norms == 1
+    assert isinstance(fast.backbone.norm4, nn.Identity)
+    assert isinstance(fast.backbone.plain, nn.Conv3d)
+    assert isinstance(fast.backbone.used_twice, FlatConv3d)
+    torch.testing.assert_close(fast(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups", "bias"),
+    [
+        ((1, 7, 7), (1, 2, 2), (0, 3, 3), 1, False),
+        ((1, 3, 5), (1, 2, 1), (0, 1, 2), 2, True),
+        ((1, 1, 1), 1, 0, 1, True),
+        ((1, 1, 1), (1, 2, 2), 0, 4, False),
+        ((3, 1, 1), 1, (1, 0, 0), 4, True),
+        ((5, 1, 1), (2, 1, 1), (2, 0, 0), 1, False),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_flat_convolution(kernel, stride, padding, groups, bias, layout):
+    torch.manual_seed(0)
+    conv = nn.Conv3d(8, 12, kernel, stride, padding, groups=groups, bias=bias)
+    assert FlatConv3d.fits(conv)
+    x = torch.randn(2, 8, 6, 9, 11).contiguous(memory_format=layout)
+    torch.testing.assert_close(FlatConv3d(conv)(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv3d(8, 8, 3, padding=1),
+        nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"),
+        nn.Conv3d(8, 8, (1, 3, 3), dilation=(1, 2, 2)),
+        nn.Conv3d(8, 8, (1, 3, 3), stride=(2, 1, 1)),
+        nn.Conv3d(8, 8, (3, 1, 1), stride=(1, 2, 2)),
+        nn.Conv3d(8, 8, (1, 3, 3), padding="same"),
+    ],
+)
+def test_convolutions_that_are_not_flat(conv):
+    assert not FlatConv3d.fits(conv)
+
+
+def test_errors():
+    model = build("tpn_slowonly_tiny_motion")
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        tpn.optimize(model, "int8")
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, float16, bfloat16, got torch.float64"):
+        tpn.optimize(model, torch.float64)
+    with torch.no_grad():
+        model.head.fc.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"not finite in torch.float16; pass dtype=torch.bfloat16"):
+        tpn.optimize(model, "float16")
+
+
+def test_compiled():
+    model = build("tpn_slowonly_tiny_motion", base_channels=4).eval()
+    x = clips(model, batch=1)
+    fast = tpn.optimize(model, "float32", compile=True, sample=x)
+    assert fast.report.compiled
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_video_classifier_optimizes_what_it_builds(tmp_path):
+    model = build("tpn_slowonly_tiny_motion")
+    tpn.save_pretrained(model, tmp_path)
+    by_name = tpn.VideoClassifier(f"local-dir:{tmp_path}")
+    assert isinstance(by_name.model, OptimizedClassifier)
+    assert by_name.model.report.dtype == torch.float32
+    given = tpn.VideoClassifier(model)
+    assert given.model is model
+    frames = torch.randint(256, (20, 3, 64, 64), dtype=torch.uint8)
+    torch.testing.assert_close(by_name(frames).probs, given(frames).probs, rtol=0, atol=1e-5)
+    half = tpn.VideoClassifier(model, precision="bfloat16")
+    assert half.model.report.dtype == torch.bfloat16
+    assert tpn.VideoClassifier(model, precision="auto").model.report.dtype == fastest_dtype(torch.device("cpu"))
+    before = half(frames).probs
+    nn.init.zeros_(model.head.fc.weight)
+    nn.init.zeros_(model.head.fc.bias)
+    assert given(frames).probs.tolist() == pytest.approx([1 / 7] * 7)
+    assert torch.equal(half(frames).probs, before)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        tpn.VideoClassifier(model, precision="half")
+
+
+def test_compiled_classifier_sees_one_size(monkeypatch):
+    """The last batch is filled up, so that nothing is compiled twice."""
+    sizes = []
+
+    def compile(function, **_):
+        def run(x):
+            sizes.append(tuple(x.shape))
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = build("tpn_slowonly_tiny_motion")
+    frames = torch.randint(256, (20, 3, 64, 64), dtype=torch.uint8)
+    expected = tpn.VideoClassifier(model)(frames)
+    got = tpn.VideoClassifier(model, compile=True, batch_size=2)(frames)  # three views
+    torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=1e-4, atol=1e-4)
+    assert len(sizes) == 3  # the sample, and two batches
+    assert len(set(sizes)) == 1

@@ -1,0 +1,283 @@
+"""A trained model, made fast, for inference only.
+
+Batch norms are folded into the convolutions before them; convolutions that look along space only, or along time only, run as
+2D convolutions over a view of the same memory; weights and clips are stored channels-last, in half precision where the device
+computes faster in it; and the whole is compiled, if asked for.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tpn.models.classifier import TPNClassifier
+from tpn.models.layers import channels_last
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SMALL_BATCH = 4
+"""Up to so many clips a GPU waits for kernels to be started, which CUDA graphs do all at once."""
+
+
+@dataclass(frozen=True)
+class OptimizationReport:
+    """What `optimize` did.
+
+    Attributes:
+        dtype: that the model computes in.
+        compiled: whether it is compiled; if so, that happens in the first call for a shape of clips.
+        folded_norms: batch norms that are now part of a convolution.
+        max_difference: the largest difference of a probability from the given model's, on the sample; for a model without
+            classifier, of a feature, relative to the largest one.
+        same_top1: whether each clip of the sample has the same most probable class.
+    """
+
+    dtype: torch.dtype
+    compiled: bool
+    folded_norms: int
+    max_difference: float
+    same_top1: bool
+
+
+class OptimizedClassifier(TPNClassifier):
+    """What `optimize` returns: a `TPNClassifier` for inference. It takes clips of any float dtype; logits are float32.
+
+    Attributes:
+        report: what was done, and what it changed.
+    """
+
+    report: OptimizationReport
+    _compiled: dict[bool, Callable[[Tensor], Tensor]] | None = None
+
+    def compile_forward(self) -> None:
+        """Compile `forward`, for a GPU a second time with CUDA graphs, for small batches."""
+        self._compiled = {True: torch.compile(super().forward, mode="reduce-overhead"), False: torch.compile(super().forward)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._compiled is None:
+            return super().forward(x)
+        graphs = x.device.type == "cuda" and len(x) <= SMALL_BATCH
+        return self._compiled[graphs](x).clone()  # the next run of a graph writes where the last one wrote
+
+    def train(self, mode: bool = True) -> "OptimizedClassifier":
+        if mode:
+            raise RuntimeError(
+                "an optimized model is for inference only; train the one that it was made of, and optimize it again"
+            )
+        super().train(False)
+        return self
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        raise RuntimeError("an optimized model cannot be changed; change the one that it was made of, and optimize it again")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(x, pre_logits).float()
+
+    def forward_with_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, aux_logits = super().forward_with_aux(x)
+        return logits, None if aux_logits is None else aux_logits.float()
+
+    def _feature_maps(self, x: Tensor) -> Any:
+        if x.is_floating_point() and x.ndim == 5:  # what is neither is an error, as it is for any model
+            x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)
+        return super()._feature_maps(x)
+
+
+class FlatConv3d(nn.Conv2d):
+    """A 3D convolution along space only, (1, k, k), or along time only, (k, 1, 1), as the 2D one that it is.
+
+    The libraries' 2D kernels are faster. In channels-last memory, frames folded into the batch, and rows folded into
+    columns, are views.
+
+    Shape:
+        (B, C, T, H, W) → what the 3D convolution gives
+    """
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        self.spatial = _is_spatial(conv)
+        kept = slice(1, 3) if self.spatial else slice(0, 2)  # of (T, H, W); W has kernel 1 where time is convolved
+        kernel, stride, padding = (cast("tuple[int, int]", tuple(v)[kept]) for v in (conv.kernel_size, conv.stride, conv.padding))
+        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, groups=conv.groups, device="meta")
+        self.weight = nn.Parameter(conv.weight.squeeze(2 if self.spatial else 4))
+        self.bias = conv.bias
+
+    @staticmethod
+    def fits(conv: nn.Conv3d) -> bool:
+        """Return whether `conv` is of this kind."""
+        if (
+            type(conv) is not nn.Conv3d
+            or conv.padding_mode != "zeros"
+            or set(conv.dilation) != {1}
+            or isinstance(conv.padding, str)
+        ):
+            return False
+        return _is_spatial(conv) or (conv.kernel_size[1:], conv.stride[1:], conv.padding[1:]) == ((1, 1), (1, 1), (0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        if self.spatial:
+            return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return super().forward(x.flatten(3)).unflatten(3, x.shape[3:])
+
+
+def _is_spatial(conv: nn.Conv3d) -> bool:
+    return (conv.kernel_size[0], conv.stride[0], conv.padding[0]) == (1, 1, 0)
+
+
+def optimize(
+    model: TPNClassifier,
+    dtype: torch.dtype | str | None = None,
+    *,
+    compile: bool = False,
+    device: str | torch.device | None = None,
+    sample: Tensor | None = None,
+) -> OptimizedClassifier:
+    """Return a copy of a trained model that computes the same, faster, for inference. The given model is left as it is.
+
+    Args:
+        model: any TPNClassifier, in training mode or not.
+        dtype: what to compute in: torch.float32, float16, bfloat16, or these names. Default: `fastest_dtype`.
+        compile: also `torch.compile` it, on a GPU with CUDA graphs for small batches. The first call for a shape of clips then
+            takes about a minute.
+        device: where to run. Default: where the model is.
+        sample: normalised clips (B, C, T, H, W) to compare on. Default: a clip of random numbers, as large as
+            `model.input_spec` says.
+
+    Returns:
+        A model that takes clips of any float dtype and layout and returns float32 logits, with a `report`. It cannot
+        be trained, changed or saved.
+
+    Raises:
+        TypeError, ValueError: an unknown dtype; no sample, where the model has no input_spec; the model is optimized already;
+            its logits on the sample are finite, and are not in this dtype (float16 ends at 65,504).
+
+    Example:
+        >>> fast = tpn.optimize(tpn.create_model("tpn_slowonly_r50_k400", pretrained=True))
+        >>> fast.report.max_difference
+    """
+    if isinstance(model, OptimizedClassifier):
+        raise ValueError("the model is optimized already; optimize the one that it was made of")
+    where = next(model.parameters()).device if device is None else torch.device(device)
+    wanted = fastest_dtype(where) if dtype is None else _as_dtype(dtype)
+    given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
+    clips = _random_clip(given) if sample is None else sample
+    clips = clips.to(device=where, dtype=torch.float32)
+    with torch.inference_mode():
+        expected, pairs = _run(given, clips)
+
+    # From here on `given` is taken apart.
+    fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
+    fast.labels, fast.input_spec = given.labels, given.input_spec
+    for conv, norm in pairs:
+        fast.set_submodule(conv, _folded(fast.get_submodule(conv), fast.get_submodule(norm)))
+        fast.set_submodule(norm, nn.Identity())
+    for name, module in list(fast.named_modules()):
+        if isinstance(module, nn.Conv3d) and FlatConv3d.fits(module):
+            fast.set_submodule(name, FlatConv3d(module))
+    channels_last(fast)
+    fast.to(wanted).requires_grad_(False)
+    if compile:
+        fast.compile_forward()
+    with torch.inference_mode():
+        got = fast(clips)
+    if expected.isfinite().all() and not got.isfinite().all():
+        raise ValueError(f"the model's result is not finite in {wanted}; pass dtype=torch.bfloat16 or torch.float32")
+    difference = _difference(expected, got, classes=bool(given.num_classes))
+    same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
+    fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
+    return fast
+
+
+def _folded(conv: Any, norm: Any) -> nn.Module:
+    return fuse_conv_bn_eval(conv, norm)
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """Return half precision where the device's own instructions make it faster: float16 on CUDA, bfloat16 on CPUs with AMX or
+    AVX512-BF16; else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    cpu: Any = torch.cpu
+    if device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted is None or wanted not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return wanted
+
+
+def _random_clip(model: TPNClassifier) -> Tensor:
+    if model.input_spec is None:
+        raise ValueError("the model has no input_spec that says how large its clips are; pass some as sample")
+    spec = model.input_spec
+    shape = (1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class _ConvResult:
+    """Tied to the tensor that a convolution gave."""
+
+    conv: nn.Module
+    reads: int = 0
+
+
+class _CountReads(TorchFunctionMode):
+    """Counts how many operations read the result of each convolution."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not x.shape and the like
+            for source in {id(leaf): getattr(leaf, "source", None) for leaf in tree_leaves((args, kwargs))}.values():
+                if isinstance(source, _ConvResult):
+                    source.reads += 1
+        return result
+
+
+def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Return the model's result, and the names of convolutions with those of the batch norms that alone read what they give.
+
+    These are found by running the model, whatever it is made of.
+    """
+    calls: Counter[nn.Module] = Counter()
+    met: list[tuple[_ConvResult, nn.Module]] = []
+
+    def after_conv(module: nn.Module, args: Any, result: Any) -> None:
+        calls[module] += 1
+        result.source = _ConvResult(module)
+
+    def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls[module] += 1
+        if isinstance(source := getattr(args[0], "source", None), _ConvResult):
+            met.append((source, module))
+
+    hooks = []
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.Conv3d):
+            hooks.append(module.register_forward_hook(after_conv))
+        elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    with _CountReads():
+        result, _ = model.forward_with_aux(clips)
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in model.named_modules()}
+    alone = [(source.conv, norm) for source, norm in met if source.reads == calls[source.conv] == calls[norm] == 1]
+    return result, [(names[conv], names[norm]) for conv, norm in alone]
+
+
+def _difference(expected: Tensor, got: Tensor, *, classes: bool) -> float:
+    """The largest difference of a probability, or without classes of a feature, relative to the largest."""
+    if classes:
+        return float((expected.softmax(dim=1) - got.softmax(dim=1)).abs().max())
+    return float((expected - got).abs().max() / expected.abs().max())
