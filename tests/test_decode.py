@@ -178,7 +178,7 @@ def test_rotation_is_counter_clockwise_degrees(rotation, turns):
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     upright = Frame()
     upright.rotation = rotation
-    assert torch.equal(decode._to_rgb(upright, 6, 4), torch.from_numpy(np.rot90(image, turns).copy()).permute(2, 0, 1))
+    assert np.array_equal(decode._to_rgb(upright, 6, 4), np.rot90(image, turns))
 
 
 def test_a_picture_that_changes_its_size(tmp_path):

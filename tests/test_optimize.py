@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tpn
-from tpn.optimize import FlatConv3d, OptimizedClassifier, fastest_dtype
+from tpn.optimize import OptimizedClassifier, fastest_dtype
 
 SIZES = {"base_channels": 8, "num_classes": 7}
 NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]
@@ -163,44 +163,7 @@ def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
     fast = tpn.optimize(model, "float32", sample=x)
     assert fast.report.folded_norms == 1
     assert isinstance(fast.backbone.norm4, nn.Identity)
-    assert isinstance(fast.backbone.plain, nn.Conv3d)
-    assert isinstance(fast.backbone.used_twice, FlatConv3d)
     torch.testing.assert_close(fast(x), model.eval()(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "groups", "bias"),
-    [
-        ((1, 7, 7), (1, 2, 2), (0, 3, 3), 1, False),
-        ((1, 3, 5), (1, 2, 1), (0, 1, 2), 2, True),
-        ((1, 1, 1), 1, 0, 1, True),
-        ((1, 1, 1), (1, 2, 2), 0, 4, False),
-        ((3, 1, 1), 1, (1, 0, 0), 4, True),
-        ((5, 1, 1), (2, 1, 1), (2, 0, 0), 1, False),
-    ],
-)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_flat_convolution(kernel, stride, padding, groups, bias, layout):
-    torch.manual_seed(0)
-    conv = nn.Conv3d(8, 12, kernel, stride, padding, groups=groups, bias=bias)
-    assert FlatConv3d.fits(conv)
-    x = torch.randn(2, 8, 6, 9, 11).contiguous(memory_format=layout)
-    torch.testing.assert_close(FlatConv3d(conv)(x), conv(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv3d(8, 8, 3, padding=1),
-        nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"),
-        nn.Conv3d(8, 8, (1, 3, 3), dilation=(1, 2, 2)),
-        nn.Conv3d(8, 8, (1, 3, 3), stride=(2, 1, 1)),
-        nn.Conv3d(8, 8, (3, 1, 1), stride=(1, 2, 2)),
-        nn.Conv3d(8, 8, (1, 3, 3), padding="same"),
-    ],
-)
-def test_convolutions_that_are_not_flat(conv):
-    assert not FlatConv3d.fits(conv)
 
 
 def test_errors():

@@ -1,15 +1,14 @@
 """A trained model, made fast, for inference only.
 
-Batch norms are folded into the convolutions before them; convolutions that look along space only, or along time only, run as
-2D convolutions over a view of the same memory; weights and clips are stored channels-last, in half precision where the device
-computes faster in it; and the whole is compiled, if asked for.
+Batch norms are folded into the convolutions before them; weights and clips are stored channels-last, in half precision where
+the device computes faster in it; and the whole is compiled, if asked for.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,47 +88,6 @@ class OptimizedClassifier(TPNClassifier):
         return super()._feature_maps(x)
 
 
-class FlatConv3d(nn.Conv2d):
-    """A 3D convolution along space only, (1, k, k), or along time only, (k, 1, 1), as the 2D one that it is.
-
-    The libraries' 2D kernels are faster. In channels-last memory, frames folded into the batch, and rows folded into
-    columns, are views.
-
-    Shape:
-        (B, C, T, H, W) → what the 3D convolution gives
-    """
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        self.spatial = _is_spatial(conv)
-        kept = slice(1, 3) if self.spatial else slice(0, 2)  # of (T, H, W); W has kernel 1 where time is convolved
-        kernel, stride, padding = (cast("tuple[int, int]", tuple(v)[kept]) for v in (conv.kernel_size, conv.stride, conv.padding))
-        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, groups=conv.groups, device="meta")
-        self.weight = nn.Parameter(conv.weight.squeeze(2 if self.spatial else 4))
-        self.bias = conv.bias
-
-    @staticmethod
-    def fits(conv: nn.Conv3d) -> bool:
-        """Return whether `conv` is of this kind."""
-        if (
-            type(conv) is not nn.Conv3d
-            or conv.padding_mode != "zeros"
-            or set(conv.dilation) != {1}
-            or isinstance(conv.padding, str)
-        ):
-            return False
-        return _is_spatial(conv) or (conv.kernel_size[1:], conv.stride[1:], conv.padding[1:]) == ((1, 1), (1, 1), (0, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        if self.spatial:
-            return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        return super().forward(x.flatten(3)).unflatten(3, x.shape[3:])
-
-
-def _is_spatial(conv: nn.Conv3d) -> bool:
-    return (conv.kernel_size[0], conv.stride[0], conv.padding[0]) == (1, 1, 0)
-
-
 def optimize(
     model: TPNClassifier,
     dtype: torch.dtype | str | None = None,
@@ -177,9 +135,6 @@ def optimize(
     for conv, norm in pairs:
         fast.set_submodule(conv, _folded(fast.get_submodule(conv), fast.get_submodule(norm)))
         fast.set_submodule(norm, nn.Identity())
-    for name, module in list(fast.named_modules()):
-        if isinstance(module, nn.Conv3d) and FlatConv3d.fits(module):
-            fast.set_submodule(name, FlatConv3d(module))
     channels_last(fast)
     fast.to(wanted).requires_grad_(False)
     if compile:

@@ -239,7 +239,7 @@ class VideoClassifier:
                 waiting.append(video)
             else:
                 frames, clips = video
-                crops = spec.crops(frames.to(self.device))
+                crops = spec.crop_views(frames.to(self.device))
                 views = _Views(len(crops) * len(clips))
                 waiting.append(views)
                 for crop in crops:

@@ -74,7 +74,7 @@ def probe(path: PathLike) -> VideoInfo:
         first = next(_frames(path, container, stream), None)
         if first is None:
             raise VideoError(f"{path}: no frame could be decoded")
-        height, width = _to_rgb(first, first.width, first.height).shape[-2:]
+        height, width, _ = _to_rgb(first, first.width, first.height).shape
         rate = stream.average_rate
         return VideoInfo(num_frames, width, height, None if rate is None else float(rate), stream.codec_context.name)
 
@@ -92,10 +92,11 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     wanted = np.asarray(indices, dtype=np.int64)
     if wanted.ndim != 1 or wanted.size == 0 or wanted.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
-    frames, decoded = _decode(path, wanted, short_side, None, _Index(0))
-    if wanted.max() not in frames:
+    distinct, place = np.unique(wanted, return_inverse=True)
+    frames, decoded = _decode(path, distinct, short_side, None, _Index(0))
+    if len(frames) < len(distinct):
         raise IndexError(f"{path}: frame {wanted.max()} was asked for, the video has {decoded} frames")
-    return torch.stack([frames[i] for i in wanted.tolist()])
+    return frames if np.array_equal(distinct, wanted) else frames[torch.from_numpy(place)]
 
 
 def sample_frames(
@@ -124,7 +125,7 @@ def sample_frames(
         wanted, place = np.unique(sample(total), return_inverse=True)
         frames, decoded = _decode(path, wanted, short_side, device, index)
         if len(frames) == len(wanted):
-            return torch.stack([frames[i] for i in wanted.tolist()]), place.reshape(sample(total).shape)
+            return frames, place.reshape(sample(total).shape)
         total, index = decoded, _Index(decoded)
     raise VideoError(f"{path}: two passes gave different numbers of frames")
 
@@ -207,35 +208,62 @@ def _frames(path: PathLike, container: InputContainer, stream: VideoStream) -> I
         raise VideoError(f"{path}: damaged, decoding failed after frame {number} ({error.strerror})") from error
 
 
+class _Kept:
+    """The frames that were asked for, as they come: uint8 (N, 3, H, W) on a device."""
+
+    def __init__(self, count: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
+        """size: width and height that all frames get, as they are stored."""
+        self.count, self.size, self.short_side = count, size, short_side
+        self.device = torch.device(device or "cpu")
+        self.added = 0
+        self._frames = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+
+    def add(self, frame: VideoFrame) -> None:
+        image = _to_rgb(frame, *self.size).transpose(2, 0, 1)
+        resize = self.short_side is not None and min(image.shape[1:]) != self.short_side
+        if resize or self.device.type != "cpu":
+            rgb = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
+            rgb = resize_short_side(rgb, self.short_side) if self.short_side is not None else rgb
+            image = rgb.numpy() if self.device.type == "cpu" else rgb
+        if not self.added:
+            self._frames = torch.empty((self.count, *image.shape), dtype=torch.uint8, device=self.device)
+        place = self._frames[self.added]
+        if isinstance(image, Tensor):
+            place.copy_(image)
+        else:  # by numpy: torch's threads, which stay busy for a while after each operation, would be in the decoder's way
+            np.copyto(place.numpy(), image)
+        self.added += 1
+
+    def frames(self) -> Tensor:
+        return self._frames[: self.added]
+
+
 def _decode(
     path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
-) -> tuple[dict[int, Tensor], int]:
-    """Return the wanted frames that exist, by number, and how many the video has, as far as it was decoded."""
+) -> tuple[Tensor, int]:
+    """Return the wanted frames that exist, distinct and in order, and how many the video has, as far as it was decoded."""
     try:
         found = _decode_from_keys(path, wanted, short_side, device, index)
     except VideoError:
         found = None  # from the start, the message says which frame is damaged
     if found is not None:
         return found, index.count
-    remaining = set(wanted.tolist())
-    kept: dict[int, Tensor] = {}
     number = 0
-    size: tuple[int, int] | None = None
     with _open(path) as (container, stream):
+        kept = None
         for frame in _frames(path, container, stream):
-            size = size or (frame.width, frame.height)
-            if number in remaining:
-                kept[number] = _finish(frame, size, short_side, device)
-                remaining.remove(number)
+            kept = kept or _Kept(len(wanted), (frame.width, frame.height), short_side, device)
+            if number == wanted[kept.added]:
+                kept.add(frame)
             number += 1
-            if not remaining:
+            if kept.added == len(wanted):
                 break
-    return kept, number
+    return torch.empty(0, 3, 1, 1, dtype=torch.uint8) if kept is None else kept.frames(), number
 
 
 def _decode_from_keys(
     path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
-) -> dict[int, Tensor] | None:
+) -> Tensor | None:
     """Return the wanted frames, passing over what lies between them where a key frame allows it.
 
     None: that would spare nothing; or the decoder gives other frames than the packets promise. Then all must be decoded.
@@ -244,10 +272,10 @@ def _decode_from_keys(
     nearest = [index.keys[bisect_right(starts, number) - 1] for number in wanted.tolist()] if starts else []
     if not any(key - before > MIN_SKIP for (key, _), before in zip(nearest, [0, *(wanted + 1).tolist()], strict=False)):
         return None
-    kept: dict[int, Tensor] = {}
     due = 0  # the frame that comes next
     with _open(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
+        kept = _Kept(len(wanted), size, short_side, device)
         frames = _frames(path, container, stream)
         for number, (key, time) in zip(wanted.tolist(), nearest, strict=True):
             if key - due > MIN_SKIP:
@@ -262,18 +290,12 @@ def _decode_from_keys(
                 if frame is None or came != due or (frame.width, frame.height) != size:
                     return None
                 if due == number:
-                    kept[number] = _finish(frame, size, short_side, device)
+                    kept.add(frame)
                 due += 1
-    return kept
+    return kept.frames()
 
 
-def _finish(frame: VideoFrame, size: tuple[int, int], short_side: int | None, device: Device) -> Tensor:
-    rgb = _to_rgb(frame, *size).to(device or "cpu")
-    return rgb if short_side is None else resize_short_side(rgb, short_side)
-
-
-def _to_rgb(frame: VideoFrame, width: int, height: int) -> Tensor:
-    """uint8 (3, H, W), upright; width, height: of the picture as it is stored."""
+def _to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+    """(H, W, 3), upright; width, height: of the picture as it is stored."""
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, like rot90
-    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns))
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns)

@@ -83,13 +83,17 @@ class InputSpec:
 
     def crops(self, frames: Tensor) -> Tensor:
         """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), mirrored crops last (x2 with `flip`)."""
+        return torch.stack(self.crop_views(frames))
+
+    def crop_views(self, frames: Tensor) -> list[Tensor]:
+        """Return what `crops` does, one by one; those that are not mirrored are views of the resized frames."""
         frames = transforms.resize_short_side(frames, self.short_side)
         if self.num_crops == 3:
             size = self.three_crop_size
-            crops = transforms.three_crop(transforms.resize_short_side(frames, size), size)
+            crops = transforms.three_crop_views(transforms.resize_short_side(frames, size), size)
         else:
-            crops = transforms.center_crop(frames, self.crop_size)[None]
-        return torch.cat((crops, crops.flip(-1))) if self.flip else crops
+            crops = [transforms.center_crop(frames, self.crop_size)]
+        return crops + [crop.flip(-1) for crop in crops] if self.flip else crops
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 RGB frames (..., T, 3, H, W) → float32 model input (..., 3, T, H, W)."""

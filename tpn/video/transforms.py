@@ -1,8 +1,13 @@
 """Deterministic pixels-to-tensor steps of the published test protocols, on uint8 frames (..., 3, H, W)."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 _ONE = 1 << 11
@@ -25,15 +30,16 @@ def resize_short_side(x: Tensor, size: int) -> Tensor:
     target = [int(height * scale + 0.5), int(width * scale + 0.5)]
     if target == [height, width]:
         return x
-    top, bottom, y0, y1 = (v[:, None] for v in _taps(height, target[0], x.device))
-    left, right, x0, x1 = _taps(width, target[1], x.device)
-    # OpenCV clamps a column that falls outside together with its weights, but a row only by its index.
-    outside = left == right
-    x0, x1 = x0.masked_fill(outside, _ONE), x1.masked_fill(outside, 0)
-    source = x.int()
-    rows = (source[..., left] * x0 + source[..., right] * x1) >> 4
-    blend = (rows[..., top[:, 0], :] * y0 >> 16) + (rows[..., bottom[:, 0], :] * y1 >> 16)
-    return ((blend + 2) >> 2).clamp_(0, 255).to(torch.uint8)
+    images = x.reshape(-1, height, width)
+    across, down = _taps(width, target[1], edges_in_weights=True), _taps(height, target[0], edges_in_weights=False)
+    if x.device.type != "cpu":
+        taps = [tuple(torch.from_numpy(v).to(x.device) for v in axis) for axis in (across, down)]
+        return _resize(images.int(), *taps).to(torch.uint8).view(*x.shape[:-2], *target)
+    # Image by image all fits into the cache. numpy keeps to its thread; torch's would be in the way of a decoder's.
+    result = np.empty((len(images), *target), np.uint8)
+    for image, out in zip(images.numpy(), result, strict=True):
+        out[:] = _resize(image[None].astype(np.int32), across, down)[0]
+    return torch.from_numpy(result).view(*x.shape[:-2], *target)
 
 
 def center_crop(x: Tensor, size: int) -> Tensor:
@@ -50,12 +56,17 @@ def three_crop(x: Tensor, size: int) -> Tensor:
 
     x: uint8 (..., 3, H, W) whose shorter side is `size`. Returns uint8 (3, ..., 3, size, size).
     """
+    return torch.stack(three_crop_views(x, size))
+
+
+def three_crop_views(x: Tensor, size: int) -> list[Tensor]:
+    """Return what `three_crop` does as views, which copy nothing."""
     _check_frames(x)
     height, width = x.shape[-2:]
     if min(height, width) != size:
         raise ValueError(f"three_crop needs frames whose short side is {size}, got {width}x{height}; resize_short_side first")
     step_y, step_x = (height - size) // 2, (width - size) // 2
-    return torch.stack([_crop(x, step_y * i, step_x * i, size) for i in (0, 2, 1)])
+    return [_crop(x, step_y * i, step_x * i, size) for i in (0, 2, 1)]
 
 
 def adjust_hue(x: Tensor, turns: float) -> Tensor:
@@ -91,15 +102,44 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return ((x.float() - mean_) / std_).transpose(-4, -3)
 
 
-def _taps(size: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each of `target` positions: the two source indices it lies between, and their weights in units of 1/2048."""
-    place = ((torch.arange(target, dtype=torch.float64) + 0.5) * (size / target) - 0.5).float()
-    before = place.floor()
+@lru_cache(maxsize=32)
+def _taps(size: int, target: int, *, edges_in_weights: bool) -> tuple[NDArray[np.integer], ...]:
+    """For each of `target` positions: the two source indices it lies between, and their weights in units of 1/2048, (target, 1).
+
+    OpenCV clamps a column that falls outside together with its weights, a row only by its index.
+    """
+    place = ((np.arange(target) + 0.5) * (size / target) - 0.5).astype(np.float32)
+    before = np.floor(place)
     fraction = place - before
-    weights = ((w * _ONE).round().int() for w in (1 - fraction, fraction))
-    indices = (i.long().clamp(0, size - 1) for i in (before, before + 1))
-    first, second, w0, w1 = (v.to(device) for v in (*indices, *weights))
+    first, second = (np.clip(i, 0, size - 1).astype(np.int64) for i in (before, before + 1))
+    w0, w1 = (np.round(w * np.float32(_ONE)).astype(np.int32)[:, None] for w in (1 - fraction, fraction))
+    if edges_in_weights:
+        outside = (first == second)[:, None]
+        w0, w1 = np.where(outside, np.int32(_ONE), w0), np.where(outside, np.int32(0), w1)
     return first, second, w0, w1
+
+
+def _resize(x: Any, across: tuple[Any, ...], down: tuple[Any, ...]) -> Any:
+    """int32 (N, H, W) → (N, H', W'), of numpy or torch. What is taken lies in whole rows, which are copied fast."""
+    left, right, w0, w1 = across
+    height = x.shape[1]
+    columns = rearrange(x, "n h w -> w (n h)")
+    x, second = columns[left], columns[right]
+    x *= w0
+    second *= w1
+    x += second
+    x >>= 4
+    rows = rearrange(x, "w (n h) -> h (n w)", h=height)
+    top, bottom, w0, w1 = down
+    x, second = rows[top], rows[bottom]
+    x *= w0
+    x >>= 16
+    second *= w1
+    second >>= 16
+    x += second
+    x += 2
+    x >>= 2
+    return rearrange(x, "h (n w) -> n h w", w=len(left))
 
 
 def _crop(x: Tensor, top: int, left: int, size: int) -> Tensor:
