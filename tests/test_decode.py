@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ from servers import run_python
 from videos import HEIGHT, WIDTH, add_stream, frame, number, write_video
 
 from tpn.video import decode
+from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, probe, read_frames, sample_frames
 from tpn.video.motion import write_dataset
 from tpn.video.transforms import resize_short_side
@@ -170,15 +172,10 @@ def test_the_larger_of_two_video_streams(tmp_path):
 
 @pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (90, 1), (-90, 3), (180, 2), (-180, 2)])
 def test_rotation_is_counter_clockwise_degrees(rotation, turns):
-    class Frame:
-        def to_ndarray(self, format, width, height):
-            assert (format, width, height) == ("rgb24", 6, 4)
-            return image
-
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
-    upright = Frame()
-    upright.rotation = rotation
-    assert np.array_equal(decode._to_rgb(upright, 6, 4), np.rot90(image, turns))
+    stored = SimpleNamespace(rotation=rotation, to_ndarray=lambda: image)
+    reformatter = SimpleNamespace(reformat=lambda frame, width, height, form, **_: {(6, 4, "rgb24"): frame}[width, height, form])
+    assert np.array_equal(decode._to_rgb(reformatter, stored, 6, 4), np.rot90(image, turns))
 
 
 def test_a_picture_that_changes_its_size(tmp_path):
@@ -199,15 +196,19 @@ def test_a_picture_that_changes_its_size(tmp_path):
     assert number(frames[1]) == 5
 
 
-def test_loader_processes_use_one_thread(tmp_path, monkeypatch):
-    """There is one of them for every core already."""
+def test_who_decodes_beside_others_uses_one_thread(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 3)
-    counts = []
-    for info in (None, object()):
-        monkeypatch.setattr(decode, "get_worker_info", lambda info=info: info)
+
+    def threads(_=None):
         with decode._open(path) as (_, stream):
-            counts.append(stream.codec_context.thread_count)
-    assert counts == [0, 1]
+            return stream.codec_context.thread_count
+
+    assert threads() == 0  # one for each core
+    assert list(read_ahead(threads, range(4), workers=2)) == [1] * 4
+    assert list(read_ahead(threads, range(2), workers=1)) == [0] * 2
+    assert threads() == 0
+    monkeypatch.setattr(decode, "get_worker_info", object)  # a loader's process
+    assert threads() == 1
 
 
 def test_one_frame(tmp_path):
@@ -323,6 +324,7 @@ faulthandler.dump_traceback_later(60, exit=True)
 import av.logging
 av.logging.set_level(av.logging.ERROR)
 from tpn.video import decode
+from tpn.video.ahead import read_ahead
 files = sorted(pathlib.Path().rglob("*.mp4"))
 for _ in range(12):
     for file in files:

@@ -48,11 +48,15 @@ def test_a_real_video_by_the_published_protocol(name, manifest, tmp_path):
     state = upstream_state_dict(manifest)
     state = {k: torch.as_tensor(v) * (0.2 if k.startswith("cls_head.fc_cls") else 1) for k, v in state.items()}
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
-    prediction = tpn.VideoClassifier(name, checkpoint_path=tmp_path / "weights.pth")(VIDEOS / "arm_wrestling.mp4")
+    model = tpn.create_model(name, checkpoint_path=tmp_path / "weights.pth")
     (tmp_path / "weights.pth").unlink()
+    prediction = tpn.VideoClassifier(model, precision="float32")(VIDEOS / "arm_wrestling.mp4")
     np.testing.assert_allclose(prediction.probs, expected["probs"], rtol=0, atol=1e-4)
     bound = 2e-5 * np.abs(expected["view_logits"]).max()
     np.testing.assert_allclose(prediction.view_logits, expected["view_logits"], rtol=0, atol=bound)
+    half = tpn.VideoClassifier(model, precision="bfloat16")(VIDEOS / "arm_wrestling.mp4")
+    np.testing.assert_allclose(half.probs, expected["probs"], rtol=0, atol=5e-3)
+    assert half.top(1)[0][0] == prediction.top(1)[0][0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sized
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -198,8 +198,9 @@ class VideoClassifier:
             except (VideoError, OSError) as error:
                 return error
 
+        workers = 1 if isinstance(sources, Sized) and len(sources) == 1 else self.workers
         sources, names = itertools.tee(sources)
-        with closing(read_ahead(read, sources, workers=self.workers)) as clips:
+        with closing(read_ahead(read, sources, workers=workers)) as clips:
             for source, result in zip(names, self._classify_each(clips, spec, progress), strict=True):
                 if isinstance(result, Prediction) and isinstance(source, str | os.PathLike):
                     result = replace(result, source=os.fspath(source))

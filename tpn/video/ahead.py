@@ -5,6 +5,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from tpn.video import decode
+
 S = TypeVar("S")
 R = TypeVar("R")
 
@@ -21,7 +23,8 @@ def read_ahead(read: Callable[[S], R], sources: Iterable[S], *, workers: int) ->
         workers: threads, at least 1.
     """
     under_way: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="tpn-read") as pool:
+    initializer = decode.decode_in_one_thread if workers > 1 else None
+    with ThreadPoolExecutor(workers, thread_name_prefix="tpn-read", initializer=initializer) as pool:
         try:
             for source in sources:
                 under_way.append(pool.submit(read, source))

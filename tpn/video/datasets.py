@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tpn.video import decode, lists
+from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
 from tpn.video.spec import InputSpec
 from tpn.video.transforms import resize_short_side
@@ -144,8 +145,8 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
                 return bad_reason(item, error)
             return None
 
-        with ThreadPoolExecutor(workers) as pool:  # the decoder leaves Python's lock alone
-            yield from zip(self.items, pool.map(reason, self.items), strict=True)
+        with closing(read_ahead(reason, self.items, workers=workers)) as reasons:
+            yield from zip(self.items, reasons, strict=True)
 
     @abstractmethod
     def verify(self, item: Item) -> None:

@@ -6,6 +6,7 @@ Where the picture's size changes on the way, all frames get that of the first on
 """
 
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
@@ -42,6 +44,11 @@ SEEK_BY = {
 
 MIN_SKIP = 24
 """Frames that a seek must spare: it costs about as much as decoding a few."""
+
+ONE_THREAD: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+"""For conversions, which older versions of PyAV do in one thread anyway: several have to wait for the decoder's."""
+
+_here = threading.local()
 
 TEXT_DEMUXERS = {"tty"}
 """FFmpeg plays text files as terminal recordings; nobody who passes one here means that."""
@@ -74,7 +81,7 @@ def probe(path: PathLike) -> VideoInfo:
         first = next(_frames(path, container, stream), None)
         if first is None:
             raise VideoError(f"{path}: no frame could be decoded")
-        height, width, _ = _to_rgb(first, first.width, first.height).shape
+        height, width, _ = _to_rgb(VideoReformatter(), first, first.width, first.height).shape
         rate = stream.average_rate
         return VideoInfo(num_frames, width, height, None if rate is None else float(rate), stream.codec_context.name)
 
@@ -139,6 +146,14 @@ def verify(path: PathLike) -> int:
     return total
 
 
+def decode_in_one_thread() -> None:
+    """From now on, decode each video that the calling thread opens in one thread, not in as many as there are cores.
+
+    For those that decode several videos at the same time; a DataLoader's processes do so by themselves.
+    """
+    _here.one_thread = True
+
+
 @contextmanager
 def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     path = Path(path)
@@ -160,7 +175,7 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise VideoError(f"{path}: the file has no video stream")
         stream = max(videos, key=lambda s: s.width * s.height)
         stream.thread_type = "AUTO"
-        if get_worker_info() is not None:  # a loader's process: there is one for every core already
+        if get_worker_info() is not None or getattr(_here, "one_thread", False):
             stream.codec_context.thread_count = 1
         yield container, stream
 
@@ -216,10 +231,11 @@ class _Kept:
         self.count, self.size, self.short_side = count, size, short_side
         self.device = torch.device(device or "cpu")
         self.added = 0
+        self._reformatter = VideoReformatter()
         self._frames = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
     def add(self, frame: VideoFrame) -> None:
-        image = _to_rgb(frame, *self.size).transpose(2, 0, 1)
+        image = _to_rgb(self._reformatter, frame, *self.size).transpose(2, 0, 1)
         resize = self.short_side is not None and min(image.shape[1:]) != self.short_side
         if resize or self.device.type != "cpu":
             rgb = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
@@ -295,7 +311,8 @@ def _decode_from_keys(
     return kept.frames()
 
 
-def _to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+def _to_rgb(reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
     """(H, W, 3), upright; width, height: of the picture as it is stored."""
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, like rot90
-    return np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns)
+    rgb = reformatter.reformat(frame, width, height, "rgb24", **ONE_THREAD).to_ndarray()
+    return np.rot90(rgb, turns)

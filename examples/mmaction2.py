@@ -1,0 +1,81 @@
+"""The reference implementation, MMAction2's TPN on SlowOnly R50 8x8, with the weights of a model of ours.
+
+pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transformers, which its old code cannot import.
+"""
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tpn
+from tpn.zoo.convert import convert_state_dict, load_strict
+
+
+def build(num_classes: int) -> nn.Module:
+    """The reference, TPN on SlowOnly R50 8x8, from MMAction2's own modules; randomly initialised."""
+    # The package on PyPI lacks a module that its __init__ imports: https://github.com/open-mmlab/mmaction2/issues/2714
+    for name in ("mmaction.models.localizers.drn", "mmaction.models.localizers.drn.drn"):
+        sys.modules.setdefault(name, types.ModuleType(name)).DRN = None  # type: ignore[attr-defined]
+    import mmaction.models  # noqa: F401
+    from mmaction.registry import MODELS
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmaction")
+    backbone = {"type": "ResNet3dSlowOnly", "depth": 50, "pretrained": None, "lateral": False, "out_indices": (2, 3)}
+    backbone |= {"conv1_kernel": (1, 7, 7), "inflate": (0, 0, 1, 1), "norm_eval": False}
+    fusion = {"in_channels": (1024, 1024), "mid_channels": (1024, 1024), "out_channels": 2048}
+    neck = {
+        "type": "TPN",
+        "in_channels": (1024, 2048),
+        "out_channels": 1024,
+        "spatial_modulation_cfg": {"in_channels": (1024, 2048), "out_channels": 2048},
+        "temporal_modulation_cfg": {"downsample_scales": (8, 8)},
+        "upsample_cfg": {"scale_factor": (1, 1, 1)},
+        "downsample_cfg": {"downsample_scale": (1, 1, 1)},
+        "level_fusion_cfg": fusion | {"downsample_scales": ((1, 1, 1), (1, 1, 1))},
+        "aux_head_cfg": {"out_channels": num_classes, "loss_weight": 0.5},
+    }
+    head = {"type": "TPNHead", "num_classes": num_classes, "in_channels": 2048, "dropout_ratio": 0.5}
+    recognizer = {"type": "Recognizer3D", "backbone": backbone, "neck": neck, "cls_head": head, "data_preprocessor": None}
+    model: nn.Module = MODELS.build(recognizer)
+    return model
+
+
+class Reference(nn.Module):
+    """MMAction2's recognizer with our interface: clips (B, 3, T, H, W) → logits, and auxiliary logits."""
+
+    def __init__(self, recognizer: Any) -> None:
+        super().__init__()
+        self.recognizer = recognizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        features, _ = self.recognizer.extract_feat(x[:, None])
+        logits: Tensor = self.recognizer.cls_head(features)
+        return logits
+
+    def forward_with_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.recognizer.backbone(x)
+        features, _ = self.recognizer.neck(maps)
+        return self.recognizer.cls_head(features), self.recognizer.neck.aux_head(maps[-2])
+
+
+def with_reference(model: tpn.TPNClassifier) -> Reference:
+    """Return the reference with the weights of `model`, which receives random ones; ValueError if they differ in a logit."""
+    torch.manual_seed(0)
+    reference = Reference(build(model.num_classes)).eval()
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    ours, _ = convert_state_dict(reference.recognizer.state_dict())
+    load_strict(model, ours)
+    clips = torch.randn(2, 3, model.input_spec.num_frames, 64, 64)
+    with torch.inference_mode():
+        for a, b in zip(reference.forward_with_aux(clips), model.eval().forward_with_aux(clips), strict=True):
+            if (difference := float((a - b).abs().max() / a.abs().max())) > 2e-5:
+                raise ValueError(f"the reference and tpn differ by {difference:.1e} of the largest logit")
+    print("mmaction2 and tpn give the same logits")
+    return reference
