@@ -9,6 +9,7 @@ in validation. `--resume auto` continues a run that was interrupted, with the sa
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -195,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{len(train)} videos do not fill one step of {batch} clips; make --batch-size smaller")
     lr = args.lr * batch / args.lr_batch
     decay = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay, "filter_bias_and_bn": args.optimizer != "sgd"}
-    optimizer = create_optimizer_v2(model, args.optimizer, lr, momentum=args.momentum, **decay)
+    fused = "fused" in inspect.signature(get_optimizer_class(args.optimizer, bind_defaults=False)).parameters
+    options = {"momentum": args.momentum} | decay | ({"fused": True} if fused and device.type in ("cuda", "cpu") else {})
+    optimizer = create_optimizer_v2(model, args.optimizer, lr, **options)
     milestones = [m + 0.5 / epoch_steps for m in args.milestones]  # timm counts steps from one
     shape = {"warmup_epochs": args.warmup, "warmup_lr": lr / 100, "step_on_epochs": False, "updates_per_epoch": epoch_steps}
     schedule, _ = create_scheduler_v2(optimizer, args.schedule, args.epochs, decay_milestones=milestones, **shape)

@@ -60,6 +60,18 @@ def test_predict_prints_names(folder):
     assert all(line.split("%  ")[1] in labels for line in rest)
 
 
+def test_precision(folder):
+    exact, half = (
+        json.loads(run("predict", "a video.mp4", "-m", "local-dir:model", "--json", *options, cwd=folder).stdout)
+        for options in ([], ["--precision", "bfloat16"])
+    )
+    assert exact["top"][0] != half["top"][0]
+    assert exact["top"][0]["label"] == half["top"][0]["label"]
+    done = run("predict", "a video.mp4", "-m", "local-dir:model", "--precision", "half", cwd=folder)
+    assert done.returncode == 1
+    assert "dtype must be one of float32, float16, bfloat16, got 'half'" in done.stderr
+
+
 def test_bad_files_are_reported_and_the_rest_go_on(folder):
     videos = ["a video.mp4", "empty.mp4", "missing.mp4", ".", "text.mp4", "b.mp4"]
     done = run("predict", *videos, "-m", "local-dir:model", "--views", "1x1", "--json", cwd=folder)

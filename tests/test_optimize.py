@@ -76,7 +76,7 @@ def test_half_precision_and_its_report():
     model = build("tpn_slowonly_r50_k400").eval()
     x = clips(model)
     fast = tpn.optimize(model, "bfloat16", sample=x)
-    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16} == {fast.report.dtype}
+    assert {p.dtype for part in (fast.backbone, fast.neck) for p in part.parameters()} == {torch.bfloat16} == {fast.report.dtype}
     with torch.inference_mode():
         expected, got = model(x).softmax(dim=1), fast(x).softmax(dim=1)
         assert torch.equal(fast(x.bfloat16()), fast(x))  # the caller may have done it
@@ -184,7 +184,23 @@ def test_compiled():
     fast = tpn.optimize(model, "float32", compile=True, sample=x)
     assert fast.report.compiled
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+        expected = model(x)
+    torch._dynamo.utils.counters.clear()
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            got = fast(x)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(fast(x.clone().requires_grad_()), got)  # channels-last or not, with or without gradients
+            assert torch.equal(fast(x.contiguous(memory_format=torch.channels_last_3d)), got)
+    assert not got.is_inference()
+    assert not torch._dynamo.utils.counters["frames"]["total"], "it was compiled again"
+
+
+@pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}, {"avx512_f": True}])
+def test_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    half = has.keys() & {"avx512_bf16", "amx_bf16"}
+    assert fastest_dtype(torch.device("cpu")) == (torch.bfloat16 if half else torch.float32)
 
 
 def test_video_classifier_optimizes_what_it_builds(tmp_path):

@@ -120,6 +120,10 @@ def predict(
     views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to print.")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16, or auto: the fastest that the device has.")
+    ] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model first: worth it for many videos.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, a line a file.")] = False,
 ) -> None:
     """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
@@ -129,7 +133,14 @@ def predict(
         num_clips, num_crops = (None, None) if views is None else parse_views(views)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--views") from error
-    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=_check_device(device))
+    classifier = VideoClassifier(
+        model,
+        pretrained=checkpoint is None,
+        checkpoint_path=checkpoint,
+        device=_check_device(device),
+        precision=precision,
+        compile=compile,
+    )
     failed = 0
     with Progress(
         TextColumn("{task.description}"),

@@ -5,8 +5,10 @@ the device computes faster in it; and the whole is compiled, if asked for.
 """
 
 import copy
+import importlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class OptimizationReport:
     """What `optimize` did.
 
     Attributes:
-        dtype: that the model computes in.
+        dtype: that the model computes in; the classifier keeps float32.
         compiled: whether it is compiled; if so, that happens in the first call for a shape of clips.
         folded_norms: batch norms that are now part of a convolution.
         max_difference: the largest difference of a probability from the given model's, on the sample; for a model without
@@ -56,13 +58,20 @@ class OptimizedClassifier(TPNClassifier):
 
     def compile_forward(self) -> None:
         """Compile `forward`, for a GPU a second time with CUDA graphs, for small batches."""
-        self._compiled = {True: torch.compile(super().forward, mode="reduce-overhead"), False: torch.compile(super().forward)}
+        plain = super().forward
+        self._compiled = {
+            True: torch.compile(plain, mode="reduce-overhead", dynamic=False),
+            False: torch.compile(plain, dynamic=False),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         if self._compiled is None:
             return super().forward(x)
         graphs = x.device.type == "cuda" and len(x) <= SMALL_BATCH
-        return self._compiled[graphs](x).clone()  # the next run of a graph writes where the last one wrote
+        with torch.inference_mode(), _weights_as_constants(x.device):
+            # A copy, so that all calls are alike, whether the caller's tensors know gradients or not: one compilation.
+            logits = self._compiled[graphs](self._as_stored(x, copy=True))
+        return logits.clone()  # the next run of a graph writes where the last one wrote
 
     def train(self, mode: bool = True) -> "OptimizedClassifier":
         if mode:
@@ -76,16 +85,20 @@ class OptimizedClassifier(TPNClassifier):
         raise RuntimeError("an optimized model cannot be changed; change the one that it was made of, and optimize it again")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return super().forward_head(x, pre_logits).float()
+        return super().forward_head(x.float(), pre_logits)
 
     def forward_with_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, aux_logits = super().forward_with_aux(x)
         return logits, None if aux_logits is None else aux_logits.float()
 
     def _feature_maps(self, x: Tensor) -> Any:
-        if x.is_floating_point() and x.ndim == 5:  # what is neither is an error, as it is for any model
-            x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last_3d)
-        return super()._feature_maps(x)
+        return super()._feature_maps(self._as_stored(x))
+
+    def _as_stored(self, x: Tensor, copy: bool = False) -> Tensor:
+        """Clips in the dtype and layout of the weights; what is no clip is an error later, as it is for any model."""
+        if not x.is_floating_point() or x.ndim != 5:
+            return x
+        return x.to(next(self.parameters()).dtype, copy=copy, memory_format=torch.channels_last_3d)
 
 
 def optimize(
@@ -102,7 +115,7 @@ def optimize(
         model: any TPNClassifier, in training mode or not.
         dtype: what to compute in: torch.float32, float16, bfloat16, or these names. Default: `fastest_dtype`.
         compile: also `torch.compile` it, on a GPU with CUDA graphs for small batches. The first call for a shape of clips then
-            takes about a minute.
+            takes up to a minute, so give all of them the same shape. There are no gradients, not even those of the clips.
         device: where to run. Default: where the model is.
         sample: normalised clips (B, C, T, H, W) to compare on. Default: a clip of random numbers, as large as
             `model.input_spec` says.
@@ -137,6 +150,7 @@ def optimize(
         fast.set_submodule(norm, nn.Identity())
     channels_last(fast)
     fast.to(wanted).requires_grad_(False)
+    fast.head.float()  # a logit of 8 would have steps of 1/16 in bfloat16; the classifier costs next to nothing
     if compile:
         fast.compile_forward()
     with torch.inference_mode():
@@ -149,6 +163,17 @@ def optimize(
     return fast
 
 
+def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
+    """On a CPU, let the compiler store weights as its convolutions read them, and fuse what follows into these.
+
+    The setting is the one that PyTorch's guides for CPUs name; `torch.compile` has no argument for it.
+    """
+    if device.type != "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = importlib.import_module("torch._inductor.config").patch(freezing=True)
+    return context
+
+
 def _folded(conv: Any, norm: Any) -> nn.Module:
     return fuse_conv_bn_eval(conv, norm)
 
@@ -158,10 +183,15 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     AVX512-BF16; else float32."""
     if device.type == "cuda":
         return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
     cpu: Any = torch.cpu
-    if device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()):
-        return torch.bfloat16
-    return torch.float32
+    if hasattr(cpu, "get_capabilities"):
+        has = cpu.get_capabilities()
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # in older versions of PyTorch
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -68,7 +68,7 @@ class VideoClassifier:
             batch and back afterwards.
         pretrained, **kwargs: for `create_model`, with a name.
         device: where to run. Default: a GPU if there is one, for a name; where the model is, for a model.
-        batch_size: views at once. Default: 30 on a GPU, 2 on a CPU.
+        batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
         precision: "float32", "float16", "bfloat16", or "auto", the fastest that the device has: run what `tpn.optimize` makes of
             the model. Default: "float32" for a name, which changes probabilities by less than 1e-5; a model that was given is
             used as it is, now and after further training.
@@ -112,7 +112,7 @@ class VideoClassifier:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.device = next(model.parameters()).device if device is None else torch.device(device)
         on_cpu = self.device.type == "cpu"
-        self.batch_size = batch_size or (2 if on_cpu else 30)
+        self.batch_size = batch_size or (1 if on_cpu else 30)
         self.workers = workers or (2 if on_cpu else min(os.cpu_count() or 1, 16))
         self.spec: InputSpec = model.input_spec
         self.labels = model.labels or tuple(f"class {i}" for i in range(model.num_classes or model.num_features))

@@ -1,6 +1,7 @@
 """Pieces of a training loop: order of the batches, validation, checkpoints, metrics. `examples/train.py` puts them together."""
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import json
@@ -109,6 +110,14 @@ def validate(
         dist.all_reduce(sums)
     top1, top5, total_loss, count = sums.tolist()
     return {"val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count, "val_loss": total_loss / count}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights and buffers, by name, to tell whether results come from the same ones."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def positive_int(text: str) -> int:

@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: int) -> Tensor:
         """`args`: what `ResNet.forward_stages` passes to every block; a plain block takes none."""
-        return self.relu(self.branch(x) + self.shortcut(x))
+        return self.relu(self.branch(x).add_(self.shortcut(x)))
 
 
 class BasicBlock(ResidualBlock):

@@ -232,7 +232,7 @@ class VideoFolder(_VideoFiles):
             raise ValueError(lists.unknown_classes(root, unknown, names))
         items = []
         for name in folders:
-            videos = _videos_below(Path(root, name))
+            videos = videos_below(Path(root, name))
             if not videos:
                 raise ValueError(f"{Path(root, name)}: a class without a video; add some, or remove the folder")
             items += [Item(str(path), names.index(name)) for path in videos]
@@ -376,7 +376,7 @@ def _read_image(path: Path) -> Tensor:
         raise VideoError(f"{path}: a damaged image ({error})") from error
 
 
-def _videos_below(folder: Path) -> list[Path]:
+def videos_below(folder: Path) -> list[Path]:
     """Every video file in a folder and below, sorted; links are followed, no folder is entered twice."""
     seen: set[str] = set()
     found = []
