@@ -3,21 +3,20 @@
     python examples/benchmark.py                                        # this library against its own plain float32
     python examples/benchmark.py --against mmaction2 --compile          # against the reference implementation, same weights
     python examples/benchmark.py --against torchvision --only inference  # against torchvision's video models
+    python examples/benchmark.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
 
-For `--against mmaction2`: pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transformers, which its
-old code cannot import. Both sides are checked to give the same logits before either is timed.
+docs/performance.md records results. `--against mmaction2` needs mmaction2, "mmcv-lite<2.2", mmengine and importlib_metadata
+from PyPI, and no transformers, which its old code cannot import. Both sides must give the same logits before either is timed.
 """
 
 import argparse
 import copy
-import gc
 import json
+import multiprocessing
 import platform
-import statistics
+import resource
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from rich.console import Console
-from rich.table import Table
+from measuring import Bench, Run, half_of, work_of  # the file beside this one
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tpn
 from tpn.models.layers import channels_last
-from tpn.optimize import DTYPES, fastest_dtype
+from tpn.optimize import fastest_dtype
 from tpn.training import command, positive_int, whole_file
 from tpn.video import decode
 from tpn.video.encode import write_video
 
-PARTS = ["inference", "latency", "views", "training", "decode", "end-to-end"]
-Run = Callable[[], Any]
+PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end"]
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,126 +52,6 @@ def parse_args() -> argparse.Namespace:
     add("--video", type=Path, help="for decode and end-to-end; default: 10 s of 340 x 256 are rendered")
     add("--output", type=Path, help="write the results as JSON")
     return parser.parse_args()
-
-
-class Bench:
-    """Times callables by turns, and collects what came out."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-        self.results: dict[str, list[dict[str, Any]]] = {}
-        self._limits: dict[torch.dtype, tuple[float, float]] = {}
-
-    def compare(self, title: str, runs: dict[str, Run], *, clips: int = 0, work: "list[Work] | None" = None) -> None:
-        """Time the runs, the first of which is 1x. clips: of a run. work: its layers, for the floor."""
-        memory = {name: self._warm_up(run) for name, run in runs.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(self.repeats):
-            for name, run in runs.items():
-                seconds[name].append(self.seconds(run))
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        first = next(iter(medians.values()))
-        rows = []
-        for name, median in medians.items():
-            row = {"what": name, "ms": 1e3 * median, "ratio": first / median, "spread": max(seconds[name]) / min(seconds[name])}
-            row |= {"clips_per_s": clips / median} if clips else {}
-            row |= {"percent_of_floor": 100 * self.floor(work, dtype_of(name)) / median} if work else {}
-            row |= {"memory_gib": memory[name] / 2**30} if self.device.type == "cuda" else {}
-            rows.append(row)
-        self.results[title] = rows
-        self._show(title, rows)
-
-    def floor(self, work: "list[Work]", dtype: torch.dtype) -> float:
-        """Seconds that the layers must take: each by its arithmetic or by what it reads and writes, whichever is more."""
-        per_s, bytes_per_s = self.limits(dtype)
-        return sum(max(layer.operations / per_s, layer.numbers * dtype.itemsize / bytes_per_s) for layer in work)
-
-    def limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Operations a second, of a large matrix product or convolution, and bytes a second, of a copy: what the device does."""
-        if dtype not in self._limits:
-            size, images = (8192, 64) if self.device.type == "cuda" else (2048, 4)
-            like: dict[str, Any] = {"device": self.device, "dtype": dtype, "memory_format": torch.channels_last}
-            matrix = torch.randn(size, size).to(self.device, dtype)
-            x, weight = torch.randn(images, 512, 28, 28).to(**like), torch.randn(512, 512, 3, 3).to(**like)
-            data = torch.zeros(2**28, dtype=torch.uint8, device=self.device)
-            copy = torch.empty_like(data)
-            product = min(self.seconds(lambda: matrix @ matrix) for _ in range(10))
-            conv = min(self.seconds(lambda: F.conv2d(x, weight, padding=1)) for _ in range(10))
-            seconds = min(self.seconds(lambda: copy.copy_(data)) for _ in range(10))
-            self._limits[dtype] = max(2 * size**3 / product, 2 * x.numel() * 512 * 9 / conv), 2 * len(data) / seconds
-        return self._limits[dtype]
-
-    def seconds(self, run: Run) -> float:
-        self._sync()
-        start = time.perf_counter()
-        run()
-        self._sync()
-        return time.perf_counter() - start
-
-    def _warm_up(self, run: Run) -> int:
-        """Run twice; return the peak of the device's memory."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run()
-        self._sync()
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _show(self, title: str, rows: list[dict[str, Any]]) -> None:
-        table = Table(title=title, title_justify="left", box=None)
-        heads = {"what": "", "ms": "ms", "ratio": "ratio", "spread": "max/min", "clips_per_s": "clips/s"}
-        heads |= {"percent_of_floor": "floor %", "memory_gib": "GiB"}
-        shown = [key for key in heads if key in rows[0]]
-        for key in shown:
-            table.add_column(heads[key], justify="left" if key == "what" else "right", no_wrap=True)
-        for row in rows:
-            cells = [row["what"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}x", f"{row['spread']:.2f}"]
-            table.add_row(*cells, *(f"{row[key]:.1f}" for key in shown[4:]))
-        Console(width=110).print(table)
-
-
-@dataclass
-class Work:
-    """What a layer cannot do without: multiplications and additions; numbers read and written, weights included."""
-
-    operations: int
-    numbers: int
-
-
-def work_of(model: nn.Module, clips: Tensor) -> list[Work]:
-    """Return the work of each convolution and linear layer; all else could be done on the way."""
-    layers: list[Work] = []
-
-    def after(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        weight: Any = layer.weight
-        operations = 2 * result.numel() * weight[0].numel()
-        layers.append(Work(operations, args[0].numel() + weight.numel() + result.numel()))
-
-    shapes = copy.deepcopy(model).to("meta")  # computes nothing
-    for module in shapes.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
-            module.register_forward_hook(after)
-    with torch.inference_mode():
-        shapes(clips.to("meta"))
-    return layers
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """What a run computes in: the word in its name that is a precision."""
-    return next(DTYPES[word] for word in name.replace(",", " ").split() if word in DTYPES)
-
-
-def half_of(device: torch.device) -> str | None:
-    """The half precision that the device is fast in, if any."""
-    dtype = fastest_dtype(device)
-    return None if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
 def autocast(model: nn.Module, dtype: str, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -221,39 +99,77 @@ def in_batches(variant: Callable[[Tensor], Tensor], clips: Tensor, batch_size: i
     return run
 
 
+def step_of(network: Any, clips: Tensor, labels: Tensor, dtype: str, compile: bool = False) -> Run:
+    """A training step: forward with both losses, backward, SGD."""
+    ours = isinstance(network, tpn.TPNClassifier)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, nesterov=True, fused=ours)
+    forward = torch.compile(network.forward_with_aux) if compile else network.forward_with_aux
+
+    def step() -> None:
+        with torch.autocast(clips.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            logits, aux_logits = forward(clips)
+        loss = F.cross_entropy(logits.float(), labels) + 0.5 * F.cross_entropy(aux_logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def time_training(bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None) -> None:
-    """A step: forward with both losses, backward, SGD."""
     spec, half = model.input_spec, half_of(args.device)
     shape = (args.batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size)
     clips = torch.randn(shape, device=args.device)
     labels = torch.randint(model.num_classes, (args.batch_size,), device=args.device)
 
-    def step_of(network: Any, dtype: str = "float32", compile: bool = False) -> Run:
-        network = copy.deepcopy(network).train()
-        optimizer = torch.optim.SGD(
-            network.parameters(), 1e-3, momentum=0.9, nesterov=True, fused=isinstance(network, tpn.TPNClassifier)
-        )
-        forward = torch.compile(network.forward_with_aux) if compile else network.forward_with_aux
-
-        def step() -> None:
-            with torch.autocast(args.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                logits, aux_logits = forward(clips)
-            loss = F.cross_entropy(logits.float(), labels) + 0.5 * F.cross_entropy(aux_logits.float(), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+    def run(network: nn.Module, dtype: str, compile: bool = False) -> Run:
+        return step_of(copy.deepcopy(network).train(), clips, labels, dtype, compile)
 
     ours = copy.deepcopy(model)
     channels_last(ours)
     precisions = ["float32", *([half] if half else [])]
-    runs = {f"mmaction2 {dtype}": step_of(reference, dtype) for dtype in precisions} if reference is not None else {}
-    runs |= {} if reference is not None else {"tpn float32, as it is": step_of(model)}
-    runs |= {f"tpn channels-last {dtype}": step_of(ours, dtype) for dtype in precisions}
+    runs = {f"mmaction2 {dtype}": run(reference, dtype) for dtype in precisions} if reference is not None else {}
+    runs |= {} if reference is not None else {"tpn float32, as it is": run(model, "float32")}
+    runs |= {f"tpn channels-last {dtype}": run(ours, dtype) for dtype in precisions}
     if args.compile:
-        runs |= {f"tpn channels-last {dtype} compiled": step_of(ours, dtype, True) for dtype in precisions}
+        runs |= {f"tpn channels-last {dtype} compiled": run(ours, dtype, True) for dtype in precisions}
     bench.compare(f"training step: {' x '.join(map(str, shape[:1] + shape[2:]))}", runs, clips=args.batch_size)
+
+
+def peak_of_step(name: str, device: torch.device, batch_size: int, dtype: str, checkpointing: bool) -> tuple[int, float]:
+    """In a process of its own: bytes that training takes beyond the model, and seconds of the second step."""
+    model = tpn.create_model(name).to(device).train()
+    channels_last(model)
+    model.set_grad_checkpointing(checkpointing)
+    spec = model.input_spec
+    clips = torch.randn(batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    step = step_of(model, clips, labels, dtype)
+    before = peak(device)
+    step()
+    seconds = Bench(device, 1).seconds(step)
+    return peak(device) - before, seconds
+
+
+def peak(device: torch.device) -> int:
+    """The largest number of bytes so far, of the process or, on a GPU, of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_memory(bench: Bench, args: argparse.Namespace, spec: tpn.InputSpec) -> None:
+    batch_size = 8 if args.device.type == "cuda" else 1
+    rows: list[dict[str, Any]] = []
+    for dtype in ("float32", *filter(None, [half_of(args.device)])):
+        for checkpointing in (False, True):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(peak_of_step, (args.model, args.device, batch_size, dtype, checkpointing))
+            what = f"tpn {dtype}{', checkpointing' if checkpointing else ''}"
+            ms = 1e3 * found[1]
+            rows.append({"what": what, "ms": ms, "ratio": (rows or [{"ms": ms}])[0]["ms"] / ms, "memory_gib": found[0] / 2**30})
+    size = f"{batch_size} x {spec.num_frames} x {spec.crop_size} x {spec.crop_size}"
+    bench.record(f"memory of a training step beyond the model, {args.model}: {size}", rows)
 
 
 def sample_video(folder: Path, seconds: int = 10) -> Path:
@@ -268,6 +184,7 @@ def sample_video(folder: Path, seconds: int = 10) -> Path:
 
 
 def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.InputSpec) -> None:
+    """Frames of all clips, resized, and their crops, uint8; from the file, which is in the system's cache."""
     info = decode.probe(video)
     last = int(spec.indices(info.num_frames).max())
 
@@ -278,11 +195,21 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
                 if number == last:
                     break
 
-    def read() -> None:
-        frames, _ = decode.sample_frames(video, spec.indices, short_side=spec.short_side)
-        spec.crop_views(frames)
+    def read() -> tuple[list[Tensor], NDArray[np.int64]]:
+        frames, places = decode.sample_frames(video, spec.indices, short_side=spec.short_side)
+        return spec.crop_views(frames), places
 
-    runs = {"decoding alone": decode_only, f"frames of {spec.num_clips} clips, resized, {spec.num_crops} crops": read}
+    what = f"{spec.num_clips} clips x {spec.num_crops} crops"
+    runs: dict[str, Run] = {"decoding alone": decode_only, f"tpn {what}": read}
+    if args.against == "mmaction2":
+        from mmaction2 import reader
+
+        reference = reader(spec)
+        crops, places = read()
+        ours = torch.stack([crop[torch.from_numpy(clip)] for clip in places for crop in crops]).transpose(1, 2)
+        difference = (ours.int() - torch.from_numpy(reference(video)).int()).abs().max()
+        print(f"mmaction2 and tpn read the same pixels, within {difference} of 255")
+        runs[f"mmaction2 {what}"] = lambda: reference(video)
     bench.compare(f"reading: {video.name}, {info.num_frames} frames of {info.width} x {info.height}", runs)
 
 
@@ -344,6 +271,10 @@ def main() -> None:
     )
     about = {"tpn": tpn.__version__, "torch": torch.__version__, "device": name, "model": args.model, "repeats": args.repeats}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.device.type == "cuda" and torch.__version__.startswith("2.9."):
+        print(
+            "warning: PyTorch 2.9 is slow in 3D convolutions in half precision: https://github.com/pytorch/pytorch/issues/166122"
+        )
     bench = Bench(args.device, args.repeats)
     model = tpn.create_model(args.model).eval()
     reference = None
@@ -360,6 +291,8 @@ def main() -> None:
         time_inference(bench, args, inference_variants(args, model, reference), model)
     if args.against != "torchvision" and "training" in args.only:
         time_training(bench, args, model, reference)
+    if args.against != "torchvision" and "memory" in args.only:
+        measure_memory(bench, args, model.input_spec)
     with tempfile.TemporaryDirectory() as folder:
         if {"decode", "end-to-end"} & set(args.only) and args.against != "torchvision":
             video = args.video or sample_video(Path(folder))

@@ -29,7 +29,7 @@ from rich.progress import track
 
 import tpn
 from tpn.predict import Clips, Prediction, Unreadable, VideoClassifier, parse_views
-from tpn.training import command, gathered, join_processes, positive_int, shared, whole_file
+from tpn.training import command, gathered, join_processes, positive_int, shared, weights_hash, whole_file
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason, open_dataset
 from tpn.video.decode import VideoError
@@ -79,11 +79,8 @@ def build(args: argparse.Namespace) -> tuple[tpn.TPNClassifier, VideoDataset]:
 
 def identity(args: argparse.Namespace, model: tpn.TPNClassifier, data: VideoDataset) -> dict[str, Any]:
     """What results must have in common to be put together."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     videos = hashlib.sha256(repr([data.items, data.target_fps, args.frames, args.first_frame]).encode(errors="backslashreplace"))
-    about = {"weights": weights.hexdigest(), "videos": videos.hexdigest(), "input": model.input_spec.to_dict()}
+    about = {"weights": weights_hash(model), "videos": videos.hexdigest(), "input": model.input_spec.to_dict()}
     return about | {"precision": args.precision, "architecture": repr(model.model_args)}
 
 

@@ -5,20 +5,24 @@ pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transf
 
 import sys
 import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import tpn
 from tpn.zoo.convert import convert_state_dict, load_strict
 
+# The package on PyPI lacks a module that its __init__ imports: https://github.com/open-mmlab/mmaction2/issues/2714
+for missing in ("mmaction.models.localizers.drn", "mmaction.models.localizers.drn.drn"):
+    sys.modules.setdefault(missing, types.ModuleType(missing)).DRN = None  # type: ignore[attr-defined]
+
 
 def build(num_classes: int) -> nn.Module:
     """The reference, TPN on SlowOnly R50 8x8, from MMAction2's own modules; randomly initialised."""
-    # The package on PyPI lacks a module that its __init__ imports: https://github.com/open-mmlab/mmaction2/issues/2714
-    for name in ("mmaction.models.localizers.drn", "mmaction.models.localizers.drn.drn"):
-        sys.modules.setdefault(name, types.ModuleType(name)).DRN = None  # type: ignore[attr-defined]
     import mmaction.models  # noqa: F401
     from mmaction.registry import MODELS
     from mmengine.registry import init_default_scope
@@ -79,3 +83,24 @@ def with_reference(model: tpn.TPNClassifier) -> Reference:
                 raise ValueError(f"the reference and tpn differ by {difference:.1e} of the largest logit")
     print("mmaction2 and tpn give the same logits")
     return reference
+
+
+def reader(spec: tpn.InputSpec) -> Callable[[Path], np.ndarray[Any, Any]]:
+    """The reference's reading of a video for a dense test: uint8 (views, 3, T, S, S), all crops of clip 0 first."""
+    import mmaction.datasets.transforms  # noqa: F401
+    from mmaction.registry import TRANSFORMS
+
+    sample = {"type": "SampleFrames", "clip_len": spec.num_frames, "frame_interval": spec.frame_interval}
+    sample |= {"num_clips": spec.num_clips, "test_mode": True}
+    steps = [{"type": "DecordInit"}, sample, {"type": "DecordDecode"}, {"type": "Resize", "scale": (-1, spec.short_side)}]
+    steps += [{"type": "ThreeCrop", "crop_size": spec.three_crop_size}, {"type": "FormatShape", "input_format": "NCTHW"}]
+    transforms = [TRANSFORMS.build(step) for step in steps]
+
+    def read(path: Path) -> np.ndarray[Any, Any]:
+        results: dict[str, Any] = {"filename": str(path), "start_index": 0, "modality": "RGB"}
+        for transform in transforms:
+            results = transform(results)
+        images: np.ndarray[Any, Any] = results["imgs"]
+        return images
+
+    return read

@@ -190,7 +190,7 @@ def gathered(value: T) -> list[T]:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What its user can cause is one line on standard error and exit code 1.
+    """Run a script's `main`. What its user can cause is one line on standard error and exit code 1, or 130 if interrupted.
 
     In a distributed run a process that fails does not wait for the others, which may wait for it; torchrun ends them.
     """
@@ -199,6 +199,8 @@ def command(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     except TooManyBadFilesError as error:  # from a loader's process, with its traceback as text before it
         _fail(str(error).rpartition("TooManyBadFilesError: ")[2])
     except torch.OutOfMemoryError as error:
@@ -216,14 +218,14 @@ def command(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     if message:
         print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.is_initialized():
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 def report_bad_files(path: Path, *datasets: VideoDataset) -> int:

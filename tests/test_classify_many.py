@@ -1,0 +1,199 @@
+"""`examples/classify_many.py` on a Ray of its own: processes are killed while it runs. Needs `pip install "tpn[ray]"`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from scripts import ROOT, run_example
+
+import tpn
+from tpn.video.motion import write_dataset
+
+pytest.importorskip("ray", reason='pip install "tpn[ray]"')
+pq = pytest.importorskip("pyarrow.parquet", reason='pip install "tpn[ray]"')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes to kill in /proc"),
+]
+
+SCRIPT = ROOT / "examples" / "classify_many.py"
+OPTIONS = ["--model", "tpn_slowonly_tiny_motion", "--device", "cpu", "--precision", "float32", "--workers", "2", "--models", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """240 videos and some that are none, and a list of them in an order of its own."""
+    folder = tmp_path_factory.mktemp("many")
+    write_dataset(folder / "videos", 18, seed=3)
+    paths = sorted(folder.rglob("*.mp4"))[:240]
+    (folder / "videos" / "empty.mp4").touch()
+    (folder / "videos" / "text.mp4").write_text("no video\n" * 50)
+    paths[100:100] = [folder / "videos" / name for name in ("empty.mp4", "missing.mp4", "text.mp4")]
+    lines = "".join(f"{path.relative_to(folder)}\n" for path in paths[::-1])
+    (folder / "list.txt").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """What a simple loop gives."""
+    classify = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True)
+    paths = [folder / line for line in (folder / "list.txt").read_text().splitlines()]
+    return list(zip(paths, classify.predict_each(paths), strict=True))
+
+
+class Run:
+    """The script, and whatever Ray starts for it."""
+
+    def __init__(self, *args, script=SCRIPT):
+        self.mark = f"TPN_TEST_RUN={uuid.uuid4().hex}".encode()
+        name, value = self.mark.decode().split("=")
+        env = os.environ | {name: value, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(script), *map(str, args), *OPTIONS]
+        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def processes(self, name=b""):
+        """Those of this run that are alive, by a part of their command line."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdecimal() and self.mark in (folder / "environ").read_bytes().split(b"\0"):
+                    line = (folder / "cmdline").read_bytes()
+                    if line and name in line:
+                        found.append(int(folder.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has just ended, or is not ours
+                continue
+        return found
+
+    def wait_for(self, what, seconds=120):
+        end = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.05)
+        return found
+
+    def end(self):
+        said, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, said
+        return said
+
+
+def assert_complete(output, expected, shard_size):
+    shards = sorted(output.glob("shard-*.parquet"))
+    assert len(shards) == -(-len(expected) // shard_size)
+    labels = json.loads(pq.read_schema(shards[0]).metadata[b"labels"])
+    rows = pq.read_table(output).to_pylist()
+    assert [row["index"] for row in rows] == list(range(len(expected)))
+    for row, (path, result) in zip(rows, expected, strict=True):
+        assert row["path"] == str(path)
+        if isinstance(result, Exception):
+            assert row["error"] == str(result)
+            assert row["label"] is row["probs"] is None
+            continue
+        assert row["error"] is None
+        assert row["probs"] == pytest.approx(result.probs.tolist(), abs=1e-5)
+        assert (row["label"], row["probability"]) == (result.top(1)[0][0], max(row["probs"]))
+        assert tuple(labels) == result.labels
+
+
+def test_a_killed_model_process_costs_nothing(folder, expected, tmp_path):
+    run = Run(folder / "list.txt", "--output", tmp_path / "out", "--shard-size", 20)
+    run.wait_for(lambda: list((tmp_path / "out").glob("shard-*")))
+    workers = run.processes(b"MapWorker(MapBatches(Classify")
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    said = run.end()
+    assert "240 videos classified, 3 could not be read" in said
+    assert_complete(tmp_path / "out", expected, 20)
+    run.wait_for(lambda: not run.processes(), seconds=20)
+
+
+def test_a_killed_run_is_continued(folder, expected, tmp_path):
+    out = tmp_path / "out"
+    run = Run(folder / "list.txt", "--output", out, "--shard-size", 20)
+    run.wait_for(lambda: len(list(out.glob("shard-*"))) > 2)
+    run.process.kill()
+    run.process.communicate()
+    run.wait_for(lambda: not run.processes(b"ray::Map"), seconds=60)  # Ray's own agents take a minute
+    done = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert 2 < len(done) < 13
+
+    said = Run(folder / "list.txt", "--output", out, "--shard-size", 20).end()
+    assert f"{20 * len(done)} of 243 videos are done already" in said
+    assert_complete(out, expected, 20)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert "243 of 243 videos are done already" in Run(folder / "list.txt", "--output", out, "--shard-size", 20).end()
+
+    other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 30, *OPTIONS, check=False)
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert "holds results of another model, precision, list or size of shards; take another --output" in other.stderr
+
+
+def test_a_video_that_kills_its_reader(folder, tmp_path):
+    """Its process dies whenever it is read; then it is a row, as other bad files are."""
+    names = (folder / "list.txt").read_text().splitlines()[:40]
+    killer = names[7]
+    pq.write_table(pq.read_table(_parquet(tmp_path, names)), tmp_path / "list.parquet")
+    source = SCRIPT.read_text()
+    place = "    try:\n        frames, clips = decode.sample_frames"
+    assert source.count(place) == 1
+    changed = source.replace(place, f"    if path.endswith({killer!r}):\n        os.kill(os.getpid(), 9)\n{place}")
+    (tmp_path / "changed.py").write_text(changed)
+    options = ["--root", folder, "--column", "file", "--output", tmp_path / "out"]
+    said = Run(tmp_path / "list.parquet", *options, script=tmp_path / "changed.py").end()
+    assert "39 videos classified, 1 could not be read" in said
+    (row,) = (row for row in pq.read_table(tmp_path / "out").to_pylist() if row["error"])
+    assert row["path"].endswith(killer)
+    assert row["error"].endswith(": the process that read it died 2 times")
+
+
+def _parquet(folder, names):
+    import pyarrow as pa
+
+    path = folder / "names.parquet"
+    pq.write_table(pa.table({"number": list(range(len(names))), "file": names}), path)
+    return path
+
+
+def test_what_is_wrong_with_us_stops_the_run(folder, tmp_path):
+    source = SCRIPT.read_text()
+    place = "            results = self.classify.classify_each("
+    assert source.count(place) == 1
+    (tmp_path / "changed.py").write_text(source.replace(place, f"            1 / 0\n{place}"))
+    run = Run(folder / "videos", "--output", tmp_path / "out", script=tmp_path / "changed.py")
+    said, _ = run.process.communicate(timeout=240)
+    assert run.process.returncode == 1
+    assert "ZeroDivisionError" in said
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        ("", [], "list.txt: no videos in it"),
+        (None, [], "list.txt: No such file or directory"),
+        ("v.mp4\n", ["--views", "3"], "views must be CLIPSxCROPS"),
+        ("v.mp4\n", ["--model", "tpn_slow"], "unknown model"),
+        ({"file": ["v.mp4"]}, [], "has no column 'path', but file; see --column"),
+        ({"path": ["v.mp4", None]}, [], "row 2 is no path: None"),
+    ],
+)
+def test_errors_before_anything_starts(tmp_path, content, options, says):
+    import pyarrow as pa
+
+    videos = tmp_path / ("list.parquet" if isinstance(content, dict) else "list.txt")
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), videos)
+    elif content is not None:
+        videos.write_text(content)
+    done = run_example("classify_many", videos, "--output", tmp_path / "out", *OPTIONS, *options, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{re.escape(says)}.*\n", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
