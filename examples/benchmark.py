@@ -206,7 +206,7 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
 
         reference = reader(spec)
         crops, places = read()
-        ours = torch.stack([crop[torch.from_numpy(clip)] for clip in places for crop in crops]).transpose(1, 2)
+        ours = torch.stack([crop[torch.from_numpy(clip)] for crop in crops for clip in places]).transpose(1, 2)
         difference = (ours.int() - torch.from_numpy(reference(video)).int()).abs().max()
         print(f"mmaction2 and tpn read the same pixels, within {difference} of 255")
         runs[f"mmaction2 {what}"] = lambda: reference(video)

@@ -86,7 +86,7 @@ def with_reference(model: tpn.TPNClassifier) -> Reference:
 
 
 def reader(spec: tpn.InputSpec) -> Callable[[Path], np.ndarray[Any, Any]]:
-    """The reference's reading of a video for a dense test: uint8 (views, 3, T, S, S), all crops of clip 0 first."""
+    """The reference's reading of a video for a dense test: uint8 (views, 3, T, S, S), all clips of crop 0 first."""
     import mmaction.datasets.transforms  # noqa: F401
     from mmaction.registry import TRANSFORMS
 
