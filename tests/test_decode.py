@@ -154,6 +154,17 @@ def test_short_side_resizes_while_reading(tmp_path):
     assert torch.equal(read_frames(path, [1, 4], short_side=20), resize_short_side(read_frames(path, [1, 4]), 20))
 
 
+@pytest.mark.parametrize("short_side", [None, 20])
+@pytest.mark.parametrize("indices", [[3], [0, 1, 2, 3], range(9), [2, 2, 8, 5]])
+def test_frames_that_go_to_a_device_several_at_a_time(tmp_path, monkeypatch, short_side, indices):
+    path = write_video(tmp_path / "v.mp4", 9)
+    expected = read_frames(path, indices, short_side=short_side)
+    monkeypatch.setitem(decode.UPLOADS, "cpu", 3)
+    assert torch.equal(read_frames(path, indices, short_side=short_side), expected)
+    with pytest.raises(IndexError, match="the video has 9 frames"):
+        read_frames(path, [0, 9], short_side=short_side)
+
+
 def test_the_larger_of_two_video_streams(tmp_path):
     path = tmp_path / "two.mkv"
     with av.open(str(path), "w") as out:

@@ -145,6 +145,23 @@ def test_reading_keeps_a_bounded_distance(model, video):
     assert len(taken) < 80
 
 
+def test_results_do_not_wait_behind_bad_files(model, video):
+    """Of a device, a batch is waited for when the next one is under way, or when enough has come in behind it."""
+    taken = []
+
+    def sources():
+        yield video
+        for i in range(100):
+            taken.append(i)
+            yield "missing.mp4"
+
+    classify = VideoClassifier(model, batch_size=9, workers=2)
+    classify._mix_videos = True
+    first = next(classify.predict_each(sources()))
+    assert first.probs.shape == (5,)
+    assert len(taken) <= 9 + 2 + 2
+
+
 def test_stopping_early_leaves_no_thread(model, video):
     before = threading.active_count()
     for _ in VideoClassifier(model, workers=4).predict_each([video] * 50):

@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from tpn import InputSpec
+from tpn.video import transforms
 from tpn.video.transforms import adjust_hue, center_crop, normalize, resize_short_side, three_crop
 
 PIXELS = np.load(Path(__file__).parent / "fixtures" / "pixels.npz")
@@ -23,6 +24,14 @@ def test_equal_to_the_reference(case):
     assert torch.equal(resized, chw(f"resized_{i}"))
     assert torch.equal(three_crop(resized, case["three_crop"]), chw(f"three_crop_{i}"))
     assert torch.equal(center_crop(resized, case["center_crop"]), chw(f"center_crop_{i}"))
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(31, 47, 20), (20, 20, 33), (64, 17, 16), (9, 200, 8)])
+def test_devices_other_than_the_cpu_give_the_same_pixels(monkeypatch, height, width, size):
+    x = torch.randint(0, 256, (2, 4, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = resize_short_side(x, size)
+    monkeypatch.setattr(transforms, "_resize_by_numpy", transforms._resize_by_torch)
+    assert torch.equal(resize_short_side(x, size), expected)
 
 
 def test_crops_are_start_end_centre_and_keep_leading_dimensions():

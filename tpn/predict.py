@@ -3,8 +3,8 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sized
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -53,11 +53,12 @@ class Prediction:
 
 
 class _Views:
-    """A video whose views are on their way: logits (K,) of each one that is done, on the device."""
+    """A video whose views are on their way: logits (K,) of each one that was put through the model, on the device."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.logits: list[Tensor] = []
+        self.last_batch = 0
 
 
 class VideoClassifier:
@@ -235,34 +236,45 @@ class VideoClassifier:
     ) -> Generator[Prediction | Unreadable]:
         waiting: deque[_Views | Unreadable] = deque()  # in order; the last ones may have views in the batch
         batch: list[tuple[_Views, Tensor]] = []
+        batches = 0
+
+        def run() -> None:
+            nonlocal batches
+            batches += 1
+            self._run(batch, batches, spec, progress)
+            batch.clear()
+
         for video in videos:
             if isinstance(video, Exception):
                 waiting.append(video)
             else:
                 frames, clips = video
-                crops = spec.crop_views(frames.to(self.device))
+                frames = frames.to(self.device)
+                if self.device.type == "cuda":  # it may come from a reading thread's stream
+                    frames.record_stream(torch.cuda.current_stream(self.device))
+                crops = spec.crop_views(frames)
                 views = _Views(len(crops) * len(clips))
                 waiting.append(views)
                 for crop in crops:
                     for clip in clips.to(self.device):
                         batch.append((views, crop.index_select(0, clip)))
                         if len(batch) == self.batch_size:
-                            self._run(batch, spec, progress)
-                            batch = []
-            if batch and (not self._mix_videos or len(waiting) > self.batch_size):
-                self._run(batch, spec, progress)
-                batch = []
-            yield from self._finished(waiting)
+                            run()
+            enough = not self._mix_videos or len(waiting) > self.batch_size
+            if batch and enough:
+                run()
+            # A device is still at its last batch; to wait for that now would leave it idle afterwards.
+            yield from self._finished(waiting, batches if enough else batches - 1)
         if batch:
-            self._run(batch, spec, progress)
-        yield from self._finished(waiting)
+            run()
+        yield from self._finished(waiting, batches)
 
-    def _finished(self, waiting: "deque[_Views | Unreadable]") -> Generator[Prediction | Unreadable]:
-        """Take what is complete from the front."""
+    def _finished(self, waiting: "deque[_Views | Unreadable]", batches: int) -> Generator[Prediction | Unreadable]:
+        """Take from the front what is complete after so many batches."""
         while waiting:
             first = waiting[0]
             if isinstance(first, _Views):
-                if len(first.logits) < first.count:
+                if len(first.logits) < first.count or first.last_batch > batches:
                     return
                 logits = torch.stack(first.logits).cpu()
                 yield Prediction(logits.softmax(dim=1).mean(dim=0), logits, self.labels)
@@ -270,8 +282,8 @@ class VideoClassifier:
                 yield first
             waiting.popleft()
 
-    def _run(self, batch: "list[tuple[_Views, Tensor]]", spec: InputSpec, progress: Progress | None) -> None:
-        """Put a batch of views, uint8 (T, 3, S, S), through the model."""
+    def _run(self, batch: "list[tuple[_Views, Tensor]]", number: int, spec: InputSpec, progress: Progress | None) -> None:
+        """Put a batch of views, uint8 (T, 3, S, S), through the model. number: of the batch."""
         clips = torch.stack([clip for _, clip in batch])
         if self._whole_batches:
             clips = torch.cat((clips, clips[:1].expand(self.batch_size - len(batch), *clips.shape[1:])))
@@ -287,6 +299,7 @@ class VideoClassifier:
                 self.model.train()
         for (views, _), row in zip(batch, logits, strict=False):
             views.logits.append(row)
+            views.last_batch = number
         if progress is not None:
             for views in dict.fromkeys(views for views, _ in batch):
                 progress(len(views.logits), views.count)
@@ -300,9 +313,22 @@ def parse_views(text: str) -> tuple[int, int]:
     return int(clips), int(crops)
 
 
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, let what a reading thread uploads and resizes not wait for the model's work, which was queued before."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 def _read(source: Source, spec: InputSpec, device: torch.device) -> Clips:
     if isinstance(source, str | os.PathLike):
-        frames, place = decode.sample_frames(source, spec.indices, short_side=spec.short_side, device=device)
+        with _side_stream(device):
+            frames, place = decode.sample_frames(source, spec.indices, short_side=spec.short_side, device=device)
         return frames, torch.from_numpy(place)
     video = _channels_first(source)
     wanted, place = np.unique(spec.indices(len(video)), return_inverse=True)

@@ -48,6 +48,9 @@ MIN_SKIP = 24
 ONE_THREAD: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 """For conversions, which older versions of PyAV do in one thread anyway: several have to wait for the decoder's."""
 
+UPLOADS = {"cpu": 0}
+"""Frames that go to a device at once, where it is not the default; 0: none, they are put into their place."""
+
 _here = threading.local()
 
 TEXT_DEMUXERS = {"tty"}
@@ -231,27 +234,47 @@ class _Kept:
         self.count, self.size, self.short_side = count, size, short_side
         self.device = torch.device(device or "cpu")
         self.added = 0
+        self._chunk = UPLOADS.get(self.device.type, 16)
+        self._waiting: list[NDArray[np.uint8]] = []
+        self._stored = 0
         self._reformatter = VideoReformatter()
         self._frames = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
     def add(self, frame: VideoFrame) -> None:
-        image = _to_rgb(self._reformatter, frame, *self.size).transpose(2, 0, 1)
-        resize = self.short_side is not None and min(image.shape[1:]) != self.short_side
-        if resize or self.device.type != "cpu":
-            rgb = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
-            rgb = resize_short_side(rgb, self.short_side) if self.short_side is not None else rgb
-            image = rgb.numpy() if self.device.type == "cpu" else rgb
-        if not self.added:
-            self._frames = torch.empty((self.count, *image.shape), dtype=torch.uint8, device=self.device)
-        place = self._frames[self.added]
-        if isinstance(image, Tensor):
-            place.copy_(image)
-        else:  # by numpy: torch's threads, which stay busy for a while after each operation, would be in the decoder's way
-            np.copyto(place.numpy(), image)
+        image = _to_rgb(self._reformatter, frame, *self.size)
         self.added += 1
+        if self._chunk == 0:
+            self._store_by_numpy(image.transpose(2, 0, 1))
+            return
+        self._waiting.append(image)
+        if len(self._waiting) == self._chunk or self.added == self.count:
+            self._upload()
+
+    def _store_by_numpy(self, image: NDArray[np.uint8]) -> None:
+        """(3, H, W). torch's threads, which stay busy for a while after each operation, would be in the decoder's way."""
+        if self.short_side is not None and min(image.shape[1:]) != self.short_side:
+            image = resize_short_side(torch.from_numpy(np.ascontiguousarray(image)), self.short_side).numpy()
+        np.copyto(self._places(1, image.shape)[0].numpy(), image)
+
+    def _upload(self) -> None:
+        """Several frames at once: for each, a device takes as long to start its work."""
+        images = torch.from_numpy(np.stack(self._waiting)).to(self.device).permute(0, 3, 1, 2)
+        if self.short_side is not None:
+            images = resize_short_side(images, self.short_side)
+        self._places(len(images), images.shape[1:]).copy_(images)
+        self._waiting.clear()
+
+    def _places(self, number: int, shape: tuple[int, ...]) -> Tensor:
+        """Where the next frames go."""
+        if not self._stored:
+            self._frames = torch.empty((self.count, *shape), dtype=torch.uint8, device=self.device)
+        self._stored += number
+        return self._frames[self._stored - number : self._stored]
 
     def frames(self) -> Tensor:
-        return self._frames[: self.added]
+        if self._waiting:
+            self._upload()
+        return self._frames[: self._stored]
 
 
 def _decode(

@@ -30,16 +30,9 @@ def resize_short_side(x: Tensor, size: int) -> Tensor:
     target = [int(height * scale + 0.5), int(width * scale + 0.5)]
     if target == [height, width]:
         return x
-    images = x.reshape(-1, height, width)
     across, down = _taps(width, target[1], edges_in_weights=True), _taps(height, target[0], edges_in_weights=False)
-    if x.device.type != "cpu":
-        taps = [tuple(torch.from_numpy(v).to(x.device) for v in axis) for axis in (across, down)]
-        return _resize(images.int(), *taps).to(torch.uint8).view(*x.shape[:-2], *target)
-    # Image by image all fits into the cache. numpy keeps to its thread; torch's would be in the way of a decoder's.
-    result = np.empty((len(images), *target), np.uint8)
-    for image, out in zip(images.numpy(), result, strict=True):
-        out[:] = _resize(image[None].astype(np.int32), across, down)[0]
-    return torch.from_numpy(result).view(*x.shape[:-2], *target)
+    resize = _resize_by_numpy if x.device.type == "cpu" else _resize_by_torch
+    return resize(x.reshape(-1, height, width), across, down).view(*x.shape[:-2], *target)
 
 
 def center_crop(x: Tensor, size: int) -> Tensor:
@@ -117,6 +110,20 @@ def _taps(size: int, target: int, *, edges_in_weights: bool) -> tuple[NDArray[np
         outside = (first == second)[:, None]
         w0, w1 = np.where(outside, np.int32(_ONE), w0), np.where(outside, np.int32(0), w1)
     return first, second, w0, w1
+
+
+def _resize_by_torch(images: Tensor, across: tuple[Any, ...], down: tuple[Any, ...]) -> Tensor:
+    """All images at once, on their device."""
+    taps = [tuple(torch.from_numpy(v).to(images.device) for v in axis) for axis in (across, down)]
+    return _resize(images.int(), *taps).to(torch.uint8).contiguous()
+
+
+def _resize_by_numpy(images: Tensor, across: tuple[Any, ...], down: tuple[Any, ...]) -> Tensor:
+    """Image by image, so that all fits into the cache. numpy keeps to its thread; torch's would be in the way of a decoder's."""
+    result = np.empty((len(images), len(down[0]), len(across[0])), np.uint8)
+    for image, out in zip(images.numpy(), result, strict=True):
+        out[:] = _resize(image[None].astype(np.int32), across, down)[0]
+    return torch.from_numpy(result)
 
 
 def _resize(x: Any, across: tuple[Any, ...], down: tuple[Any, ...]) -> Any:
