@@ -5,8 +5,8 @@
     python examples/benchmark.py --against torchvision --only inference  # against torchvision's video models
     python examples/benchmark.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
 
-docs/performance.md records results. `--against mmaction2` needs mmaction2, "mmcv-lite<2.2", mmengine and importlib_metadata
-from PyPI, and no transformers, which its old code cannot import. Both sides must give the same logits before either is timed.
+docs/performance.md records results. `--against mmaction2` needs what `NEEDED` in mmaction2.py says. Both sides must give the same
+logits before either is timed.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import platform
 import resource
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,7 @@ def measure_memory(bench: Bench, args: argparse.Namespace, spec: tpn.InputSpec) 
             ms = 1e3 * found[1]
             rows.append({"what": what, "ms": ms, "ratio": (rows or [{"ms": ms}])[0]["ms"] / ms, "memory_gib": found[0] / 2**30})
     size = f"{batch_size} x {spec.num_frames} x {spec.crop_size} x {spec.crop_size}"
-    bench.record(f"memory of a training step beyond the model, {args.model}: {size}", rows)
+    bench.record(f"memory of a training step: {args.model}, {size}, beyond the model", rows)
 
 
 def sample_video(folder: Path, seconds: int = 10) -> Path:
@@ -195,12 +197,17 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
                 if number == last:
                     break
 
-    def read() -> tuple[list[Tensor], NDArray[np.int64]]:
-        frames, places = decode.sample_frames(video, spec.indices, short_side=spec.short_side)
-        return spec.crop_views(frames), places
+    def read(views: tpn.InputSpec = spec) -> tuple[list[Tensor], NDArray[np.int64]]:
+        frames, places = decode.sample_frames(video, views.indices, short_side=views.short_side)
+        return views.crop_views(frames), places
 
+    # A thread that decodes beside others, as in predict_each: what it takes of one core.
+    alone = ThreadPoolExecutor(1, initializer=decode.decode_in_one_thread)
+    single = replace(spec, num_clips=1, num_crops=1, flip=False)
     what = f"{spec.num_clips} clips x {spec.num_crops} crops"
     runs: dict[str, Run] = {"decoding alone": decode_only, f"tpn {what}": read}
+    runs[f"tpn {what}, one thread"] = lambda: alone.submit(read).result()
+    runs["tpn 1 clip x 1 crop, one thread"] = lambda: alone.submit(read, single).result()
     if args.against == "mmaction2":
         from mmaction2 import reader
 
@@ -210,7 +217,8 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
         difference = (ours.int() - torch.from_numpy(reference(video)).int()).abs().max()
         print(f"mmaction2 and tpn read the same pixels, within {difference} of 255")
         runs[f"mmaction2 {what}"] = lambda: reference(video)
-    bench.compare(f"reading: {video.name}, {info.num_frames} frames of {info.width} x {info.height}", runs)
+    with alone:
+        bench.compare(f"reading: {video.name}, {info.num_frames} frames of {info.width} x {info.height}", runs)
 
 
 def time_end_to_end(bench: Bench, args: argparse.Namespace, video: Path, model: tpn.TPNClassifier) -> None:

@@ -1,7 +1,4 @@
-"""The reference implementation, MMAction2's TPN on SlowOnly R50 8x8, with the weights of a model of ours.
-
-pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transformers, which its old code cannot import.
-"""
+"""The reference implementation, MMAction2's TPN on SlowOnly R50 8x8, with the weights of a model of ours."""
 
 import sys
 import types
@@ -16,6 +13,10 @@ from torch import Tensor, nn
 import tpn
 from tpn.zoo.convert import convert_state_dict, load_strict
 
+NEEDED = (
+    'pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transformers, which its old code cannot import'
+)
+
 # The package on PyPI lacks a module that its __init__ imports: https://github.com/open-mmlab/mmaction2/issues/2714
 for missing in ("mmaction.models.localizers.drn", "mmaction.models.localizers.drn.drn"):
     sys.modules.setdefault(missing, types.ModuleType(missing)).DRN = None  # type: ignore[attr-defined]
@@ -23,9 +24,12 @@ for missing in ("mmaction.models.localizers.drn", "mmaction.models.localizers.dr
 
 def build(num_classes: int) -> nn.Module:
     """The reference, TPN on SlowOnly R50 8x8, from MMAction2's own modules; randomly initialised."""
-    import mmaction.models  # noqa: F401
-    from mmaction.registry import MODELS
-    from mmengine.registry import init_default_scope
+    try:
+        import mmaction.models  # noqa: F401
+        from mmaction.registry import MODELS
+        from mmengine.registry import init_default_scope
+    except ImportError as error:
+        raise ValueError(f"the reference cannot be imported ({error}); it needs {NEEDED}") from error
 
     init_default_scope("mmaction")
     backbone = {"type": "ResNet3dSlowOnly", "depth": 50, "pretrained": None, "lateral": False, "out_indices": (2, 3)}

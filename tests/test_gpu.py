@@ -1,0 +1,91 @@
+"""What differs on a GPU: precision, CUDA graphs, uploads by reading threads, training in half precision."""
+
+import json
+
+import pytest
+import torch
+from scripts import run_example
+from videos import write_video
+
+import tpn
+from tpn.video.motion import write_dataset
+from tpn.video.transforms import resize_short_side
+
+DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+FAMILIES = ["tpn_slowonly_r50_k400", "tpn_slowonly_r101_k400", "tpn_tsm_r50_sthv1", "slowonly_r50_k400"]
+
+
+@pytest.fixture(scope="module")
+def motion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("motion")
+    write_dataset(folder, 4, seed=11)
+    return folder
+
+
+def clips_of(model, batch):
+    size = model.input_spec.crop_size
+    return torch.randn(batch, 3, model.input_spec.num_frames, size, size, device=DEVICE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float16_keeps_the_probabilities(name):
+    torch.manual_seed(0)
+    model = tpn.create_model(name).to(DEVICE).eval()
+    fast = tpn.optimize(model)
+    assert fast.report.dtype == torch.float16
+    x = clips_of(model, 4)
+    with torch.inference_mode():
+        expected, got = model(x).softmax(dim=1), fast(x).softmax(dim=1)
+    assert (expected - got).abs().max() < 5e-3
+    assert fast.report.max_difference < 5e-3
+
+
+@pytest.mark.parametrize("name", ["tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"])
+def test_compiled_with_and_without_graphs(name):
+    model = tpn.create_model(name).to(DEVICE).eval()
+    plain = tpn.optimize(model)
+    small, large = clips_of(model, 1), clips_of(model, 8)
+    fast = tpn.optimize(model, compile=True, sample=small)
+    first = fast(small)
+    other = fast(-small)  # where a graph writes, it writes again
+    for x, got in ((small, first), (-small, other), (large, fast(large)), (small, fast(small))):
+        assert (got.softmax(dim=1) - plain(x).softmax(dim=1)).abs().max() < 5e-3
+    assert torch.equal(fast(small), first)
+
+
+def test_pixels_are_those_of_the_cpu():
+    x = torch.randint(0, 256, (8, 3, 90, 121), dtype=torch.uint8)
+    assert torch.equal(resize_short_side(x.to(DEVICE), 64).cpu(), resize_short_side(x, 64))
+
+
+def test_many_videos_as_on_the_cpu(motion):
+    """Several threads upload, batches hold views of several videos."""
+    videos = [*sorted(motion.rglob("*.mp4")), motion / "missing.mp4"]
+    on_cpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, device="cpu")
+    for options in ({}, {"precision": "auto"}, {"precision": "auto", "compile": True}):
+        on_gpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, device=DEVICE, workers=4, **options)
+        for expected, got in zip(on_cpu.predict_each(videos), on_gpu.predict_each(videos), strict=True):
+            assert type(expected) is type(got)
+            if isinstance(expected, tpn.Prediction):
+                assert (expected.probs - got.probs).abs().max() < 5e-3
+                assert expected.top(1)[0][0] == got.top(1)[0][0]
+
+
+def test_larger_frames_are_resized_there(tmp_path):
+    video = write_video(tmp_path / "v.mp4", 40, size=(200, 136))
+    model = "tpn_slowonly_tiny_motion"
+    on_cpu, on_gpu = (tpn.VideoClassifier(model, pretrained=True, device=device)(video) for device in ("cpu", DEVICE))
+    assert (on_cpu.probs - on_gpu.probs).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    "options", [["--amp", "float16"], ["--amp", "bfloat16", "--compile"], ["--amp", "float32", "--checkpointing"]]
+)
+def test_training_learns(motion, tmp_path, options):
+    common = ["--recipe", "motion", "--train", motion, "--val", motion, "--output", tmp_path / "run", "--workers", 2]
+    small = ["--epochs", 3, "--batch-size", 8, "--model-args", '{"drop_rate": 0.0}', "--device", DEVICE]
+    run_example("train", *common, *small, *options)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
