@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 import tpn
 from tpn.models.layers import channels_last
-from tpn.optimize import fastest_dtype
 from tpn.training import command, positive_int, whole_file
 from tpn.video import decode
 from tpn.video.encode import write_video
@@ -247,19 +246,20 @@ TORCHVISION = {  # frames and side of a clip, as its documentation says the accu
 
 def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifier) -> None:
     """torchvision's video models, in the same precision, with the accuracies that their publishers report."""
-    half = fastest_dtype(args.device)
-    optimized = tpn.optimize(model, half, compile=args.compile)
+    # On a CPU in float32: some of them have no bfloat16 there.
+    dtype = torch.float16 if args.device.type == "cuda" else torch.float32
+    optimized = tpn.optimize(model, dtype, compile=args.compile)
     spec = model.input_spec
     clips = torch.randn(args.batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size, device=args.device)
-    name = str(half).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     about = tpn.model_info(args.model)
     label = f"{about.weights.model} {about.weights.reported_top1:.1f} %, {spec.num_frames} frames, {name}"
     runs: dict[str, Run] = {label: in_batches(optimized, clips, args.batch_size)}
     for other, (frames, size) in TORCHVISION.items():
         weights = torchvision.models.get_model_weights(other).DEFAULT
-        network = torchvision.models.get_model(other).eval().to(args.device, half)
+        network = torchvision.models.get_model(other).eval().to(args.device, dtype)
         shape = (args.batch_size, 3, frames, size, size)
-        x = torch.randn(shape, device=args.device, dtype=half).contiguous(memory_format=torch.channels_last_3d)
+        x = torch.randn(shape, device=args.device, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
         top1 = weights.meta["_metrics"]["Kinetics-400"]["acc@1"]
         label = f"{other} {top1:.1f} %, {frames} frames, {name}"
         runs[label] = in_batches(torch.compile(network) if args.compile else network, x, args.batch_size)

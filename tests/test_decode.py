@@ -137,6 +137,41 @@ def test_seeking_spares_what_lies_between(tmp_path, monkeypatch, name):
     assert decoded(path, [5, 23], monkeypatch) == 24  # too near to jump
 
 
+def test_a_frame_far_behind_is_found_by_its_key_frame(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 300, codec="libx264", g=50, sc_threshold=0)
+    every = read_frames(path, range(300))
+    indexed, index_of = [], decode._index
+    monkeypatch.setattr(decode, "_index", lambda *args: indexed.append(args) or index_of(*args))
+    assert torch.equal(read_frames(path, [280, 3]), every[[280, 3]])
+    assert len(indexed) == 1
+    assert torch.equal(read_frames(path, [3, 100]), every[[3, 100]])
+    assert len(indexed) == 1
+    with pytest.raises(IndexError, match="frame 400 was asked for, the video has 300 frames"):
+        read_frames(path, [400])
+
+
+def test_counting_keeps_no_packets(tmp_path):
+    """A long video is as large as its packets; what is known of them is not."""
+
+    class Packet:
+        alive = peak = 0
+        size, is_discard, dts = 1, False, None
+
+        def __init__(self, pts):
+            self.pts, self.is_keyframe = pts, pts % 10 == 0
+            Packet.alive += 1
+            Packet.peak = max(Packet.peak, Packet.alive)
+
+        def __del__(self):
+            Packet.alive -= 1
+
+    container = SimpleNamespace(demux=lambda _: (Packet(i) for i in range(100)), format=SimpleNamespace(name="matroska,webm"))
+    stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
+    index = decode._index(container, stream)
+    assert (index.count, len(index.keys)) == (100, 10)
+    assert Packet.peak <= 2
+
+
 def test_a_decoder_that_gives_other_frames_than_promised_has_the_last_word(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=20)
     index_of = decode._index

@@ -160,6 +160,41 @@ def test_training_page(machine, tmp_path):
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 4e6
 
 
+PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
+
+
+@pytest.mark.slow
+def test_performance_page(machine, hub):
+    folder, env = machine
+    first, _ = snippets("python", PERFORMANCE_PAGE.read_text(encoding="utf-8"))
+    said, _ = run_python(first, folder, **env)
+    report, good, bad = said.splitlines()
+    assert "folded_norms=75" in report
+    assert re.match(r"\[\('.+', 0\.\d+\)\]", good)
+    assert "missing.mp4" in bad
+
+
+@pytest.mark.slow
+def test_a_million_videos_of_the_performance_page(machine):
+    """Two of them."""
+    pytest.importorskip("ray", reason='pip install "tpn[ray]"')
+    pq = pytest.importorskip("pyarrow.parquet", reason='pip install "tpn[ray]"')
+    import pyarrow
+
+    folder, env = machine
+    page = PERFORMANCE_PAGE.read_text(encoding="utf-8")
+    pq.write_table(pyarrow.table({"path": ["video.mp4", "missing.mp4"]}), folder / "videos.parquet")
+    (command,) = (line for block in snippets("bash", page) for line in block.splitlines() if "classify_many" in line)
+    shutil.copytree(ROOT / "examples", folder / "examples", dirs_exist_ok=True)
+    command = command.replace("python ", f"{sys.executable} ")
+    done = subprocess.run(command, shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1 videos classified, 1 could not be read; results" in done.stdout
+    _, last = snippets("python", page)
+    said, _ = run_python(last, folder, **env)
+    assert "video.mp4" in said
+
+
 def test_recipes_of_the_training_page():
     rows = re.findall(
         r"^\| `([\w-]+)` \| `(\w+)` \| (\w+) \| (\S+) \| (\d+) \|$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE

@@ -45,6 +45,9 @@ SEEK_BY = {
 MIN_SKIP = 24
 """Frames that a seek must spare: it costs about as much as decoding a few."""
 
+FAR = 10 * MIN_SKIP
+"""So many frames between two that are wanted are worth a look at all packets, to find out which can be passed over."""
+
 ONE_THREAD: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 """For conversions, which older versions of PyAV do in one thread anyway: several have to wait for the decoder's."""
 
@@ -103,7 +106,11 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     if wanted.ndim != 1 or wanted.size == 0 or wanted.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
     distinct, place = np.unique(wanted, return_inverse=True)
-    frames, decoded = _decode(path, distinct, short_side, None, _Index(0))
+    index = _Index(0)
+    if np.diff(distinct, prepend=-1).max() > FAR:
+        with _open(path) as (container, stream):
+            index = _index(container, stream)
+    frames, decoded = _decode(path, distinct, short_side, None, index)
     if len(frames) < len(distinct):
         raise IndexError(f"{path}: frame {wanted.max()} was asked for, the video has {decoded} frames")
     return frames if np.array_equal(distinct, wanted) else frames[torch.from_numpy(place)]
@@ -198,13 +205,18 @@ class _Index:
 
 
 def _index(container: InputContainer, stream: VideoStream) -> _Index:
-    packets = [p for p in container.demux(stream) if p.size]
-    count = sum(not p.is_discard for p in packets)
-    timed = [(p.pts, p.dts if p.dts is not None else p.pts, p.is_keyframe) for p in packets if p.pts is not None]
+    size = count = 0  # of all packets, of those that show a frame
+    timed = []
+    for packet in container.demux(stream):  # none is kept: together they are as large as the file
+        if packet.size:
+            size += 1
+            count += not packet.is_discard
+            if packet.pts is not None:
+                timed.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
     place = {pts: i for i, pts in enumerate(sorted(pts for pts, _, _ in timed))}
     by = SEEK_BY.get((container.format.name, stream.codec_context.name))
     # Every packet must be a frame of its own, at a time of its own, and the first one a key frame with nothing before it.
-    if by is None or not timed or not len(place) == len(timed) == len(packets) == count:
+    if by is None or not timed or not len(place) == len(timed) == size == count:
         return _Index(count)
     first, _, is_key = timed[0]
     if place[first] > 0 or not is_key:
