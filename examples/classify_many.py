@@ -1,6 +1,6 @@
 """Classify very many videos with Ray Data, on one machine or on a cluster.
 
-    pip install "tpn[ray]"
+    pip install ".[ray]"
     python examples/classify_many.py videos.parquet --output results
     python examples/classify_many.py videos.parquet --output results --address auto --models 8 --workers 200
 

@@ -1,4 +1,4 @@
-"""`examples/classify_many.py` on a Ray of its own: processes are killed while it runs. Needs `pip install "tpn[ray]"`."""
+"""`examples/classify_many.py` on a Ray of its own: processes are killed while it runs. Needs `pip install ".[ray]"`."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from scripts import ROOT, run_example
 import tpn
 from tpn.video.motion import write_dataset
 
-pytest.importorskip("ray", reason='pip install "tpn[ray]"')
-pq = pytest.importorskip("pyarrow.parquet", reason='pip install "tpn[ray]"')
+pytest.importorskip("ray", reason='pip install ".[ray]"')
+pq = pytest.importorskip("pyarrow.parquet", reason='pip install ".[ray]"')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes to kill in /proc"),

@@ -177,8 +177,8 @@ def test_performance_page(machine, hub):
 @pytest.mark.slow
 def test_a_million_videos_of_the_performance_page(machine):
     """Two of them."""
-    pytest.importorskip("ray", reason='pip install "tpn[ray]"')
-    pq = pytest.importorskip("pyarrow.parquet", reason='pip install "tpn[ray]"')
+    pytest.importorskip("ray", reason='pip install ".[ray]"')
+    pq = pytest.importorskip("pyarrow.parquet", reason='pip install ".[ray]"')
     import pyarrow
 
     folder, env = machine
