@@ -75,7 +75,9 @@ def parse_args() -> argparse.Namespace:
 def find_videos(videos: Path, root: Path | None, column: str) -> list[str]:
     """The paths of all videos, in order."""
     if videos.is_dir():
-        paths = [str(path) for path in videos_below(videos)]
+        if root is not None:
+            raise ValueError(f"--root is for paths in lists; {videos} is a folder")
+        paths = [os.path.abspath(path) for path in videos_below(videos)]
     else:
         if videos.suffix == ".parquet":
             table = pq.read_table(videos)

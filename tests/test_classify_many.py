@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, run_example
+from scripts import ROOT, example, run_example
 
 import tpn
 from tpn.video.motion import write_dataset
@@ -172,6 +172,19 @@ def test_what_is_wrong_with_us_stops_the_run(folder, tmp_path):
     assert run.process.returncode == 1
     assert "ZeroDivisionError" in said
     assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_paths_are_absolute(tmp_path, monkeypatch):
+    find = example("classify_many").find_videos
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    (tmp_path / "list.txt").write_text("videos/a.mp4\n")
+    monkeypatch.chdir(tmp_path)
+    expected = [str(tmp_path / "videos" / "a.mp4")]
+    assert find(Path("videos"), None, "path") == find(Path("list.txt"), None, "path") == expected
+    assert find(Path("list.txt"), Path("..", tmp_path.name), "path") == expected
+    with pytest.raises(ValueError, match="--root is for paths in lists; videos is a folder"):
+        find(Path("videos"), tmp_path, "path")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,30 +87,119 @@ def test_decoding_stops_after_the_last_frame_needed(tmp_path, monkeypatch):
     assert len(pulled) == 8
 
 
-CODECS = [
-    ("v.mp4", "libx264", {"g": 30, "bf": 3}),
-    ("v.mkv", "libx264", {"g": 30, "x264-params": "open-gop=1:bframes=4"}),
-    ("v.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=30"}),
-    ("v.mp4", "libx265", {"x265-params": "keyint=30:open-gop=1:log-level=0"}),
-    ("v.webm", "libvpx-vp9", {"g": 30, "deadline": "realtime", "cpu-used": 8}),
-    ("v.mp4", "mpeg4", {"g": 30, "bf": 2}),
-    ("v.avi", "mpeg4", {"g": 30}),
-    ("v.ts", "libx264", {"g": 30}),
-    ("v.webm", "libvpx", {"g": 30, "auto-alt-ref": 1, "lag-in-frames": 12}),
+CODECS = [  # and whether frames of such a file are found by key frames
+    ("v.mp4", "libx264", {"g": 30, "bf": 3}, True),
+    ("v.mkv", "libx264", {"g": 30, "x264-params": "open-gop=1:bframes=4"}, True),
+    ("v.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=30"}, False),
+    ("v.mp4", "libx265", {"x265-params": "keyint=30:open-gop=1:log-level=0"}, True),
+    ("v.webm", "libvpx-vp9", {"g": 30, "deadline": "realtime", "cpu-used": 8}, True),
+    ("v.webm", "libsvtav1", {"g": 30, "preset": 10, "svtav1-params": "lp=1"}, True),
+    ("v.mp4", "mpeg4", {"g": 30, "bf": 2}, False),
+    ("v.avi", "mpeg4", {"g": 30}, False),
+    ("v.ts", "libx264", {"g": 30}, False),
+    ("v.webm", "libvpx", {"g": 30, "auto-alt-ref": 1, "lag-in-frames": 12}, False),
 ]
 
 
-@pytest.mark.parametrize(("name", "codec", "options"), CODECS, ids=lambda value: value if isinstance(value, str) else None)
-def test_seeking_gives_exactly_the_frames_that_decoding_everything_gives(tmp_path, name, codec, options):
+def by_key_frames(path, wanted):
+    with decode._open(path) as (container, stream):
+        index = decode._index(container, stream)
+    return decode._decode_from_keys(path, np.array(wanted), None, None, index)
+
+
+@pytest.mark.parametrize("start", [0, 700])
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "seeks"), CODECS, ids=lambda value: value if isinstance(value, str) else None
+)
+def test_seeking_gives_exactly_the_frames_that_decoding_everything_gives(tmp_path, name, codec, options, seeks, start):
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
-    path = write_video(tmp_path / name, 200, codec=codec, **options)
+    path = write_video(tmp_path / name, 200, codec=codec, pts=range(start, start + 800, 4), **options)
     every = read_frames(path, range(200))
+    assert (by_key_frames(path, [190]) is not None) == seeks
     rng = np.random.default_rng(0)
     for _ in range(10):
         wanted = np.unique(rng.integers(0, 200, rng.integers(1, 5)))
         frames, place = sample_frames(path, lambda total, wanted=wanted: wanted)
         assert torch.equal(frames[torch.from_numpy(place)], every[torch.from_numpy(wanted)])
+
+
+def test_packets_without_a_frame(tmp_path):
+    """MPEG-4 part 2 may say "nothing new" (vop_coded is 0). Frames are numbered as the decoder gives them."""
+    path = write_video(tmp_path / "v.mp4", 200, codec="mpeg4", g=30, bf=0)
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for position, _ in packets[35:38] + packets[41:46]:
+        head = int.from_bytes(data[position : position + 8], "big")
+        assert (
+            head >> 32 == 0x1B6
+        )  # start of a picture; then two bits of its type, ones up to a zero, and 7 bits of time between ones
+        bit = 29
+        while head >> bit & 1:
+            bit -= 1
+        bit -= 10
+        assert head >> bit & 1
+        data[position : position + 8] = (head & ~(1 << bit)).to_bytes(8, "big")
+    path.write_bytes(data)
+    assert decode.verify(path) == 192
+    every = read_frames(path, range(192))
+    for wanted in ([130], [5, 130], [20, 40, 191]):
+        frames, _ = sample_frames(path, lambda total, wanted=wanted: np.array(wanted))
+        assert torch.equal(frames, every[wanted])
+
+
+def test_frames_that_only_the_container_calls_key_frames(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 200, codec="mpeg4", g=30)
+    every = read_frames(path, range(200))
+    monkeypatch.setitem(decode.SEEK_BY, ("mov,mp4,m4a,3gp,3g2,mj2", "mpeg4"), "dts")  # a codec whose decoder makes do
+    assert by_key_frames(path, [100]) is not None
+    path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # the table of key frames: without, all are
+    frames, _ = sample_frames(path, lambda total: np.array([100, 190]))
+    assert torch.equal(frames, every[[100, 190]])
+
+
+def test_a_file_that_cannot_be_sought_is_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=30)
+    every = read_frames(path, range(200))
+    open_ = decode._open
+
+    class NoSeek:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def seek(self, *args, **kwargs):
+            raise av.error.PermissionError(1, "no")
+
+    @contextmanager
+    def opened(path):
+        with open_(path) as (container, stream):
+            yield NoSeek(container), stream
+
+    monkeypatch.setattr(decode, "_open", opened)
+    frames, _ = sample_frames(path, lambda total: np.array([150]))
+    assert torch.equal(frames, every[[150]])
+
+
+def test_damage_is_found_in_what_has_to_be_decoded(tmp_path):
+    path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=30, sc_threshold=0, bf=0)
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for position, size in packets[65:75]:
+        data[position + 8 : position + size] = bytes(size - 8)
+    every = read_frames(path, range(200))
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="damaged"):
+        decode.verify(path)
+    frames, _ = sample_frames(path, lambda total: np.array([5, 130]))
+    assert torch.equal(frames, every[[5, 130]])
+    for wanted in ([78], [5, 70, 130]):  # there is a key frame at 64 and at 80
+        with pytest.raises(VideoError, match="damaged"):
+            sample_frames(path, lambda total, wanted=wanted: np.array(wanted))
 
 
 def decoded(path, wanted, monkeypatch):
@@ -194,7 +284,7 @@ def test_short_side_resizes_while_reading(tmp_path):
 def test_frames_that_go_to_a_device_several_at_a_time(tmp_path, monkeypatch, short_side, indices):
     path = write_video(tmp_path / "v.mp4", 9)
     expected = read_frames(path, indices, short_side=short_side)
-    monkeypatch.setitem(decode.UPLOADS, "cpu", 3)
+    monkeypatch.setitem(decode.UPLOADS, "cpu", 3 * expected[0].numel() if short_side is None else 60_000)
     assert torch.equal(read_frames(path, indices, short_side=short_side), expected)
     with pytest.raises(IndexError, match="the video has 9 frames"):
         read_frames(path, [0, 9], short_side=short_side)

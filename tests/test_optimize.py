@@ -140,6 +140,7 @@ class Odd(nn.Module):
         self.read_twice, self.norm1 = nn.Conv3d(3, 8, 1), nn.BatchNorm3d(8)
         self.used_twice, self.norm2 = nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(8)
         self.not_at_once, self.norm3 = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(8)
+        self.by_batch, self.norm5 = nn.Conv3d(8, 8, 1), nn.BatchNorm3d(8, track_running_stats=False)
         self.plain, self.norm4 = nn.Conv3d(8, 8, 3), nn.BatchNorm3d(8)
 
     def forward(self, x):
@@ -147,7 +148,7 @@ class Odd(nn.Module):
         x = x + self.norm1(x)
         x = self.norm2(self.used_twice(self.used_twice(x)))
         x = self.norm3(self.not_at_once(x).relu_())
-        return (self.norm4(self.plain(x)),)
+        return (self.norm4(self.plain(self.norm5(self.by_batch(x)))),)
 
 
 def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
@@ -155,8 +156,9 @@ def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
     model = tpn.TPNClassifier(Odd(), None, tpn.ClassificationHead(8, 5))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm3d):
-            nn.init.normal_(module.running_mean)
             nn.init.normal_(module.bias)
+            if module.running_mean is not None:
+                nn.init.normal_(module.running_mean)
     with pytest.raises(ValueError, match="no input_spec"):
         tpn.optimize(model)
     x = torch.randn(2, 3, 4, 16, 16)
@@ -244,3 +246,17 @@ def test_compiled_classifier_sees_one_size(monkeypatch):
     torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=1e-4, atol=1e-4)
     assert len(sizes) == 3  # the sample, and two batches
     assert len(set(sizes)) == 1
+    sizes.clear()
+    compiled = tpn.optimize(model, "float32", compile=True, sample=clips(model))
+    tpn.VideoClassifier(compiled, batch_size=2)(frames)
+    assert len(sizes) == 3
+    assert len(set(sizes)) == 1
+
+
+def test_hooks_of_a_model_that_is_not_optimized_see_what_the_layers_gave():
+    model = build("tpn_slowonly_r50_k400").eval()
+    seen = {}
+    model.backbone.layer3[0].bn3.register_forward_hook(lambda module, args, result: seen.update(kept=result, copy=result.clone()))
+    with torch.no_grad():
+        model(clips(model))
+    assert torch.equal(seen["kept"], seen["copy"])

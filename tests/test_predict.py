@@ -1,7 +1,9 @@
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,25 @@ def test_reading_keeps_a_bounded_distance(model, video):
         if given == 60:
             break
     assert len(taken) < 80
+
+
+def test_arrays_are_not_kept(model):
+    """Of many large ones, those that are read ahead are there."""
+    alive = weakref.WeakSet()
+
+    def sources():
+        for _ in range(40):
+            array = torch.randint(256, (10, 3, 48, 64), dtype=torch.uint8)
+            alive.add(array)
+            yield array
+
+    classify = VideoClassifier(model, batch_size=8, workers=2)
+    classify._mix_videos = True
+    peak = 0
+    for _ in classify.predict_each(sources(), num_clips=1, num_crops=1):
+        gc.collect()
+        peak = max(peak, len(alive))
+    assert 1 <= peak <= 5
 
 
 def test_results_do_not_wait_behind_bad_files(model, video):

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import channels_last
+from tpn.models.resnet import ResidualBlock
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALL_BATCH = 4
@@ -115,7 +116,8 @@ def optimize(
         model: any TPNClassifier, in training mode or not.
         dtype: what to compute in: torch.float32, float16, bfloat16, or these names. Default: `fastest_dtype`.
         compile: also `torch.compile` it, on a GPU with CUDA graphs for small batches. The first call for a shape of clips then
-            takes up to a minute, so give all of them the same shape. There are no gradients, not even those of the clips.
+            takes up to a minute, so give all of them the same shape. There are no gradients, not even those of the clips, and
+            calls must come from one thread.
         device: where to run. Default: where the model is.
         sample: normalised clips (B, C, T, H, W) to compare on. Default: a clip of random numbers, as large as
             `model.input_spec` says.
@@ -148,6 +150,9 @@ def optimize(
     for conv, norm in pairs:
         fast.set_submodule(conv, _folded(fast.get_submodule(conv), fast.get_submodule(norm)))
         fast.set_submodule(norm, nn.Identity())
+    for module in fast.modules():
+        if isinstance(module, ResidualBlock):
+            module.sum_in_place = True
     channels_last(fast)
     fast.to(wanted).requires_grad_(False)
     fast.head.float()  # a logit of 8 would have steps of 1/16 in bfloat16; the classifier costs next to nothing
@@ -250,7 +255,7 @@ def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, s
     for module in model.modules():
         if type(module) in (nn.Conv2d, nn.Conv3d):
             hooks.append(module.register_forward_hook(after_conv))
-        elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
+        elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d) and module.running_mean is not None:
             hooks.append(module.register_forward_pre_hook(before_norm))
     with _CountReads():
         result, _ = model.forward_with_aux(clips)

@@ -1,7 +1,7 @@
 """A video in, class names out, by the protocol that the weights' accuracy was measured with."""
 
-import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import closing, contextmanager
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpn.models.classifier import TPNClassifier
-from tpn.optimize import optimize
+from tpn.optimize import OptimizedClassifier, optimize
 from tpn.video import decode
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
@@ -119,7 +119,8 @@ class VideoClassifier:
         self.labels = model.labels or tuple(f"class {i}" for i in range(model.num_classes or model.num_features))
         # On a CPU there is nothing to gain, and a result does not depend on what else is classified.
         self._mix_videos = not on_cpu
-        self._whole_batches = compile  # it is compiled anew for every size
+        compiled = compile or (isinstance(model, OptimizedClassifier) and model.report.compiled)
+        self._whole_batches = compiled  # it is compiled anew for every size
         if precision is None and not compile:
             self.model = model.to(self.device)
         else:
@@ -200,12 +201,17 @@ class VideoClassifier:
                 return error
 
         workers = 1 if isinstance(sources, Sized) and len(sources) == 1 else self.workers
-        sources, names = itertools.tee(sources)
-        with closing(read_ahead(read, sources, workers=workers)) as clips:
-            for source, result in zip(names, self._classify_each(clips, spec, progress), strict=True):
-                if isinstance(result, Prediction) and isinstance(source, str | os.PathLike):
-                    result = replace(result, source=os.fspath(source))
-                yield result
+        names: deque[str | None] = deque()  # not the sources, which may be large arrays
+
+        def named() -> Iterator[Source]:
+            for source in sources:
+                names.append(os.fspath(source) if isinstance(source, str | os.PathLike) else None)
+                yield source
+
+        with closing(read_ahead(read, named(), workers=workers)) as clips:
+            for result in self._classify_each(clips, spec, progress):
+                name = names.popleft()
+                yield replace(result, source=name) if isinstance(result, Prediction) else result
 
     def classify_each(
         self, videos: Iterable[Clips | Unreadable], *, progress: Progress | None = None
@@ -250,13 +256,14 @@ class VideoClassifier:
             else:
                 frames, clips = video
                 frames = frames.to(self.device)
-                if self.device.type == "cuda":  # it may come from a reading thread's stream
-                    frames.record_stream(torch.cuda.current_stream(self.device))
+                if self.device.type == "cuda":
+                    frames.record_stream(torch.cuda.current_stream(self.device))  # it may come from a reading thread's
+                    clips = clips.pin_memory()  # else its upload would wait for the batch under way
                 crops = spec.crop_views(frames)
                 views = _Views(len(crops) * len(clips))
                 waiting.append(views)
                 for crop in crops:
-                    for clip in clips.to(self.device):
+                    for clip in clips.to(self.device, non_blocking=True):
                         batch.append((views, crop.index_select(0, clip)))
                         if len(batch) == self.batch_size:
                             run()
@@ -313,13 +320,25 @@ def parse_views(text: str) -> tuple[int, int]:
     return int(clips), int(crops)
 
 
+class _Streams(threading.local):
+    """Those of each thread, by device. Freed memory stays with the stream that it was used on, so they are few."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
     """On a GPU, let what a reading thread uploads and resizes not wait for the model's work, which was queued before."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    if device not in _streams.of:
+        _streams.of[device] = torch.cuda.Stream(device)
+    stream = _streams.of[device]
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()

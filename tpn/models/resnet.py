@@ -27,9 +27,13 @@ def norm(dims: int, channels: int) -> nn.BatchNorm2d | nn.BatchNorm3d:
 
 
 class ResidualBlock(nn.Module):
-    """`relu(branch(x) + shortcut(x))`; the shortcut is a strided 1x1 convolution where the shape changes."""
+    """`relu(branch(x) + shortcut(x))`; the shortcut is a strided 1x1 convolution where the shape changes.
+
+    `sum_in_place` saves memory traffic, and changes what a hook has seen of the last norm: it is for `tpn.optimize`.
+    """
 
     expansion: int
+    sum_in_place = False
     downsample: nn.Sequential | None
 
     def __init__(self, dims: int, in_channels: int, channels: int, stride: int) -> None:
@@ -53,7 +57,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: int) -> Tensor:
         """`args`: what `ResNet.forward_stages` passes to every block; a plain block takes none."""
-        return self.relu(self.branch(x).add_(self.shortcut(x)))
+        return self.sum(self.branch(x), self.shortcut(x))
+
+    def sum(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        return self.relu(branch.add_(shortcut) if self.sum_in_place else branch + shortcut)
 
 
 class BasicBlock(ResidualBlock):

@@ -37,7 +37,7 @@ class ShiftBottleneck(Bottleneck):
     def forward(self, x: Tensor, *args: int) -> Tensor:
         (num_frames,) = args
         shifted = temporal_shift(x, num_frames) if self.shift else x
-        return self.relu(self.branch(shifted).add_(self.shortcut(shifted if self.shift_shortcut else x)))
+        return self.sum(self.branch(shifted), self.shortcut(shifted if self.shift_shortcut else x))
 
 
 class ResNetTSM(ResNet):

@@ -1,7 +1,8 @@
 """Exact frames from video files, with PyAV.
 
 Frames are counted and numbered as the decoder gives them, in presentation order; the header's frame
-count and frame rate are not used. Only the frames asked for are kept, and decoding stops after the last of them.
+count and frame rate are not used. Only the frames asked for are kept, decoding stops after the last of them, and what lies
+between them is passed over where a key frame allows it. So damage is found in what has to be decoded; `verify` decodes all.
 Where the picture's size changes on the way, all frames get that of the first one, as FFmpeg's own tools do it.
 """
 
@@ -38,9 +39,10 @@ av.logging.set_level(None)
 SEEK_BY = {
     (container, codec): timestamp
     for container, timestamp in (("mov,mp4,m4a,3gp,3g2,mj2", "dts"), ("matroska,webm", "pts"))
-    for codec in ("h264", "hevc", "mpeg4", "vp9", "av1", "libdav1d")
+    for codec in ("h264", "hevc", "vp9", "av1", "libdav1d")
 }
-"""Containers that know their key frames, codecs that start anew from one; and the timestamps by which FFmpeg finds them."""
+"""Containers that know their key frames, codecs that start anew from one and give a frame for every packet; and the timestamps by
+which FFmpeg finds them. (A packet of MPEG-4 part 2 may say "nothing new" and give none.)"""
 
 MIN_SKIP = 24
 """Frames that a seek must spare: it costs about as much as decoding a few."""
@@ -52,7 +54,7 @@ ONE_THREAD: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")
 """For conversions, which older versions of PyAV do in one thread anyway: several have to wait for the decoder's."""
 
 UPLOADS = {"cpu": 0}
-"""Frames that go to a device at once, where it is not the default; 0: none, they are put into their place."""
+"""Bytes of frames that go to a device at once, where it is not the default, 16 MB; 0: none, they are put into their place."""
 
 _here = threading.local()
 
@@ -246,7 +248,7 @@ class _Kept:
         self.count, self.size, self.short_side = count, size, short_side
         self.device = torch.device(device or "cpu")
         self.added = 0
-        self._chunk = UPLOADS.get(self.device.type, 16)
+        self._chunk = UPLOADS.get(self.device.type, 16 << 20)
         self._waiting: list[NDArray[np.uint8]] = []
         self._stored = 0
         self._reformatter = VideoReformatter()
@@ -259,7 +261,7 @@ class _Kept:
             self._store_by_numpy(image.transpose(2, 0, 1))
             return
         self._waiting.append(image)
-        if len(self._waiting) == self._chunk or self.added == self.count:
+        if (len(self._waiting) + 1) * image.nbytes > self._chunk or self.added == self.count:
             self._upload()
 
     def _store_by_numpy(self, image: NDArray[np.uint8]) -> None:
@@ -329,8 +331,12 @@ def _decode_from_keys(
         kept = _Kept(len(wanted), size, short_side, device)
         frames = _frames(path, container, stream)
         for number, (key, time) in zip(wanted.tolist(), nearest, strict=True):
-            if key - due > MIN_SKIP:
-                container.seek(time, stream=stream)
+            sought = key - due > MIN_SKIP
+            if sought:
+                try:
+                    container.seek(time, stream=stream)
+                except av.FFmpegError:
+                    return None
                 frames = _frames(path, container, stream)
                 due = key
             while due <= number:
@@ -340,6 +346,8 @@ def _decode_from_keys(
                     continue  # from before the key frame
                 if frame is None or came != due or (frame.width, frame.height) != size:
                     return None
+                if sought and due == key and not frame.key_frame:
+                    return None  # the container calls it one
                 if due == number:
                     kept.add(frame)
                 due += 1

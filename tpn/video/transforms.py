@@ -90,9 +90,16 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     Returns float32 (..., C, T, H, W).
     """
     _check_frames(x, channels=len(mean))
-    shape = (-1, 1, 1)
-    mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=x.device).view(shape) for v in (mean, std))
+    constant = _per_channel.__wrapped__ if torch.compiler.is_compiling() else _per_channel
+    mean_, std_ = (constant(tuple(v), x.device) for v in (mean, std))
     return ((x.float() - mean_) / std_).transpose(-4, -3)
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1). Kept, because to bring it to a GPU waits for all the work that was queued there before."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 @lru_cache(maxsize=32)
