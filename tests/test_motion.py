@@ -1,6 +1,8 @@
 """The rendered data set: deterministic, and silent about its classes in any single frame."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,17 @@ def test_sequence():
     assert np.array_equal(clip[9], clip[10])
     changed = (clip.astype(int) - clip[:1]).any(axis=(0, 3))
     assert 0.01 < changed.mean() < 0.5
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path):
+    """In every process, also those that had other things in memory before."""
+    script = (
+        "import sys; from tpn.video.motion import write_dataset; junk = [bytearray(10**6 + i) for i in range(50)]; del junk\n"
+    )
+    for name in ("a", "b", "c"):
+        subprocess.run(
+            [sys.executable, "-c", f"{script}write_dataset({str(tmp_path / name)!r}, 1, seed=1, num_frames=34)"], check=True
+        )
+    for path in sorted((tmp_path / "a").rglob("*.mp4")):
+        for other in ("b", "c"):
+            assert path.read_bytes() == (tmp_path / other / path.relative_to(tmp_path / "a")).read_bytes()
