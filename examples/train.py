@@ -196,8 +196,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{len(train)} videos do not fill one step of {batch} clips; make --batch-size smaller")
     lr = args.lr * batch / args.lr_batch
     decay = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay, "filter_bias_and_bn": args.optimizer != "sgd"}
-    fused = "fused" in inspect.signature(get_optimizer_class(args.optimizer, bind_defaults=False)).parameters
-    options = {"momentum": args.momentum} | decay | ({"fused": True} if fused and device.type in ("cuda", "cpu") else {})
+    kind = get_optimizer_class(args.optimizer, bind_defaults=False)
+    fused = "fused" in inspect.signature(kind).parameters and device.type in ("cuda", "cpu")
+    if kind is torch.optim.SGD and args.amp == "float16":
+        fused = False  # where the first step overflows, as it often does, its momentum begins with what was in memory
+    options = {"momentum": args.momentum} | decay | ({"fused": True} if fused else {})
     optimizer = create_optimizer_v2(model, args.optimizer, lr, **options)
     milestones = [m + 0.5 / epoch_steps for m in args.milestones]  # timm counts steps from one
     shape = {"warmup_epochs": args.warmup, "warmup_lr": lr / 100, "step_on_epochs": False, "updates_per_epoch": epoch_steps}

@@ -300,7 +300,16 @@ def test_freezing(videos, tmp_path, freeze):
         ["--balanced", "--class-weights", "--label-smoothing", "0.1"],
         ["--aux-weight", "0", "--checkpointing"],
         ["--amp", "bfloat16", "--ema", "0.9", "--layer-decay", "0.8"],
-        ["--amp", "float16", "--no-channels-last", "--clip-grad", "0", "--optimizer", "sgd"],
+        [
+            "--amp",
+            "float16",
+            "--no-channels-last",
+            "--clip-grad",
+            "0",
+            "--optimizer",
+            "sgd",
+            "--deterministic",
+        ],  # no memory is empty
         ["--schedule", "multistep", "--milestones", "1", "--accumulate", "2", "--batch-size", "2"],
         ["--deterministic", "--flip-prob", "0", "--no-color-jitter", "--crop-area", "0.5", "1", "--target-fps", "12"],
     ],
