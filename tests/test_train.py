@@ -309,7 +309,7 @@ def test_freezing(videos, tmp_path, freeze):
             "--optimizer",
             "sgd",
             "--deterministic",
-        ],  # no memory is empty
+        ],  # which fills new memory with NaN
         ["--schedule", "multistep", "--milestones", "1", "--accumulate", "2", "--batch-size", "2"],
         ["--deterministic", "--flip-prob", "0", "--no-color-jitter", "--crop-area", "0.5", "1", "--target-fps", "12"],
     ],
