@@ -253,7 +253,8 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
     clips = torch.randn(args.batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size, device=args.device)
     name = str(dtype).removeprefix("torch.")
     about = tpn.model_info(args.model)
-    label = f"{about.weights.model} {about.weights.reported_top1:.1f} %, {spec.num_frames} frames, {name}"
+    reported = about.weights.reported_top1
+    label = f"{about.weights.model} {'–' if reported is None else f'{reported:.1f} %'}, {spec.num_frames} frames, {name}"
     runs: dict[str, Run] = {label: in_batches(optimized, clips, args.batch_size)}
     for other, (frames, size) in TORCHVISION.items():
         weights = torchvision.models.get_model_weights(other).DEFAULT

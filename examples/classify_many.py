@@ -106,7 +106,9 @@ class Shards:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "_about.json"  # readers of Parquet folders pass over names with _
         if file.exists() and json.loads(file.read_text()) != about:
-            raise ValueError(f"{folder} holds results of another model, precision, list or size of shards; take another --output")
+            raise ValueError(
+                f"{folder} holds results of another model, precision, views, list or size of shards; take another --output"
+            )
         if not file.exists():
             with whole_file(file, "w") as out:
                 json.dump(about, out, indent=1)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 from tpn.models.classifier import TPNClassifier
 from tpn.video.datasets import TooManyBadFilesError, VideoDataset
+from tpn.video.decode import VideoError
 from tpn.zoo.hub import WeightsUnavailableError
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def command(main: Callable[[], None]) -> None:
         _fail(f"{str(error).splitlines()[0]} Try a smaller --batch-size.")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except (ValueError, TypeError, FloatingPointError, WeightsUnavailableError) as error:
+    except (ValueError, TypeError, FloatingPointError, WeightsUnavailableError, VideoError) as error:
         _fail(str(error))
     except RuntimeError as error:
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)):
