@@ -17,7 +17,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray[Any, np.dtype[n
     path = Path(path)
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     with av.open(str(unfinished), "w") as out:
-        # x264's hand-written assembly gives another file in every tenth run.
+        # x264's hand-written assembly gives another file now and then.
         options = {"crf": "20", "preset": "veryfast", "x264-params": "no-asm=1"}
         stream = out.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
