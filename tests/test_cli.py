@@ -187,7 +187,7 @@ def test_results_go_to_a_file_while_the_terminal_shows_progress(folder):
 
 
 def test_a_bug_is_one_line_too(folder, monkeypatch):
-    monkeypatch.setattr(cli, "_facts", lambda name: 1 / 0)
+    monkeypatch.setattr(cli.models, "_facts", lambda name: 1 / 0)
     assert run("info", "x", cwd=folder).stderr == "error: ZeroDivisionError: division by zero (TPN_DEBUG=1 shows where)\n"
     with pytest.raises(ZeroDivisionError):
         run("info", "x", cwd=folder, TPN_DEBUG="1")

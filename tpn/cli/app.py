@@ -1,0 +1,65 @@
+"""The program itself: what all commands share, and how it ends."""
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import tpn
+
+app = typer.Typer(
+    name="tpn",
+    help="Temporal Pyramid Networks for action recognition.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.callback(invoke_without_command=True)
+def _app(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(f"tpn {tpn.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; every failure is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("TPN_DEBUG"):
+            raise
+        expected = isinstance(error, ValueError | TypeError | OSError | tpn.WeightsUnavailableError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
+        sys.exit(1)
+
+
+def check_device(device: str | None) -> str | None:
+    import torch
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
+    return device
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return next(iter(str(error).splitlines()), type(error).__name__)
