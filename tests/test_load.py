@@ -108,8 +108,8 @@ def test_imagenet_start_that_cannot_be_fetched(hub, cache):
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"backbone_pretrained": "kinetics"}, "backbone_pretrained must be 'imagenet' or None, got 'kinetics'"),
-        ({"backbone_pretrained": True}, "backbone_pretrained must be 'imagenet' or None, got True"),
+        ({"backbone_pretrained": "kinetics"}, "backbone_pretrained must be True, False or 'imagenet', got 'kinetics'"),
+        ({"backbone_pretrained": 1.5}, "backbone_pretrained must be True, False or 'imagenet', got 1.5"),
         ({"backbone_pretrained": "imagenet", "pretrained": True}, "pass one of pretrained=True"),
         ({"backbone_pretrained": "imagenet", "checkpoint_path": "x.pth"}, "pass one of pretrained=True"),
     ],

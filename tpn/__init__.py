@@ -10,6 +10,7 @@ from tpn.models.resnet_tsm import ResNetTSM
 from tpn.optimize import OptimizedClassifier, optimize
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import CheckpointError
+from tpn.zoo.custom import build
 from tpn.zoo.hub import UploadError, WeightsUnavailableError
 from tpn.zoo.publish import push_to_hub
 from tpn.zoo.registry import create_model, input_spec, list_models, model_info
@@ -36,6 +37,7 @@ __all__ = [
     "UploadError",
     "VideoClassifier",
     "WeightsUnavailableError",
+    "build",
     "create_model",
     "input_spec",
     "list_models",

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tpn.models.backbones import as_maps
 from tpn.models.heads import AuxHead, ClassificationHead
 
 
@@ -16,7 +17,7 @@ class TPNClassifier(nn.Module):
         backbone: maps a clip (B, C, T, H, W) to a sequence of feature maps, finest level first.
         neck: maps those to one map (`TemporalPyramid`), or None to classify the last one: the baseline.
         head: maps that map to logits.
-        aux_head: maps the first feature map to auxiliary logits for training, or None.
+        aux_head: maps the last feature map but one to auxiliary logits for training, or None.
 
     Attributes:
         num_classes, num_features: K, and the channels that the head pools.
@@ -73,7 +74,32 @@ class TPNClassifier(nn.Module):
         """
         maps = self._feature_maps(x)
         logits = self.forward_head(self._fuse(maps))
-        return logits, None if self.aux_head is None else self.aux_head(maps[0])
+        return logits, None if self.aux_head is None else self.aux_head(maps[-2])
+
+    def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what `forward_features` returns, and the maps on the way there by name.
+
+        names: those wanted; all by default. The backbone's maps are "c4" and "c5" (three levels: "c3" to "c5", and so on; without
+            pyramid only "c5"), the pyramid's are those of `TemporalPyramid.forward_intermediates`.
+
+        Shapes for TPN-SlowOnly R50, clips (B, 3, 8, 224, 224):
+
+        - "c4": (B, 1024, 8, 14, 14), "c5": (B, 2048, 8, 7, 7)
+        - "spatial_modulation.0", ".1": (B, 2048, 8, 7, 7)
+        - "temporal_modulation.0", ".1", "top_down.0", ".1", "bottom_up.0", ".1": (B, 1024, 1, 7, 7)
+        - "top_down_fusion", "bottom_up_fusion", "pyramid_fusion": (B, 2048, 1, 7, 7); the last is the first result
+        """
+        maps = self._feature_maps(x)
+        found = {f"c{6 - len(maps) + i}": each for i, each in enumerate(maps)}
+        if self.neck is None:
+            features = maps[-1]
+        else:
+            found |= cast("Any", self.neck).forward_intermediates(maps)
+            features = found["pyramid_fusion"]
+        unknown = [name for name in names or () if name not in found]
+        if unknown:
+            raise ValueError(f"no intermediate is called {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
+        return features, found if names is None else {name: found[name] for name in names}
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
@@ -117,7 +143,7 @@ class TPNClassifier(nn.Module):
                 f"expected float clips, normalised with the weights' mean and std, got {x.dtype}; "
                 "tpn.input_spec(model).normalize takes uint8 frames"
             )
-        return self.backbone(x)
+        return as_maps(self.backbone(x))
 
     def _fuse(self, maps: Sequence[Tensor]) -> Tensor:
         return maps[-1] if self.neck is None else self.neck(maps)

@@ -152,17 +152,44 @@ class TemporalPyramid(nn.Module):
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.forward_intermediates(features)["pyramid_fusion"]
+
+    def forward_intermediates(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return every map on the way to the result, by name, in the order of their making.
+
+        For the L levels i = 0 (finest) to L - 1, h x w being the coarsest map's size, and T_i' the frames that level i's temporal
+        modulation leaves:
+
+        - "spatial_modulation.i": (B, out_channels, T_i, h, w)
+        - "temporal_modulation.i", "top_down.i", "bottom_up.i": (B, mid_channels, T_i', h, w)
+        - "top_down_fusion", "bottom_up_fusion", and "pyramid_fusion", the result: (B, out_channels, T_out, h, w)
+
+        A pyramid with one flow alone has no maps of the other.
+        """
         self._check(features)
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, levels: Sequence[Tensor]) -> None:
+            found.update({f"{name}.{i}": level for i, level in enumerate(levels)})
+
         levels = [modulate(x) for x, modulate in zip(features, self.spatial_modulation, strict=True)]
+        levels = _same_size(levels)
+        keep("spatial_modulation", levels)
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
+        keep("temporal_modulation", levels)
         flows = []
         if self.flow_order != "bottom_up":
             top_down = self.top_down_flow(levels)
+            keep("top_down", top_down)
             flows.append(self.top_down_fusion(top_down))
+            found["top_down_fusion"] = flows[-1]
         if self.flow_order != "top_down":
             bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
+            keep("bottom_up", bottom_up)
             flows.append(self.bottom_up_fusion(bottom_up))
-        return self.pyramid_fusion(torch.cat(flows, dim=1))
+            found["bottom_up_fusion"] = flows[-1]
+        found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(flows, dim=1))
+        return found
 
     def top_down_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Add each level, stretched in time, to the next finer one, from the coarsest down."""
@@ -189,6 +216,18 @@ class TemporalPyramid(nn.Module):
                     f"the pyramid was built for {frames} frames at level {level}, got {x.shape[2]}; "
                     f"sample {frames} frames, or build the model with num_frames={x.shape[2]}"
                 )
+
+
+def _same_size(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Cut what a level has at its far edges beyond the coarsest one: backbones without padding leave out border pixels."""
+    height, width = levels[-1].shape[3:]
+    for i, x in enumerate(levels):
+        if x.shape[3] < height or x.shape[4] < width:
+            raise ValueError(
+                f"level {i} is {x.shape[3]} x {x.shape[4]} after spatial modulation, smaller than the last one, "
+                f"{height} x {width}; levels go from fine to coarse, and spatial_scales say how much finer each is than the last"
+            )
+    return [x if x.shape[3:] == (height, width) else x[:, :, :, :height, :width] for x in levels]
 
 
 def _per_level(name: str, values: Sequence[int], num_levels: int) -> tuple[int, ...]:

@@ -5,69 +5,46 @@ Each takes `pretrained` and, by keyword,
 - `num_classes`, `in_chans`, `drop_rate` (of the heads), and timm's `pretrained_cfg` (a tag, e.g. "scratch");
 - `num_frames`, `temporal_scales`, `flow_order` of the pyramid; `pyramid=False` leaves it out, auxiliary head included;
 - `zero_init_last`, and for TSM `shift_shortcut`, of the backbone;
-- `backbone_pretrained="imagenet"`, to start the backbone from timm's ImageNet ResNet of its depth (`tv_in1k`);
+- `backbone_pretrained=True`, or "imagenet", to start the backbone from timm's ImageNet ResNet of its depth (`tv_in1k`);
 - `cache_dir`, where weights are kept.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
-    is_model,
-    model_entrypoint,
-    register_model,
     resolve_pretrained_cfg,
 )
 from torch import nn
 
 from tpn.models.classifier import TPNClassifier
-from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.neck import FlowOrder, TemporalPyramid
 from tpn.models.resnet import ResNet
 from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
+from tpn.zoo.assemble import assemble, check_num_frames, describe, register, timm_cfg
 from tpn.zoo.weights import WEIGHTS, Weights, get_weights
 
 
 def _cfg(entry: Weights) -> dict[str, Any]:
     """Describe a weights entry in timm's terms."""
-    spec = entry.input
     return {
+        **timm_cfg(entry.input),
         "url": entry.url or "",
         "file": None if entry.embedded is None else str(entry.embedded),
         "num_classes": entry.dataset.num_classes,
-        "input_size": (3, spec.crop_size, spec.crop_size),
-        "test_input_size": (3, spec.three_crop_size, spec.three_crop_size),
-        "interpolation": "bilinear",
-        "crop_pct": spec.crop_size / spec.short_side,
-        "mean": tuple(round(v / 255, 6) for v in spec.mean),
-        "std": tuple(round(v / 255, 6) for v in spec.std),
         "first_conv": "backbone.conv1",
         "classifier": ("head.fc", "aux_head.fc") if entry.model.startswith("tpn_") else "head.fc",
         "origin_url": entry.url,
-        "paper_name": "Temporal Pyramid Network for Action Recognition",
-        "paper_ids": "arXiv:2004.03548",
     }
 
 
 default_cfgs = generate_default_cfgs({entry.name: _cfg(entry) for entry in WEIGHTS.values()})
-
-
-def _register(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Register with timm; a second import of this module replaces its own entries without timm's warning."""
-    name = function.__name__
-    if is_model(name) and model_entrypoint(name).__module__ == __name__:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return register_model(function)
-    return register_model(function)
 
 
 def _build(
@@ -84,14 +61,12 @@ def _build(
 ) -> TPNClassifier:
     """Put pyramid and heads on a backbone; `lengths` is what each level's temporal modulation leaves of the frames."""
     backbone = make_backbone(out_indices=(2, 3) if pyramid else (3,), **backbone_args)
-    channels = backbone.out_channels
-    head = ClassificationHead(channels[-1], num_classes, drop_rate)
-    if not pyramid:
-        return TPNClassifier(backbone, None, head)
-    if temporal_scales is None:
-        temporal_scales = [max(num_frames // length, 1) for length in lengths]
-    neck = TemporalPyramid(channels, num_frames, temporal_scales=temporal_scales, flow_order=flow_order)
-    return TPNClassifier(backbone, neck, head, AuxHead(channels[0], channels[-1], num_classes, drop_rate))
+    channels, neck = backbone.out_channels, None
+    if pyramid:
+        if temporal_scales is None:
+            temporal_scales = [max(num_frames // length, 1) for length in lengths]
+        neck = TemporalPyramid(channels, num_frames, temporal_scales=temporal_scales, flow_order=flow_order)
+    return assemble(backbone, channels, neck, num_classes=num_classes, drop_rate=drop_rate)
 
 
 def _create(
@@ -115,15 +90,11 @@ def _create(
     if config is not None:
         spec, labels, entry_args = InputSpec.from_dict(config["input_spec"]), tuple(config.get("label_names", ())), {}
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
-    if not isinstance(model_args["num_frames"], int) or model_args["num_frames"] < 1:
-        raise ValueError(f"num_frames must be an integer >= 1, got {model_args['num_frames']!r}")
+    check_num_frames(model_args["num_frames"])
     build = partial(_build, make_backbone)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **{**arch, **model_args})
-    model.model_args = {k: v for k, v in model_args.items() if k != "num_classes"}
-    model.labels = labels if len(labels) == model.num_classes else None
-    same_classes = model.num_classes == (len(labels) if config is None else config.get("num_classes", len(labels)))
-    mirrored = spec.mirrored if same_classes else ()
-    model.input_spec = replace(spec, num_frames=model_args["num_frames"], mirrored=mirrored).for_channels(model.in_chans)
+    num_classes = len(labels) if config is None else config.get("num_classes", len(labels))
+    describe(model, model_args, spec=spec, labels=labels, num_classes=num_classes)
     if pretrained:
         sources.load_pretrained(model, cfg, entry, cache_dir)
     elif backbone_pretrained:
@@ -131,11 +102,11 @@ def _create(
     return model
 
 
-def _check_start(backbone_pretrained: str | None, pretrained: bool) -> None:
-    if backbone_pretrained not in (None, "imagenet"):
-        raise ValueError(f"backbone_pretrained must be 'imagenet' or None, got {backbone_pretrained!r}")
+def _check_start(backbone_pretrained: str | bool | None, pretrained: bool) -> None:
+    if backbone_pretrained not in (None, False, True, "imagenet"):
+        raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
     if backbone_pretrained and pretrained:
-        raise ValueError("pass one of pretrained=True, which loads the whole model, and backbone_pretrained='imagenet'")
+        raise ValueError("pass one of pretrained=True, which loads the whole model, and backbone_pretrained=True")
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)
@@ -146,103 +117,103 @@ _TPN_R101: dict[str, Any] = {"lengths": (2, 1)}
 """The published R101 pyramids leave two frames of the finer level, all others one."""
 
 
-@_register
+@register
 def slowonly_r50_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-50, the baseline without pyramid: 8 frames, every 8th, Kinetics-400."""
     return _create("slowonly_r50_k400", pretrained, _R50, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r50_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-50: 8 frames, every 8th, Kinetics-400."""
     return _create("tpn_slowonly_r50_k400", pretrained, _R50, _TPN, kwargs)
 
 
-@_register
+@register
 def slowonly_r50_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-50, the baseline without pyramid: 16 frames, every 4th, Kinetics-400."""
     return _create("slowonly_r50_16x4_k400", pretrained, _R50, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r50_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-50: 16 frames, every 4th, Kinetics-400."""
     return _create("tpn_slowonly_r50_16x4_k400", pretrained, _R50, _TPN, kwargs)
 
 
-@_register
+@register
 def slowonly_r50_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-50, the baseline without pyramid: 32 frames, every 2nd, Kinetics-400."""
     return _create("slowonly_r50_32x2_k400", pretrained, _R50, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r50_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-50: 32 frames, every 2nd, Kinetics-400."""
     return _create("tpn_slowonly_r50_32x2_k400", pretrained, _R50, _TPN, kwargs)
 
 
-@_register
+@register
 def slowonly_r101_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-101, the baseline without pyramid: 8 frames, every 8th, Kinetics-400."""
     return _create("slowonly_r101_k400", pretrained, _R101, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r101_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-101: 8 frames, every 8th, Kinetics-400."""
     return _create("tpn_slowonly_r101_k400", pretrained, _R101, _TPN_R101, kwargs)
 
 
-@_register
+@register
 def slowonly_r101_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-101, the baseline without pyramid: 16 frames, every 4th, Kinetics-400."""
     return _create("slowonly_r101_16x4_k400", pretrained, _R101, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r101_16x4_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-101: 16 frames, every 4th, Kinetics-400."""
     return _create("tpn_slowonly_r101_16x4_k400", pretrained, _R101, _TPN_R101, kwargs)
 
 
-@_register
+@register
 def slowonly_r101_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SlowOnly ResNet-101, the baseline without pyramid: 32 frames, every 2nd, Kinetics-400."""
     return _create("slowonly_r101_32x2_k400", pretrained, _R101, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_r101_32x2_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on SlowOnly ResNet-101: 32 frames, every 2nd, Kinetics-400."""
     return _create("tpn_slowonly_r101_32x2_k400", pretrained, _R101, _TPN_R101, kwargs)
 
 
-@_register
+@register
 def tsm_r50_sthv1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TSM ResNet-50, the baseline without pyramid: 8 frames, one per segment, Something-Something v1."""
     return _create("tsm_r50_sthv1", pretrained, _TSM, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_tsm_r50_sthv1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on TSM ResNet-50: 8 frames, one per segment, Something-Something v1."""
     return _create("tpn_tsm_r50_sthv1", pretrained, _TSM, _TPN, kwargs)
 
 
-@_register
+@register
 def tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TSM ResNet-50, the baseline without pyramid: 8 frames, one per segment, Something-Something v2."""
     return _create("tsm_r50_sthv2", pretrained, _TSM, _BASELINE, kwargs)
 
 
-@_register
+@register
 def tpn_tsm_r50_sthv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on TSM ResNet-50: 8 frames, one per segment, Something-Something v2."""
     return _create("tpn_tsm_r50_sthv2", pretrained, _TSM, _TPN, kwargs)
 
 
-@_register
+@register
 def tpn_slowonly_tiny_motion(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """TPN on a narrow SlowOnly ResNet-18: 16 frames, every 2nd, rendered motion. Its weights lie in this package."""
     return _create("tpn_slowonly_tiny_motion", pretrained, _TINY, {"base_channels": 16, "drop_rate": 0.2}, kwargs)

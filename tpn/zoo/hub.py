@@ -35,6 +35,9 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 PAUSES = (1.0, 2.0)
 """Seconds before the Hub is asked again, after an answer that may differ a moment later."""
+NETWORK = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
+"""Packages whose exceptions mean that something could not be fetched; and any OSError does."""
+
 TRANSFERS = 3
 """Tries of a transfer that broke; old versions of the client do not go on by themselves."""
 
@@ -148,6 +151,22 @@ def uploading(repo_id: str) -> Iterator[None]:
         if status in (401, 403):
             raise UploadError(f"no right to write to {where}: {LOG_IN}, with a token that may write there") from error
         raise UploadError(f"could not upload to {where}: {_reason(causes)}") from error
+
+
+@contextmanager
+def fetching(what: str) -> Iterator[None]:
+    """Turn what another library raises when it cannot fetch something into a WeightsUnavailableError."""
+    outer = sys.exc_info()[1]
+    try:
+        yield
+    except Exception as error:  # of whichever HTTP library that library uses
+        causes = _causes(error, outer)
+        about_network = any(type(e).__module__.partition(".")[0] in NETWORK or isinstance(e, OSError) for e in causes)
+        if not about_network:
+            raise
+        raise WeightsUnavailableError(
+            f"{what} could not be fetched ({_reason(causes)}); check the network, and HF_ENDPOINT and HF_HUB_OFFLINE if set"
+        ) from error
 
 
 def _status(causes: list[BaseException]) -> int | None:

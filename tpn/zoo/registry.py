@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo import factories, load, saved
-from tpn.zoo.weights import UnknownModelError, Weights, get_weights
+from tpn.zoo.weights import CUSTOM, UnknownModelError, Weights, get_weights
 
 FOLDER_SCHEMES = ("hf-hub", "local-dir")
 
@@ -25,22 +25,25 @@ def create_model(
     *,
     num_classes: int | None = None,
     checkpoint_path: str | PathLike[str] | None = None,
-    backbone_pretrained: Literal["imagenet"] | None = None,
+    backbone_pretrained: bool | Literal["imagenet"] | None = None,
+    neck: Literal["tpn"] | None = "tpn",
     cache_dir: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
-    """Build a model of the zoo.
+    """Build a model of the zoo, or the pyramid on a backbone of your choice.
 
     Args:
-        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch", or a saved model as
-            "hf-hub:owner/repository" or "local-dir:folder", whose weights are always loaded.
+        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model as
+            "hf-hub:owner/repository" or "local-dir:folder", whose weights are always loaded; or "tpn", with the arguments
+            of `tpn.zoo.custom.tpn`: `create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)`.
         pretrained: load the published weights, from where `tpn.zoo.sources` says.
         num_classes: K. Default: that of the weights. With another K than the weights', the classifiers of head
             and auxiliary head are new and untrained; everything else is loaded.
         checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original
             layout, which is found out.
-        backbone_pretrained: "imagenet" starts the backbone from timm's ImageNet weights of its depth (`tv_in1k`),
-            inflated to 3D where need be; the rest is untrained.
+        backbone_pretrained: True (or "imagenet") starts the backbone from timm's ImageNet weights of its depth (`tv_in1k`),
+            inflated to 3D where need be; that of "tpn", from its own default weights. The rest is untrained.
+        neck: None leaves the pyramid and the auxiliary head out: the paper's baseline.
         cache_dir: where downloaded weights are kept. Default: $TPN_CACHE, else among the Hub's caches.
         **kwargs: arguments of the model, see `tpn.zoo.factories`: `num_frames`, `flow_order`, `drop_rate`,
             `shift_shortcut`, `in_chans`, ... They are saved with it. With `in_chans` other than 3, RGB weights
@@ -59,9 +62,13 @@ def create_model(
     # Before timm reads a saved model: a damaged configuration gets a message of its own.
     if _saved_config(name, cache_dir) is not None:
         pretrained = checkpoint_path is None
-    else:
+    elif name != CUSTOM:
         get_weights(name)  # raises if unknown
-    if sum((pretrained, checkpoint_path is not None, backbone_pretrained is not None)) > 1:
+    if neck not in ("tpn", None):
+        raise ValueError(f"neck must be 'tpn' or None, got {neck!r}; for one of your own, TPNClassifier(backbone, neck, head)")
+    if neck is None:
+        kwargs["pyramid"] = False  # timm drops arguments that are None
+    if sum((pretrained, checkpoint_path is not None, bool(backbone_pretrained))) > 1:
         raise ValueError(
             "pass one of pretrained=True (which a saved model's name implies), checkpoint_path and backbone_pretrained"
         )

@@ -20,7 +20,7 @@ from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
 from tpn.zoo.convert import CheckpointError
 from tpn.zoo.hub import hub_file
-from tpn.zoo.weights import get_weights
+from tpn.zoo.weights import CUSTOM, get_weights
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 INCOMPLETE = ".incomplete-"
@@ -95,7 +95,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote, it has no {', '.join(missing)}")
     try:
-        get_weights(known["architecture"])
+        if known["architecture"] != CUSTOM:
+            get_weights(known["architecture"])
         InputSpec.from_dict(known["input_spec"])
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error

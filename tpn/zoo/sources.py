@@ -42,8 +42,8 @@ Folder = str | PathLike[str] | None
 _logger = logging.getLogger(__name__)
 
 
-def load_pretrained(model: TPNClassifier, cfg: PretrainedCfg, entry: Weights, cache_dir: Folder = None) -> None:
-    """Load the weights that timm's `cfg` names: its state dict, folder, Hub repository, file or link, else the table's."""
+def load_pretrained(model: TPNClassifier, cfg: PretrainedCfg, entry: Weights | None, cache_dir: Folder = None) -> None:
+    """Load the weights that timm's `cfg` names: its state dict, folder, Hub repository, file or link, else those of `entry`."""
     if cfg.state_dict:
         load.load_state_dict(model, cfg.state_dict)
     elif cfg.source in ("local-dir", "hf-hub"):
@@ -52,7 +52,7 @@ def load_pretrained(model: TPNClassifier, cfg: PretrainedCfg, entry: Weights, ca
         load.load_checkpoint(model, cfg.file)
     elif cfg.hf_hub_id:
         load.load_checkpoint(model, hub_file(cfg.hf_hub_id, saved.WEIGHTS_FILE, cache_dir=cache_dir))
-    else:
+    elif entry is not None:
         load.load_checkpoint(model, resolve(entry, cache_dir=cache_dir, url=_other_link(entry, cfg)))
 
 

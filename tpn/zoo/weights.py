@@ -233,6 +233,10 @@ WEIGHTS: Mapping[str, Weights] = MappingProxyType({entry.name: entry for entry i
 """Every entry by its name, "model.tag". The first entry of a model is its default."""
 
 
+CUSTOM = "tpn"
+"""The architecture that has no entry: the pyramid on a backbone of the user's choice, `tpn.zoo.custom`."""
+
+
 class UnknownModelError(ValueError):
     """No model or checkpoint of that name."""
 
@@ -241,6 +245,11 @@ def get_weights(name: str) -> Weights:
     """Return the entry of "model.tag", or of a model's default tag; UnknownModelError names the nearest ones."""
     if name in WEIGHTS:
         return WEIGHTS[name]
+    if name == CUSTOM:
+        raise UnknownModelError(
+            "'tpn' is the pyramid on a backbone of your choice, of which nothing is known beforehand: "
+            "create_model('tpn', backbone='timm/resnet50', num_classes=K)"
+        )
     model, _, tag = name.partition(".")
     tags = [entry for entry in WEIGHTS.values() if entry.model == model]
     if tags and not tag:

@@ -1,0 +1,194 @@
+"""The pyramid on any backbone: `create_model("tpn", backbone=..., num_classes=K)`, and `build(module, num_classes=K)`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from torch import nn
+
+from tpn.models.backbones import FoldedBackbone, measure
+from tpn.models.classifier import TPNClassifier
+from tpn.models.neck import FlowOrder, TemporalPyramid
+from tpn.video.spec import InputSpec
+from tpn.zoo import saved, sources
+from tpn.zoo.assemble import assemble, check_num_frames, describe, register, timm_cfg
+from tpn.zoo.backbones import Looks, Wanted, make_backbone
+from tpn.zoo.weights import CUSTOM
+
+OWN = "own/"
+"""How the name of somebody's own module begins in a saved model's arguments."""
+
+FRAMES_SEEN = 64
+"""Frames over which a clip reaches unless told otherwise, as those of the published models do."""
+
+default_cfgs = generate_default_cfgs({CUSTOM: {"classifier": ("head.fc", "aux_head.fc")}})
+
+
+def build(backbone: nn.Module, *, num_classes: int, **kwargs: Any) -> TPNClassifier:
+    """Put the pyramid on a module of your own; the same as `create_model("tpn", backbone=backbone, ...)`.
+
+    Args:
+        backbone: clips (B, C, T, H, W) float → two or more maps (B, C_i, T_i, H_i, W_i), finest first, as a sequence or a
+            dictionary. Channels, lengths and sizes are found out by showing it one clip of zeros.
+        num_classes: K; 0 for a model that returns features.
+        **kwargs: `num_frames`, `input_spec`, `flow_order`, ...; see `tpn.zoo.custom.tpn`.
+
+    Returns a model like the zoo's. `create_model("local-dir:FOLDER", backbone=backbone)` reads what `tpn.save_pretrained` writes.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"build puts the pyramid on a module, got {backbone!r}; create_model('tpn', backbone=NAME) takes names")
+    model = timm.create_model(CUSTOM, backbone=backbone, num_classes=num_classes, **kwargs)
+    assert isinstance(model, TPNClassifier)
+    return model
+
+
+@register
+def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """TPN on a backbone of your choice.
+
+    Args:
+        backbone: "timm/NAME", "torchvision/NAME", or a module as `build` takes it.
+        num_classes, in_chans, drop_rate: K, input channels, dropout before the classifiers.
+        num_frames: T, 8 by default.
+        input_spec: what clips look like. Default: crops of the backbone's own size, normalised by its mean and standard
+            deviation; frames so far apart that a clip reaches over about 64.
+        out_indices: which of the backbone's stages are levels, finest first, (-2, -1) by default; not for modules.
+        temporal_shift: let the residual blocks of a timm network see their neighbours in time, as TSM does.
+        backbone_args: further arguments of the timm or torchvision network, such as {"img_size": 128}.
+        backbone_pretrained: start the backbone from its own default weights, or those of its tag ("timm/convnext_tiny.fb_in22k").
+        temporal_scales, out_channels, mid_channels, groups, flow_order: of the `TemporalPyramid`.
+        pyramid: False leaves it out, auxiliary head included; `tpn.create_model` calls that `neck=None`.
+        cache_dir: where weights are kept.
+    """
+    cfg = resolve_pretrained_cfg(CUSTOM, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    kwargs.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `kwargs` as well
+    cache_dir = kwargs.get("cache_dir")
+    config = saved.saved_config(cfg, cache_dir)
+    num_classes, labels = kwargs.get("num_classes"), []
+    if config is not None:
+        num_classes, labels = config["num_classes"], config.get("label_names", [])
+        kwargs.setdefault("input_spec", InputSpec.from_dict(config["input_spec"]))
+    elif pretrained and not (cfg.state_dict or cfg.file):
+        raise ValueError(
+            "there are no published weights of TPN on a backbone of your choice; backbone_pretrained=True starts from those "
+            "of the backbone, checkpoint_path=FILE loads yours"
+        )
+    if "backbone" not in kwargs:
+        raise ValueError(
+            "backbone is needed: 'timm/NAME', 'torchvision/NAME' or a module; create_model('tpn', backbone=..., num_classes=K)"
+        )
+    if num_classes is None:
+        raise ValueError("num_classes is needed, the number of your classes; 0 gives a model that returns features")
+    model: TPNClassifier = build_model_with_cfg(_build, CUSTOM, False, pretrained_cfg=cfg.to_dict(), **kwargs)
+    cast("Any", model).pretrained_cfg.update(timm_cfg(model.input_spec))
+    describe(model, _to_save(model, kwargs), spec=model.input_spec, labels=labels, num_classes=num_classes)
+    if pretrained:
+        sources.load_pretrained(model, cfg, None, cache_dir)
+    return model
+
+
+def _build(
+    *,
+    backbone: str | nn.Module,
+    num_classes: int,
+    num_frames: int | None = None,
+    in_chans: int = 3,
+    drop_rate: float = 0.5,
+    input_spec: InputSpec | None = None,
+    out_indices: Sequence[int] = (-2, -1),
+    temporal_shift: bool = False,
+    backbone_args: Mapping[str, Any] | None = None,
+    backbone_pretrained: bool | str | None = None,
+    pyramid: bool = True,
+    temporal_scales: Sequence[int] | None = None,
+    out_channels: int | None = None,
+    mid_channels: int | None = None,
+    groups: int = 32,
+    flow_order: FlowOrder = "cascade",
+    cache_dir: str | PathLike[str] | None = None,
+) -> TPNClassifier:
+    num_frames = num_frames or (8 if input_spec is None else input_spec.num_frames)
+    check_num_frames(num_frames)
+    looks = Looks()
+    if isinstance(backbone, str) and backbone.startswith(OWN):
+        raise ValueError(
+            f"the model was built on a module of its maker's own, {backbone.removeprefix(OWN)}; pass such a module, "
+            "create_model('local-dir:FOLDER', backbone=MODULE)"
+        )
+    if isinstance(backbone, str):
+        indices = tuple(out_indices if pyramid else out_indices[-1:])
+        folder = None if cache_dir is None else Path(cache_dir)
+        wanted = Wanted(indices, in_chans, bool(backbone_pretrained), backbone_args or {}, folder)
+        backbone, looks = make_backbone(backbone, wanted)
+    spec = input_spec or _default_spec(num_frames, looks)
+    folded = isinstance(backbone, FoldedBackbone)  # one frame tells all
+    shapes = measure(backbone, _zeros_for(backbone, in_chans, 1 if folded else num_frames, spec.crop_size))
+    channels, frames, heights, widths = zip(*shapes, strict=True)
+    if folded:
+        frames = (num_frames,) * len(shapes)
+    if temporal_shift:
+        if not isinstance(backbone, FoldedBackbone):
+            raise ValueError("temporal_shift is for networks that see one frame at a time, those of timm or in a FoldedBackbone")
+        backbone.add_temporal_shift(num_frames)
+    neck = None
+    if pyramid:
+        sizes = list(zip(heights, widths, strict=True))
+        neck = TemporalPyramid(
+            channels,
+            frames,
+            temporal_scales=temporal_scales,
+            spatial_scales=[_spatial_scale(i, size, sizes[-1]) for i, size in enumerate(sizes)],
+            out_channels=out_channels,
+            mid_channels=mid_channels,
+            groups=groups,
+            flow_order=flow_order,
+        )
+    model = assemble(backbone, channels, neck, num_classes=num_classes, drop_rate=drop_rate)
+    model.in_chans, model.input_spec = in_chans, replace(spec, num_frames=num_frames)
+    return model
+
+
+def _default_spec(num_frames: int, looks: Looks) -> InputSpec:
+    return InputSpec(
+        num_frames,
+        max(FRAMES_SEEN // num_frames, 1),
+        short_side=looks.short_side,
+        crop_size=looks.crop_size,
+        three_crop_size=looks.crop_size,
+        mean=looks.mean,
+        std=looks.std,
+    )
+
+
+def _zeros_for(backbone: nn.Module, in_chans: int, num_frames: int, size: int) -> torch.Tensor:
+    """One clip of zeros where the backbone is, in its precision."""
+    like = next(backbone.parameters(), torch.empty(0))
+    return torch.zeros(1, in_chans, num_frames, size, size, dtype=like.dtype, device=like.device)
+
+
+def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+    """Return the power of two that brings a map of size `fine` to `coarse`, or to a few pixels more, which the neck cuts."""
+    scale = 1
+    while all(-(-f // (2 * scale)) >= c for f, c in zip(fine, coarse, strict=True)):
+        scale *= 2
+    if any(-(-f // scale) > c + max(c // 4, 1) for f, c in zip(fine, coarse, strict=True)):
+        raise ValueError(
+            f"level {level} is {fine[0]} x {fine[1]}, the last one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
+            "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in input_spec"
+        )
+    return scale
+
+
+def _to_save(model: TPNClassifier, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that build the model again, as JSON knows them."""
+    elsewhere = ("num_classes", "input_spec", "backbone_pretrained", "cache_dir")
+    args = {name: value for name, value in kwargs.items() if name not in elsewhere}
+    if isinstance(args["backbone"], nn.Module):
+        own = type(args["backbone"])
+        args["backbone"] = f"{OWN}{own.__module__}.{own.__qualname__}"
+    return args | {"num_frames": model.input_spec.num_frames}
