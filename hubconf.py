@@ -1,5 +1,6 @@
 """Entry points of torch.hub: torch.hub.load("org/tpn", "tpn_slowonly_r50_k400", pretrained=True)."""
 
+from tpn.zoo.custom import tpn
 from tpn.zoo.factories import (
     slowonly_r50_16x4_k400,
     slowonly_r50_32x2_k400,
@@ -29,6 +30,7 @@ __all__ = [
     "slowonly_r101_16x4_k400",
     "slowonly_r101_32x2_k400",
     "slowonly_r101_k400",
+    "tpn",
     "tpn_slowonly_r50_16x4_k400",
     "tpn_slowonly_r50_32x2_k400",
     "tpn_slowonly_r50_k400",

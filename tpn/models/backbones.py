@@ -126,16 +126,23 @@ class StagedBackbone(nn.Module):
 def measure(backbone: nn.Module, clip: Tensor) -> list[tuple[int, int, int, int]]:
     """Return (C, T, H, W) of each feature map that a backbone makes of `clip` (1, C, T, H, W).
 
-    Its mode and its running statistics stay as they are. Raises ValueError if it gives anything but 5D maps from fine to coarse.
+    Its mode and its running statistics stay as they are. Raises ValueError if it does not take the clip, or gives anything but 5D
+    maps from fine to coarse.
     """
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
         with torch.no_grad():
-            maps = as_maps(backbone(clip))
+            result = backbone(clip)
+    except Exception as error:  # of whatever kind
+        raise ValueError(
+            f"the backbone does not take a clip {tuple(clip.shape)} ({type(error).__name__}: {error}); choose another "
+            "num_frames, or crop_size in input_spec"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
+    maps = as_maps(result)
     shapes = [tuple(each.shape[1:]) for each in maps]
     if any(each.ndim != 5 or len(each) != 1 for each in maps):
         got = ", ".join(str(tuple(each.shape)) for each in maps)
@@ -143,7 +150,7 @@ def measure(backbone: nn.Module, clip: Tensor) -> list[tuple[int, int, int, int]
     for fine, coarse in pairwise(shapes):
         if any(a < b for a, b in zip(fine[1:], coarse[1:], strict=True)):
             raise ValueError(
-                f"feature maps must go from fine to coarse, in time and space; got {fine} before {coarse} (C, T, H, W)"
+                f"feature maps must go from fine to coarse in time and space; got (C, T, H, W) {fine} before {coarse}"
             )
     return cast("list[tuple[int, int, int, int]]", shapes)
 

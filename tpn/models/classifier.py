@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tpn.models.backbones import as_maps
 from tpn.models.heads import AuxHead, ClassificationHead
+from tpn.models.resnet import ResNet
 
 
 class TPNClassifier(nn.Module):
@@ -127,9 +128,15 @@ class TPNClassifier(nn.Module):
         cast("Any", self.backbone).set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups from input to output, for timm's layer-wise learning rates."""
+        """Parameter groups from input to output, for timm's layer-wise learning rates.
+
+        A backbone that is not one of tpn's residual networks is one group.
+        """
+        above = (r"^(?:neck|aux_head)", (99999,))
+        if not isinstance(self.backbone, ResNet):
+            return {"stem": r"^backbone", "blocks": [above]}
         stage = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
-        return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": [(stage, None), (r"^(?:neck|aux_head)", (99999,))]}
+        return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": [(stage, None), above]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, beyond biases and norms: none."""

@@ -112,7 +112,8 @@ def _build(
     flow_order: FlowOrder = "cascade",
     cache_dir: str | PathLike[str] | None = None,
 ) -> TPNClassifier:
-    num_frames = num_frames or (8 if input_spec is None else input_spec.num_frames)
+    if num_frames is None:
+        num_frames = 8 if input_spec is None else input_spec.num_frames
     check_num_frames(num_frames)
     looks = Looks()
     if isinstance(backbone, str) and backbone.startswith(OWN):
