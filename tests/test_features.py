@@ -1,0 +1,199 @@
+"""Intermediate maps by name, and files of features that grow."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_cli import run
+from videos import write_video
+
+import tpn
+from tpn import features
+from tpn.features import FeatureFile, FeatureModel, extract
+
+TINY = "tpn_slowonly_tiny_motion"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(3):
+        write_video(tmp_path / f"{i}.mp4", num_frames=20 + i)
+    (tmp_path / "bad.mp4").write_text("no video")
+    return tmp_path
+
+
+def classifier(name=None):
+    return tpn.VideoClassifier(FeatureModel(tpn.create_model(TINY, pretrained=True).eval(), name))
+
+
+def take(classifier, videos, path, **kwargs):
+    return [video for video, error in extract(classifier, videos, path, name=TINY, **kwargs) if error is None]
+
+
+def test_maps_of_the_published_network():
+    """The shapes that the documentation names."""
+    with torch.device("meta"):
+        model = tpn.create_model("tpn_slowonly_r50_k400").eval()
+        result, found = model.forward_intermediates(torch.empty(2, 3, 8, 224, 224))
+    after = {f"{name}.{i}": (1024, 1, 7, 7) for name in ("temporal_modulation", "top_down", "bottom_up") for i in range(2)}
+    fused = dict.fromkeys(("top_down_fusion", "bottom_up_fusion", "pyramid_fusion"), (2048, 1, 7, 7))
+    modulated = {f"spatial_modulation.{i}": (2048, 8, 7, 7) for i in range(2)}
+    backbone = {"c4": (1024, 8, 14, 14), "c5": (2048, 8, 7, 7)}
+    assert {name: tuple(each.shape[1:]) for name, each in found.items()} == backbone | modulated | after | fused
+    assert result is found["pyramid_fusion"]
+
+
+@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
+def test_maps_are_those_of_forward(flow_order):
+    torch.manual_seed(0)
+    model = tpn.create_model("tpn_slowonly_r101_k400", base_channels=4, flow_order=flow_order).eval()
+    x = torch.randn(2, 3, 8, 48, 64)
+    features, found = model.forward_intermediates(x)
+    assert torch.equal(features, model.forward_features(x))
+    neck, maps = model.neck, model.backbone(x)
+    assert all(torch.equal(found[f"c{4 + i}"], maps[i]) for i in range(2))
+    levels = [found[f"temporal_modulation.{i}"] for i in range(2)]
+    for i in range(2):
+        assert torch.equal(levels[i], neck.temporal_modulation[i](neck.spatial_modulation[i](maps[i])))
+    if flow_order != "bottom_up":
+        levels = neck.top_down_flow(levels)
+        assert all(torch.equal(found[f"top_down.{i}"], levels[i]) for i in range(2))
+        assert torch.equal(found["top_down_fusion"], neck.top_down_fusion(levels))
+    if flow_order != "top_down":
+        start = levels if flow_order == "cascade" else [found[f"temporal_modulation.{i}"] for i in range(2)]
+        assert torch.equal(found["bottom_up_fusion"], neck.bottom_up_fusion(neck.bottom_up_flow(start)))
+    assert ("top_down.0" in found, "bottom_up.0" in found) == (flow_order != "bottom_up", flow_order != "top_down")
+    assert list(model.forward_intermediates(x, ["pyramid_fusion", "c5"])[1]) == ["pyramid_fusion", "c5"]
+    with pytest.raises(ValueError, match="no intermediate is called 'c6'; there are c4, c5, spatial_modulation.0"):
+        model.forward_intermediates(x, ["c4", "c6"])
+
+
+def test_feature_models_share_the_weights_and_give_what_they_say():
+    model = tpn.create_model(TINY, pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 64, 64)
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.equal(FeatureModel(model)(x), expected)
+    assert torch.equal(FeatureModel(model, "c4")(x), model.backbone(x)[0].mean((2, 3, 4)))
+    assert FeatureModel(model).backbone is model.backbone
+    model.reset_classifier(0)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("level", ["video", "clip"])
+def test_file(folder, suffix, level):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason='pip install "tpn[parquet]"')
+    videos = [folder / f"{i}.mp4" for i in range(3)]
+    out = folder / f"out.{suffix}"
+    classify = classifier()
+    assert take(classify, videos, out, level=level, num_clips=4, num_crops=3) == list(map(str, videos))
+
+    expected = []
+    for prediction in classify.predict_each(videos, num_clips=4, num_crops=3):
+        clips = prediction.view_logits.view(3, 4, -1).mean(0)
+        expected.append(clips if level == "clip" else clips.mean(0, keepdim=True))
+    if suffix == "npz":
+        with np.load(out) as file:
+            table, about = {key: file[key].tolist() for key in file if key != "about"}, json.loads(str(file["about"]))
+    else:
+        import pyarrow.parquet as pq
+
+        read = pq.read_table(out)
+        table, about = read.to_pydict(), json.loads(read.schema.metadata[b"tpn"])
+    assert np.allclose(table["features"], torch.cat(expected).numpy(), atol=1e-6)
+    assert table["path"] == [str(video) for video in videos for _ in range(4 if level == "clip" else 1)]
+    assert table.get("clip") == (list(range(4)) * 3 if level == "clip" else None)
+    assert (about["level"], about["num_clips"], about["num_crops"], about["flip"]) == (level, 4, 3, False)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_the_next_run_goes_on(folder, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason='pip install "tpn[parquet]"')
+    out, whole = folder / f"out.{suffix}", folder / f"whole.{suffix}"
+    videos = [str(folder / f"{i}.mp4") for i in range(3)]
+    classify = classifier("c4")
+    take(classify, videos, whole, level="clip")
+    assert take(classify, videos[:1], out, level="clip") == videos[:1]
+    assert take(classify, [*videos, videos[1]], out, level="clip") == videos[1:]
+    assert take(classify, videos, out, level="clip") == []
+    about = FeatureFile(whole, _about(classify, "clip")).about
+    a, b = FeatureFile(out, about), FeatureFile(whole, about)
+    assert list(a.rows) == list(b.rows) == videos
+    assert all(np.array_equal(a.rows[video], b.rows[video]) for video in videos)
+
+
+def _about(classify, level):
+    spec = classify.spec
+    return features.About(TINY, features.weights_hash(classify.model), "c4", level, spec.num_clips, spec.num_crops, spec.flip)
+
+
+def test_a_run_that_is_broken_off_keeps_what_it_has(folder, monkeypatch):
+    videos = [str(folder / f"{i}.mp4") for i in range(3)]
+    classify = classifier()
+    with contextlib.closing(extract(classify, videos, folder / "a.npz", name=TINY)) as run:
+        next(run)
+    assert take(classify, videos, folder / "a.npz") == videos[1:]
+
+    monkeypatch.setattr(features, "SAVE_EVERY", 0.0)
+    writes = []
+    monkeypatch.setattr(FeatureFile, "write", lambda self: writes.append(list(self.rows)))
+    take(classify, videos, folder / "b.npz")
+    assert writes == [videos[:1], videos[:2], videos]  # as it goes on: a process may be killed
+
+
+def test_bad_videos_are_tried_again(folder):
+    out = folder / "out.npz"
+    classify = classifier()
+    videos = [str(folder / "bad.mp4"), str(folder / "0.mp4")]
+    errors = dict(extract(classify, videos, out, name=TINY))
+    assert "not a video" in str(errors[videos[0]])
+    assert errors[videos[1]] is None
+    write_video(folder / "bad.mp4", num_frames=20)
+    assert take(classify, videos, out) == videos[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"level": "clip"}, "level 'video', not 'clip'"),
+        ({"num_clips": 2}, "num_clips 3, not 2"),
+    ],
+)
+def test_other_features_are_not_mixed_in(folder, change, says):
+    out = folder / "out.npz"
+    take(classifier(), [folder / "0.mp4"], out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=f"out.npz holds features of something else \\({says}\\); choose another file"):
+        take(classifier(), [folder / "1.mp4"], out, **change)
+    with pytest.raises(ValueError, match="feature None, not 'c4'"):
+        take(classifier("c4"), [folder / "1.mp4"], out)
+    assert out.read_bytes() == before
+
+
+def test_what_is_no_file_of_features(folder):
+    (folder / "out.npz").write_text("hello")
+    with pytest.raises(ValueError, match="not a file of features that tpn wrote"):
+        take(classifier(), [folder / "0.mp4"], folder / "out.npz")
+    with pytest.raises(ValueError, match=r"must end in .npz or .parquet"):
+        take(classifier(), [folder / "0.mp4"], folder / "out.csv")
+
+
+def test_command(folder):
+    done = run("features", ".", "--out", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
+    assert done.returncode == 1
+    assert done.stdout == "out.npz: 3 videos added, 0 were there already, 1 cannot be read\n"
+    assert done.stderr.startswith("error: bad.mp4: not a video")
+    (folder / "bad.mp4").unlink()
+    again = run("features", "0.mp4", "1.mp4", "--out", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
+    assert (again.returncode, again.stdout) == (0, "out.npz: 0 videos added, 2 were there already, 0 cannot be read\n")
+    other = run("features", "0.mp4", "--out", "out.npz", "--model", TINY, "--feature", "c4", "--views", "2x1", cwd=folder)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr == "error: out.npz holds features of something else (feature None, not 'c4'); choose another file\n"
+    unknown = run("features", "0.mp4", "--out", "o.npz", "--model", TINY, "--feature", "c9", cwd=folder)
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith("error: no intermediate is called 'c9'; there are c4, c5,")
+    assert not (folder / "o.npz").exists()

@@ -1,0 +1,70 @@
+"""`tpn features`: what a model makes of videos, for other programs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import tpn
+from tpn.cli.app import app, check_device, err, one_line
+
+Level = Literal["video", "clip"]
+
+
+@app.command()
+def features(
+    videos: Annotated[list[Path], typer.Argument(help="Video files, or folders of them.", metavar="VIDEO...")],
+    out: Annotated[Path, typer.Option(help="Where to write them: FILE.npz or FILE.parquet.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
+    ] = "tpn_slowonly_r50_k400",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights file, .safetensors or .pth, ours, MMAction2's or the original TPN's.")
+    ] = None,
+    feature: Annotated[
+        str | None,
+        typer.Option(
+            help="Another map than the one that is classified: c4, c5, top_down_fusion, ...; averaged over time and space."
+        ),
+    ] = None,
+    level: Annotated[Level, typer.Option(help="A row for each video, or for each clip of it.")] = "video",
+    views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+) -> None:
+    """Write the features of videos into a file. The same command again goes on where it was stopped."""
+    import torch
+
+    from tpn.features import FeatureModel, extract
+    from tpn.predict import VideoClassifier, parse_views
+    from tpn.video.datasets import videos_below
+
+    try:
+        num_clips, num_crops = (None, None) if views is None else parse_views(views)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--views") from error
+    paths = [path for video in videos for path in (videos_below(video) if video.is_dir() else [video])]
+    built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
+    device = check_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=device)
+    done = failed = 0
+    with Progress(
+        TextColumn("files"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as progress:
+        results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
+        for _, problem in progress.track(results, total=len(paths)):
+            if problem is None:
+                done += 1
+            else:
+                failed += 1
+                err.print(f"error: {one_line(problem)}")
+    before = len(set(paths)) - done - failed
+    typer.echo(f"{out}: {done} videos added, {before} were there already, {failed} cannot be read")
+    if failed:
+        raise typer.Exit(1)

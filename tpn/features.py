@@ -1,0 +1,203 @@
+"""Features of videos: what a model makes of them before it classifies, in a file that grows with the next run."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tpn.models.classifier import TPNClassifier
+from tpn.predict import Prediction, Unreadable, VideoClassifier
+from tpn.training import weights_hash, whole_file
+
+Level = Literal["video", "clip"]
+
+SAVE_EVERY = 60.0
+"""Seconds of work that a run which is killed may lose; more where writing the file takes long."""
+
+
+class FeatureModel(TPNClassifier):
+    """A model that gives one of its maps, averaged over time and space: (B, 3, T, H, W) → (B, C).
+
+    It shares its modules with the model that it is made of.
+
+    Args:
+        model: any TPNClassifier.
+        name: of the map, as `forward_intermediates` calls it. Default: the one that the head reads, so that the result is that
+            of `reset_classifier(0)`.
+    """
+
+    def __init__(self, model: TPNClassifier, name: str | None = None) -> None:
+        super().__init__(model.backbone, model.neck, model.head)
+        self.name = name
+        self.in_chans, self.input_spec = model.in_chans, model.input_spec
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name is None:
+            return self.forward_head(self.forward_features(x), pre_logits=True)
+        _, found = self.forward_intermediates(x, [self.name])
+        return found[self.name].mean(dim=(2, 3, 4))
+
+
+@dataclass(frozen=True)
+class About:
+    """What features are of; those in one file have all of it in common.
+
+    Attributes:
+        model: its name, as it was given.
+        weights: their hash, `tpn.training.weights_hash`.
+        feature: the map's name; None for what the head reads.
+        level: "video", the mean over all views, or "clip", the mean over the crops of each clip.
+        num_clips, num_crops, flip: views of each video; see `InputSpec`.
+    """
+
+    model: str
+    weights: str
+    feature: str | None
+    level: Level
+    num_clips: int
+    num_crops: int
+    flip: bool
+
+
+class FeatureFile:
+    """A table of features, `.npz` or `.parquet`: "path", "features" (C float32) and, at clip level, "clip" (0, 1, ... in time).
+
+    What the features are of stands in it as JSON: under "about" in an .npz, in the metadata of a Parquet table, key "tpn".
+
+    Args:
+        path: the file. If it is there already, its rows are read, and `about` must be the same.
+
+    Raises ValueError for another ending, for features of something else, and for a file that is none of these; ImportError
+    without pyarrow for Parquet.
+    """
+
+    def __init__(self, path: str | PathLike[str], about: About) -> None:
+        self.path, self.about = Path(path), about
+        if self.path.suffix not in (".npz", ".parquet"):
+            raise ValueError(f"{self.path}: the file's name must end in .npz or .parquet")
+        self.rows: dict[str, NDArray[np.float32]] = {}
+        if self.path.exists():
+            self._read()
+
+    def __contains__(self, video: object) -> bool:
+        return video in self.rows
+
+    def add(self, video: str, features: NDArray[np.float32]) -> None:
+        """features: (clips, C), one row for a whole video."""
+        self.rows[video] = features
+
+    def write(self) -> None:
+        """Put all rows into the file; it is never there half."""
+        rows = self.rows.items()
+        columns: dict[str, Any] = {"path": [path for path, features in rows for _ in features]}
+        if self.about.level == "clip":
+            columns["clip"] = np.concatenate([np.arange(len(features)) for _, features in rows])
+        columns["features"] = np.concatenate([features for _, features in rows])
+        about = json.dumps(asdict(self.about))
+        with whole_file(self.path) as file:
+            if self.path.suffix == ".npz":
+                np.savez(file, about=about, **columns)
+            else:
+                pa, pq = _pyarrow()
+                columns["features"] = pa.FixedSizeListArray.from_arrays(columns["features"].ravel(), columns["features"].shape[1])
+                pq.write_table(pa.table(columns).replace_schema_metadata({"tpn": about}), file)
+
+    def _read(self) -> None:
+        try:
+            about, paths, features = self._columns()
+        except ImportError:
+            raise
+        except Exception as error:  # of whichever library
+            raise ValueError(f"{self.path}: not a file of features that tpn wrote ({error}); choose another") from error
+        ours = asdict(self.about)
+        other = [f"{key} {about.get(key)!r}, not {ours[key]!r}" for key in ours if about.get(key) != ours[key]]
+        if other:
+            raise ValueError(f"{self.path} holds features of something else ({'; '.join(other)}); choose another file")
+        starts = [i for i, path in enumerate(paths) if i == 0 or path != paths[i - 1]]
+        for start, end in zip(starts, [*starts[1:], len(paths)], strict=True):
+            self.rows[paths[start]] = features[start:end]
+
+    def _columns(self) -> tuple[dict[str, Any], list[str], NDArray[np.float32]]:
+        if self.path.suffix == ".npz":
+            with np.load(self.path) as file:
+                return json.loads(str(file["about"])), file["path"].tolist(), file["features"]
+        _, pq = _pyarrow()
+        table = pq.read_table(self.path)
+        features = np.asarray(table["features"].combine_chunks().flatten(), dtype=np.float32).reshape(len(table), -1)
+        return json.loads(table.schema.metadata[b"tpn"]), table["path"].to_pylist(), features
+
+
+def extract(
+    classifier: VideoClassifier,
+    videos: Iterable[str | PathLike[str]],
+    path: str | PathLike[str],
+    *,
+    name: str,
+    level: Level = "video",
+    num_clips: int | None = None,
+    num_crops: int | None = None,
+) -> Iterator[tuple[str, Unreadable | None]]:
+    """Put the features of videos into a file, and yield each video when it is done, with the error if it cannot be read.
+
+    Videos that the file has already are passed over. It is written every minute, at the end, and when the work is broken off;
+    those that could not be read are not in it, and are tried again the next time.
+
+    Args:
+        classifier: of a `FeatureModel`.
+        videos: paths, kept in the file as they are given.
+        path: the `FeatureFile`.
+        name: of the model, for the record.
+        level, num_clips, num_crops: see `About` and `VideoClassifier`.
+    """
+    model, spec = classifier.model, classifier.spec
+    assert isinstance(model, FeatureModel)
+    given = num_clips is not None or num_crops is not None
+    about = About(
+        name,
+        weights_hash(model),
+        model.name,
+        level,
+        num_clips or spec.num_clips,
+        num_crops or spec.num_crops,
+        spec.flip and not given,
+    )
+    file = FeatureFile(path, about)
+    missing = [video for video in dict.fromkeys(map(str, videos)) if video not in file]
+    results = classifier.predict_each(missing, num_clips=num_clips, num_crops=num_crops)
+    written, pause = time.monotonic(), SAVE_EVERY
+    unwritten = 0
+    try:
+        for video, result in zip(missing, results, strict=True):
+            if isinstance(result, Prediction):
+                views = result.view_logits.numpy()
+                clips = views.reshape(-1, about.num_clips, views.shape[1]).mean(
+                    axis=0
+                )  # the clips of each crop, one after the other
+                file.add(video, clips if level == "clip" else clips.mean(axis=0, keepdims=True))
+                unwritten += 1
+                if time.monotonic() - written > pause:
+                    started = time.monotonic()
+                    file.write()
+                    unwritten, written = 0, time.monotonic()
+                    pause = max(SAVE_EVERY, 10 * (written - started))
+            yield video, None if isinstance(result, Prediction) else result
+    finally:
+        if unwritten:
+            file.write()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('Parquet files need pyarrow: pip install "tpn[parquet]"; .npz files need nothing more') from error
+    return pyarrow, pyarrow.parquet
