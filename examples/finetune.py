@@ -1,0 +1,59 @@
+"""Fine-tune on a folder of videos, one folder for each class, in the fewest lines; `train.py` is the one for real work.
+
+python examples/finetune.py videos/train videos/val
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+import tpn
+from tpn.training import command
+from tpn.video.datasets import VideoFolder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("train")
+    parser.add_argument("val")
+    parser.add_argument("--model", default="tpn_slowonly_r50_k400")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.001)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = replace(tpn.input_spec(args.model), mirrored=())  # pairs of your classes that a flip exchanges, if any
+    train = VideoFolder(args.train, spec, train=True)
+    val = VideoFolder(args.val, spec, train=False, classes=train.classes)
+    model = tpn.create_model(args.model, pretrained=True).to(device)
+    model.reset_classifier(len(train.classes))  # two new ones, of the head and of the auxiliary head
+    model.labels = tuple(train.classes)
+    batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=2, drop_last=len(train) >= args.batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(batches))
+
+    for epoch in range(args.epochs):
+        train.set_epoch(epoch)  # other clips of each video
+        model.train()
+        for frames, labels in batches:
+            logits, aux_logits = model.forward_with_aux(spec.normalize(frames.to(device)))
+            loss = sum(weight * F.cross_entropy(x, labels.to(device)) for weight, x in ((1, logits), (0.5, aux_logits)))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 40)
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        with torch.inference_mode():
+            right = [model(spec.normalize(frames.to(device))).argmax(1).cpu() == labels for frames, labels in DataLoader(val, 8)]
+        print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {torch.cat(right).float().mean():.1%} of {len(val)}")
+    print("saved to", tpn.save_pretrained(model, "my-tpn"), '- read it with tpn.create_model("local-dir:my-tpn")')
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,77 @@
+"""The short examples, as a user runs them."""
+
+import shutil
+import sys
+
+import pytest
+from scripts import ROOT, example
+
+import tpn
+from tpn.demo import render_video
+from tpn.video import motion
+
+TINY = "tpn_slowonly_tiny_motion"
+SHORT = ["predict", "features", "own_backbone", "finetune", "timeline", "export"]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("videos") / "video.mp4"
+    render_video(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call a script's main function in an empty folder; return the lines that it printed."""
+
+    def run(name, *args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        example(name).main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_is_short(name):
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert text.count("\n") < 60
+    assert f"python examples/{name}.py" in text
+
+
+def test_predict(run, video):
+    missing = video.with_name("missing.mp4")
+    said = run("predict", video, missing, "--model", TINY, "--clips", 3)
+    assert said[0] == str(video)
+    assert all(line.split("%  ")[1] in motion.CLASSES for line in said[1:6])
+    assert "No such file" in said[7]
+
+
+def test_features(run, video):
+    copy = shutil.copy(video, video.with_name("copy.mp4"))
+    said = run("features", video, copy, "--model", TINY, "--feature", "c4")
+    assert said == [f"1.000  {copy}", "2 videos, 64 features each"]
+
+
+def test_own_backbone(run):
+    said = run("own_backbone")
+    assert said[0] == "own: clips (2, 3, 16, 112, 112), levels (channels: frames) {64: 8, 128: 4, 256: 2}, logits (2, 12)"
+    assert said[-1] == "the same after saving: True"
+
+
+def test_finetune(run, tmp_path):
+    motion.write_dataset(tmp_path / "videos", 1, seed=1, num_frames=34)
+    for name in motion.CLASSES[3:]:
+        shutil.rmtree(tmp_path / "videos" / name)
+    said = run("finetune", "videos", "videos", "--model", TINY, "--epochs", 2)
+    assert said[1].startswith("epoch 1: loss ")
+    assert said[1].endswith("% of 3")
+    assert tpn.create_model(f"local-dir:{tmp_path}/my-tpn").labels == tuple(sorted(motion.CLASSES[:3]))
+
+
+def test_timeline(run, video):
+    said = run("timeline", video, "--model", TINY)
+    assert any("turning clockwise" in line for line in said)
+    assert all(" s – " in line for line in said)
