@@ -150,7 +150,8 @@ def start(args: argparse.Namespace) -> tuple[int, int, torch.device]:
 def build(args: argparse.Namespace, device: torch.device) -> tuple[tpn.TPNClassifier, VideoDataset, VideoDataset | None]:
     """Return the model and the data sets. If these have other classes than the model, it gets new classifiers for them."""
     start_from = {"checkpoint_path": args.checkpoint, "backbone_pretrained": "imagenet" if args.imagenet else None}
-    model = tpn.create_model(args.model, args.pretrained, **start_from, **args.model_args)
+    model_args = {"num_classes": 0, **args.model_args} if args.model == "tpn" else args.model_args  # the data says how many
+    model = tpn.create_model(args.model, args.pretrained, **start_from, **model_args)
     changes = {"short_side": args.short_side, "three_crop_size": args.short_side, "crop_size": args.crop_size}
     changes |= {"frame_interval": args.frame_interval}
     spec = model.input_spec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
@@ -168,7 +169,8 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[tpn.TPNClassi
     draws = {"crop_area": args.crop_area, "flip_prob": args.flip_prob, "color_jitter": args.color_jitter}
     train.transform = spec.train_transform(**draws, normalize=False)
     val = open_dataset(args.val, spec, train=False, classes=model.labels, **options) if args.val else None
-    model.set_grad_checkpointing(args.checkpointing)
+    if args.checkpointing:
+        model.set_grad_checkpointing()
     model.backbone.requires_grad_(args.freeze != "backbone")
     if model.aux_head is not None:
         model.aux_head.requires_grad_(args.aux_weight > 0)

@@ -3,15 +3,18 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save
+from scripts import example
 from torch import nn
 
 import tpn
 from tpn.models.backbones import FoldedBackbone, TemporalShift
+from tpn.video import motion
 from tpn.zoo.convert import CheckpointError
 
 SMALL = tpn.InputSpec(2, 4, short_side=72, crop_size=64, three_crop_size=64)
@@ -456,3 +459,26 @@ def test_video_in_names_out(tmp_path):
     )
     assert prediction.view_logits.shape == (6, 5)
     assert {name for name, _ in prediction.top(5)} == set(model.labels)
+
+
+def test_trained_by_the_script(tmp_path, monkeypatch, capsys):
+    """The number of classes comes from the data."""
+    motion.write_dataset(tmp_path / "videos", 1, seed=1, num_frames=16)
+    for name in motion.CLASSES[2:]:
+        shutil.rmtree(tmp_path / "videos" / name)
+    arguments = ["--train", tmp_path / "videos", "--output", tmp_path / "run", "--model", "tpn", "--epochs", 1, "--batch-size", 2]
+    arguments += [
+        "--model-args",
+        json.dumps({"backbone": "timm/resnet18", "num_frames": 2}),
+        "--crop-size",
+        64,
+        "--short-side",
+        64,
+    ]
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments), "--workers", "0"])
+    example("train").main()
+    assert "done: tpn predict --model" in capsys.readouterr().out
+    model = tpn.create_model(f"local-dir:{tmp_path / 'run'}")
+    assert model.labels == tuple(sorted(motion.CLASSES[:2]))
+    assert model.model_args == {"backbone": "timm/resnet18", "num_frames": 2}
+    assert model.input_spec.crop_size == 64
