@@ -5,8 +5,8 @@
     python examples/benchmark.py --against torchvision --only inference  # against torchvision's video models
     python examples/benchmark.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
 
-docs/performance.md records results. `--against mmaction2` needs what `NEEDED` in mmaction2.py says. Both sides must give the same
-logits before either is timed.
+docs/pages/performance.md records results. `--against mmaction2` needs what `NEEDED` in mmaction2.py says. Both sides must give
+the same logits before either is timed.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 `videos/train` holds a folder of videos for every class, or is a list of videos. The result is a folder for
 `tpn predict --model local-dir:runs/mine` and `create_model("local-dir:runs/mine")`; in `runs/mine/best` is the one that did best
-in validation. `--resume auto` continues a run that was interrupted, with the same result. docs/training.md has the rest.
+in validation. `--resume auto` continues a run that was interrupted, with the same result. docs/pages/training.md has the rest.
 """
 
 import argparse

@@ -17,6 +17,7 @@ MANIFESTS = {
     SLOWONLY: "mmaction2_tpn_slowonly_r50_8x8_k400",
     TSM: "mmaction2_tpn_tsm_r50_sthv1",
     BY_HAND: "original_tsm_r50_sthv2",
+    "tpn_slowonly_r101_32x2_k400.original": "original_tpn_slowonly_r101_32x2",
 }
 
 

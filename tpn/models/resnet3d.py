@@ -22,7 +22,7 @@ class ResNet3dSlowOnly(ResNet):
 
     Shape:
         (B, in_chans, T, H, W) float → one map per `out_indices`, finest first. Stage i is
-        (B, C_i, T, H / 2**(i+2), W / 2**(i+2)), rounded up; C = 1024, 2048 for depth 50, stages 3 and 4.
+        `(B, C_i, T, H / 2**(i+2), W / 2**(i+2))`, rounded up; C = 1024, 2048 for depth 50, stages 3 and 4.
     """
 
     def __init__(

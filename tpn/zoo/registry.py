@@ -89,7 +89,7 @@ def create_model(
 
 
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
-    """Return the names of tpn's architectures that match a wildcard such as "tpn_*r101*"; all by default.
+    """Return the names of tpn's architectures that match a wildcard such as `"tpn_*r101*"`; all by default.
 
     pretrained: return every checkpoint, as "model.tag", instead.
     """

@@ -1,0 +1,124 @@
+"""A process that has imported everything, and forks for each command: what the documentation shows takes only its own time.
+
+`start(folder)` puts two programs into a folder for the PATH, `python` and `tpn`, which hand their arguments, working directory,
+environment and streams over to it. In it the zoo's networks are narrow, so that pages run in seconds; nothing else is changed.
+"""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"streams"], [0, 1, 2])
+    request = {{"argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "cwd": os.getcwd(), "env": dict(os.environ)}}
+    server.sendall(json.dumps(request).encode())
+    server.shutdown(socket.SHUT_WR)
+    sys.exit(int(server.recv(16) or 1))
+"""
+
+SHORTER = {
+    "train.py": "--epochs 1 --batch-size 2 --crop-size 64 --short-side 64 --workers 1",
+    "evaluate.py": "--views 1x1",
+    "predict": "--views 1x1",
+}
+"""Options that commands get behind those that the page gives them, so that they do the same in less time."""
+
+
+def start(folder, env):
+    """Start the process; return it and the environment in which `python` and `tpn` are its commands."""
+    folder.mkdir()
+    address = str(folder / "socket")
+    for name in ("python", "tpn"):
+        (folder / name).write_text(CLIENT.format(python=sys.executable, address=address))
+        (folder / name).chmod(0o755)
+    env = os.environ | env | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, __file__, address]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    bin_of_python = Path(sys.executable).parent
+    return process, env | {"PATH": os.pathsep.join((str(folder), str(bin_of_python), os.environ["PATH"]))}
+
+
+def serve(address):
+    narrow_networks()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = listener.accept()
+            with client:
+                if os.fork() == 0:
+                    listener.close()
+                    return answer(client)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+
+
+def narrow_networks():
+    import matplotlib.figure  # noqa: F401
+    import small
+    import torch.utils.data  # noqa: F401
+    import torchvision.models  # noqa: F401
+
+    import tpn.cli
+    import tpn.demo
+    import tpn.training  # noqa: F401
+    from tpn.zoo.weights import WEIGHTS
+
+    for name, entry in WEIGHTS.items():
+        if not entry.embedded:
+            small.change_entry(name)
+
+
+def answer(client):
+    """Run one command in a fork of its own, and send its exit code."""
+    _, streams, _, _ = socket.recv_fds(client, len(b"streams"), 3)
+    with client.makefile("rb") as file:
+        request = json.load(file)
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        client.send(str(os.waitstatus_to_exitcode(status) & 255).encode())
+        os._exit(0)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    client.close()
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    run(*request["argv"])
+
+
+def run(program, *arguments):
+    """Do what `python ...` or `tpn ...` does."""
+    import tpn.cli
+
+    name = Path(arguments[0]).name if arguments else ""
+    sys.argv = [program, *arguments]
+    if name in SHORTER and not ("--views" in arguments and "--views" in SHORTER[name]):
+        sys.argv += SHORTER[name].split()
+    if program == "tpn":
+        return tpn.cli.main()
+    del sys.argv[0]
+    if name == "-c":
+        return exec(compile(sys.argv.pop(1), "-c", "exec"), {"__name__": "__main__"})
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
