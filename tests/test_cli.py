@@ -26,7 +26,8 @@ NAME = "tsm_r50_sthv2"
 def folder(tmp_path_factory):
     """Videos good and bad, and a saved model."""
     folder = tmp_path_factory.mktemp("cli")
-    tpn.save_pretrained(tpn.create_model(NAME), folder / "model")
+    torch.manual_seed(0)
+    tpn.save_pretrained(tpn.create_model(NAME, base_channels=8), folder / "model")
     write_video(folder / "a video.mp4", num_frames=12)
     write_video(folder / "b.mp4", num_frames=3)
     (folder / "empty.mp4").touch()

@@ -152,7 +152,7 @@ def test_arrays_are_not_kept(model):
     alive = weakref.WeakSet()
 
     def sources():
-        for _ in range(40):
+        for _ in range(16):
             array = torch.randint(256, (10, 3, 48, 64), dtype=torch.uint8)
             alive.add(array)
             yield array
