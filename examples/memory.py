@@ -2,22 +2,29 @@
 
 Writes a 10-minute 1280x720 H.264 video (once, in the given folder), predicts it with 10 clips x 3 crops, and prints the
 peak memory above that of the process with the model loaded. Then classifies 500 times a part of it, with damaged files in
-between, and prints the peak after every hundredth.
+between, and prints the peak after every hundredth. Last, `tpn timeline` goes over two minutes, and an hour, of rendered motion.
 
     python examples/memory.py /tmp
+    python examples/memory.py /tmp --only timeline
 """
 
+import argparse
 import multiprocessing
+import os
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
 import tpn
-from tpn.video import decode
+from tpn.video import decode, motion
+from tpn.video.encode import write_video
 
 MINUTES, RATE, WIDTH, HEIGHT = 10, 30, 1280, 720
 
@@ -41,9 +48,7 @@ def write_long_video(path: Path, frames: int) -> None:
 def written(folder: Path, seconds: int) -> Path:
     path = folder / f"long_{seconds}s_{WIDTH}x{HEIGHT}.mp4"
     if not path.exists():
-        writer = multiprocessing.get_context("spawn").Process(target=write_long_video, args=(path, seconds * RATE))
-        writer.start()  # its memory is not ours
-        writer.join()
+        in_a_process(write_long_video, path, seconds * RATE)
     return path
 
 
@@ -74,13 +79,54 @@ def many_videos(path: Path, damaged: Path) -> None:
             print(f"after {number} videos, {errors} of them damaged: peak memory {peak_mb():.0f} MB", flush=True)
 
 
+def write_hour(part: Path, hour: Path) -> None:
+    """Two minutes of motion, and the same thirty times."""
+    parts = [(i % len(motion.CLASSES), 2.0 + i % 3, 5 * motion.FPS) for i in range(24)]
+    write_video(part, motion.render_sequence(parts, seed=1), fps=motion.FPS)
+    with av.open(str(part)) as source, av.open(str(hour), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        length = source.streams.video[0].duration
+        for i in range(30):
+            source.seek(0)
+            for packet in source.demux(video=0):
+                if packet.dts is not None:  # the last one is empty
+                    packet.stream, packet.pts, packet.dts = stream, packet.pts + i * length, packet.dts + i * length
+                    out.mux(packet)
+
+
+def timelines(*paths: Path) -> None:
+    for path in paths:
+        command = ["timeline", path, "--model", "tpn_slowonly_tiny_motion", "--device", "cpu", "--stride", 48]
+        command += ["--json", path.with_suffix(".json"), "--output", path.with_suffix(".png")]
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "tpn", *map(str, command)], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        frames = decode.probe(path).num_frames
+        print(f"timeline of {frames} frames: exit code {status}, {seconds:.0f} s, peak memory {used.ru_maxrss / 1024:.0f} MB")
+
+
+def in_a_process(run: Callable[..., None], *args: Any) -> None:
+    """From a fresh start: its memory is not ours."""
+    process = multiprocessing.get_context("spawn").Process(target=run, args=args)
+    process.start()
+    process.join()
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    long, short = written(folder, MINUTES * 60), written(folder, 10)
-    for measure, *paths in ((one_long_video, long), (many_videos, short, folder / "damaged.mp4")):
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=paths)
-        process.start()  # each from a fresh start
-        process.join()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the videos are written")
+    parser.add_argument("--only", choices=("long", "many", "timeline"))
+    args = parser.parse_args()
+    if args.only in (None, "long"):
+        in_a_process(one_long_video, written(args.folder, MINUTES * 60))
+    if args.only in (None, "many"):
+        in_a_process(many_videos, written(args.folder, 10), args.folder / "damaged.mp4")
+    if args.only in (None, "timeline"):
+        part, hour = args.folder / "two_minutes.mp4", args.folder / "hour.mp4"
+        if not hour.exists():
+            in_a_process(write_hour, part, hour)
+        in_a_process(timelines, part, hour)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tpn.export import ExportedClassifier
 from tpn.models.classifier import TPNClassifier
 from tpn.optimize import OptimizedClassifier, optimize
 from tpn.video import decode
@@ -65,8 +66,8 @@ class VideoClassifier:
     """Classify video files or arrays of frames.
 
     Args:
-        model: a name for `create_model`, or a model that it made. A model is put in evaluation mode for each
-            batch and back afterwards.
+        model: a name for `create_model`, a model that it made, or one that `tpn.export.load` read. A model is put in evaluation
+            mode for each batch and back afterwards.
         pretrained, **kwargs: for `create_model`, with a name.
         device: where to run. Default: a GPU if there is one, for a name; where the model is, for a model.
         batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
@@ -86,7 +87,7 @@ class VideoClassifier:
 
     def __init__(
         self,
-        model: str | TPNClassifier,
+        model: str | TPNClassifier | ExportedClassifier,
         pretrained: bool = False,
         *,
         device: str | torch.device | None = None,
@@ -111,7 +112,7 @@ class VideoClassifier:
         for name, value in (("batch_size", batch_size), ("workers", workers)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.device = next(model.parameters()).device if device is None else torch.device(device)
+        self.device = _place(model).device if device is None else torch.device(device)
         on_cpu = self.device.type == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else 30)
         self.workers = workers or (2 if on_cpu else min(os.cpu_count() or 1, 16))
@@ -122,7 +123,9 @@ class VideoClassifier:
         compiled = compile or (isinstance(model, OptimizedClassifier) and model.report.compiled)
         self._whole_batches = compiled  # it is compiled anew for every size
         if precision is None and not compile:
-            self.model = model.to(self.device)
+            self.model: TPNClassifier | ExportedClassifier = model.to(self.device)
+        elif isinstance(model, ExportedClassifier):
+            raise ValueError("precision and compile are for models of PyTorch; an exported one runs as its file says")
         else:
             dtype = None if precision == "auto" else precision or "float32"
             sample = self._sample() if compile else None
@@ -299,7 +302,7 @@ class VideoClassifier:
             self.model.eval()
         try:
             with torch.inference_mode():
-                x = spec.normalize(clips).to(next(self.model.parameters()).dtype)
+                x = spec.normalize(clips).to(_place(self.model).dtype)
                 logits = self.model(x).float()
         finally:
             if was_training:
@@ -310,6 +313,11 @@ class VideoClassifier:
         if progress is not None:
             for views in dict.fromkeys(views for views, _ in batch):
                 progress(len(views.logits), views.count)
+
+
+def _place(model: nn.Module) -> Tensor:
+    """A tensor on the device and in the dtype of a model; the weights of an ONNX file are not PyTorch's."""
+    return next(model.parameters(), torch.empty(0))
 
 
 def parse_views(text: str) -> tuple[int, int]:

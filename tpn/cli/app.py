@@ -42,7 +42,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TPN_DEBUG"):
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError | tpn.WeightsUnavailableError)
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError)
         kind = "" if expected else f"{type(error).__name__}: "
         err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
         sys.exit(1)

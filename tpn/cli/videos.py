@@ -50,6 +50,9 @@ def predict(
     views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to print.")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option("--onnx", "--exported", help="Run this file of tpn export, .onnx or .pt2, instead of --model.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, float16, bfloat16, or auto: the fastest that the device has.")
     ] = "float32",
@@ -57,20 +60,26 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, a line a file.")] = False,
 ) -> None:
     """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
+    from tpn.export import load as load_exported
     from tpn.predict import VideoClassifier, parse_views
 
     try:
         num_clips, num_crops = (None, None) if views is None else parse_views(views)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--views") from error
-    classifier = VideoClassifier(
-        model,
-        pretrained=checkpoint is None,
-        checkpoint_path=checkpoint,
-        device=check_device(device),
-        precision=precision,
-        compile=compile,
-    )
+    if onnx is not None:
+        if checkpoint is not None or precision != "float32" or compile:
+            raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")
+        classifier = VideoClassifier(load_exported(onnx), device=check_device(device))
+    else:
+        classifier = VideoClassifier(
+            model,
+            pretrained=checkpoint is None,
+            checkpoint_path=checkpoint,
+            device=check_device(device),
+            precision=precision,
+            compile=compile,
+        )
     failed = 0
     with Progress(
         TextColumn("{task.description}"),

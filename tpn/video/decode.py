@@ -9,7 +9,7 @@ Where the picture's size changes on the way, all frames get that of the first on
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,15 @@ def probe(path: PathLike) -> VideoInfo:
         return VideoInfo(num_frames, width, height, None if rate is None else float(rate), stream.codec_context.name)
 
 
+def header(path: PathLike) -> tuple[float | None, int | None]:
+    """Return what a file says of itself, frames a second and their number, None where it does not, without a look at its frames.
+
+    The number may be wrong. Raises what `probe` raises.
+    """
+    with _open(path) as (_, stream):
+        return None if stream.average_rate is None else float(stream.average_rate), stream.frames or None
+
+
 def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None) -> Tensor:
     """Return the frames with the given indices, in the order given, repeats included.
 
@@ -147,6 +156,23 @@ def sample_frames(
             return frames, place.reshape(sample(total).shape)
         total, index = decoded, _Index(decoded)
     raise VideoError(f"{path}: two passes gave different numbers of frames")
+
+
+def iter_frames(path: PathLike, *, short_side: int | None = None) -> Generator[Tensor]:
+    """Yield every frame of a video in presentation order, uint8 RGB (3, H, W), rotated as the file's metadata asks.
+
+    One pass, in which one frame is held at a time, however long the video is. short_side: as in `read_frames`.
+    Raises what `probe` raises, on the way.
+    """
+    with _open(path) as (container, stream):
+        reformatter = VideoReformatter()
+        size: tuple[int, int] | None = None
+        for frame in _frames(path, container, stream):
+            size = size or (frame.width, frame.height)
+            image = torch.from_numpy(np.ascontiguousarray(_to_rgb(reformatter, frame, *size))).permute(2, 0, 1)
+            yield image if short_side is None else resize_short_side(image, short_side)
+    if size is None:
+        raise VideoError(f"{path}: no frame could be decoded")
 
 
 def verify(path: PathLike) -> int:

@@ -68,16 +68,17 @@ def render(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: i
     tempo: 1 (a cycle in `SLOWEST_CYCLE` frames) to 8; other positive tempos work too.
     seed: of everything else: background, shape, place, phase, ...
     """
-    if label not in range(len(CLASSES)):
-        raise ValueError(f"label must be in 0..{len(CLASSES) - 1}, got {label}")
-    if tempo <= 0 or num_frames < 1:
-        raise ValueError(f"tempo and num_frames must be positive, got {tempo} and {num_frames}")
-    rng = np.random.default_rng([label, *np.atleast_1d(seed)])
-    background, shape = _background(rng), _SHAPES[rng.integers(len(_SHAPES))]
-    start = _random_state(rng)
-    step = _steps(label, start, rng)
-    phase = rng.uniform()
-    return np.stack([_draw(background, shape, step(phase + i * tempo / SLOWEST_CYCLE)) for i in range(num_frames)])
+    background, shape, states = _scene(label, tempo, seed, num_frames)
+    return np.stack([_draw(background, shape, state) for state in states])
+
+
+def masks(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: int = 64) -> NDArray[np.bool_]:
+    """Return where the shape is in the clip that `render` gives for the same arguments, bool (num_frames, HEIGHT, WIDTH).
+
+    A pixel belongs to the shape if half of it or more is covered. A shape that reaches over an edge is on both sides.
+    """
+    _, shape, states = _scene(label, tempo, seed, num_frames)
+    return np.stack([np.asarray(_mask(shape, state)) >= 128 for state in states])
 
 
 def render_sequence(parts: Sequence[tuple[int, float, int]], *, seed: int) -> NDArray[np.uint8]:
@@ -129,6 +130,22 @@ def write_dataset(
                 if order != "as rendered":
                     frames = frames[rng.permutation(num_frames) if order == "shuffled" else np.zeros(num_frames, int)]
                 write_video(path, frames, fps=FPS)
+
+
+def _scene(
+    label: int, tempo: float, seed: int | Sequence[int], num_frames: int
+) -> tuple[Image.Image, Sequence[tuple[float, float]], list[State]]:
+    """Return the background of a clip, its shape, and what each frame shows."""
+    if label not in range(len(CLASSES)):
+        raise ValueError(f"label must be in 0..{len(CLASSES) - 1}, got {label}")
+    if tempo <= 0 or num_frames < 1:
+        raise ValueError(f"tempo and num_frames must be positive, got {tempo} and {num_frames}")
+    rng = np.random.default_rng([label, *np.atleast_1d(seed)])
+    background, shape = _background(rng), _SHAPES[rng.integers(len(_SHAPES))]
+    start = _random_state(rng)
+    step = _steps(label, start, rng)
+    phase = rng.uniform()
+    return background, shape, [step(phase + i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
 
 
 def _random_state(rng: np.random.Generator) -> State:
@@ -193,7 +210,12 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _draw(background: Image.Image, shape: Sequence[tuple[float, float]], state: State) -> NDArray[np.uint8]:
-    """Paint the shape over the background, also where it reaches over an edge."""
+    color = Image.new("HSV", (1, 1), (int(state.hue * 255), 230, 235)).convert("RGB").resize((WIDTH, HEIGHT))
+    return np.asarray(Image.composite(color, background, _mask(shape, state)))
+
+
+def _mask(shape: Sequence[tuple[float, float]], state: State) -> Image.Image:
+    """How much of each pixel the shape covers, 0..255, also where it reaches over an edge."""
     k = _OVERSAMPLING
     mask = Image.new("L", (WIDTH * k, HEIGHT * k))
     pen = ImageDraw.Draw(mask)
@@ -203,6 +225,4 @@ def _draw(background: Image.Image, shape: Sequence[tuple[float, float]], state: 
         for dy in (-HEIGHT, 0, HEIGHT):
             x, y = state.x % WIDTH + dx, state.y % HEIGHT + dy
             pen.polygon([(k * (x + a), k * (y + b)) for a, b in corners], fill=255)
-    color = Image.new("HSV", (1, 1), (int(state.hue * 255), 230, 235)).convert("RGB").resize((WIDTH, HEIGHT))
-    picture = Image.composite(color, background, mask.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
-    return np.asarray(picture)
+    return mask.resize((WIDTH, HEIGHT), Image.Resampling.BOX)

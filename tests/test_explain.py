@@ -1,0 +1,283 @@
+"""Maps of the evidence: that they are Grad-CAM, that they point at what moves; the shares of the pyramid's parts; pictures."""
+
+import importlib.util
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_cli import run
+from test_models import randomise_norms
+from torch import nn
+from videos import write_video
+
+import tpn
+from tpn.explain import explain, grad_cam, occlusion, overlay
+from tpn.models.layers import freeze_batch_norm
+from tpn.video import motion
+from tpn.video.decode import read_frames
+
+NAME = "tpn_slowonly_tiny_motion"
+SPEC = tpn.InputSpec(2, 4, short_side=72, crop_size=64, three_crop_size=64)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return tpn.VideoClassifier(NAME, pretrained=True)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("explain") / "video.mp4"
+    return write_video(path, num_frames=60)
+
+
+def build(name, **kwargs):
+    """A narrow network with the logits of a trained one."""
+    torch.manual_seed(0)
+    model = randomise_norms(tpn.create_model(name, **kwargs))
+    nn.init.normal_(model.head.fc.weight)
+    return model
+
+
+def clips_of(model, size=64):
+    return torch.randn(2, 3, model.input_spec.num_frames, size, size)
+
+
+@pytest.fixture(scope="module")
+def moving(classifier):
+    """Clips of every class with seeds that training did not have, where the shape is in each, and the classes."""
+    spec, rng, frames, covered = classifier.spec, np.random.default_rng(1), [], []
+    labels = [label for label in range(len(motion.CLASSES)) for _ in range(2)]
+    for i, label in enumerate(labels):
+        shown = {"tempo": float(np.exp(rng.uniform(0, np.log(8)))), "seed": (9001, i % 2), "num_frames": 31}
+        frames.append(torch.from_numpy(motion.render(label, **shown)[::2]).permute(0, 3, 1, 2))
+        covered.append(torch.from_numpy(motion.masks(label, **shown)[::2]).float())
+    clips = torch.stack([spec.normalize(spec.crops(each)[0]) for each in frames])
+    masks = torch.stack([F.interpolate(each[:, None], clips.shape[-2:], mode="area")[:, 0] for each in covered])
+    return clips, masks, torch.tensor(labels)
+
+
+def times_area(maps, masks):
+    """How much more of a map lies on the shape than of an even map, the mean over clips; a map of zeros counts as even."""
+    maps = torch.where(maps.sum(dim=(1, 2, 3), keepdim=True) > 0, maps, 1.0)
+    inside = (maps * masks).sum(dim=(1, 2, 3)) / maps.sum(dim=(1, 2, 3))
+    return float(inside.mean() / masks.mean())
+
+
+def test_maps_point_at_what_moves(classifier, moving):
+    """Maps of random numbers, and of other clips, do not."""
+    clips, masks, labels = moving
+    for method, least in ((occlusion, (2.8, 2.8)), (grad_cam, (1.4, 1.15))):
+        for level, maps in enumerate(method(classifier.model, clips, labels)):
+            assert maps.shape == masks.shape
+            assert times_area(maps, masks) > least[level], (method, level)
+            assert 0.7 < times_area(maps.roll(7, 0), masks) < 1.25, (method, level)
+    for cells in (2, 4):
+        random = F.interpolate(torch.rand(28, 1, cells, cells, cells), masks.shape[1:], mode="trilinear")[:, 0]
+        assert 0.9 < times_area(random, masks) < 1.1
+
+
+@pytest.mark.parametrize("name", ["slowonly_r50_k400", "tpn_slowonly_r50_k400"])
+def test_occlusion_by_hand(name):
+    model = build(name, base_channels=8).eval()
+    clips, targets = clips_of(model), torch.tensor([7, 5])
+    whole = model.backbone(clips)
+    falls = torch.zeros(len(whole), 2, 2, 2, 2)
+    for t, y, x in np.ndindex(2, 2, 2):
+        box = (slice(None), slice(None), slice(4 * t, 4 * t + 4), slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32))
+        covered = clips.clone()
+        covered[box] = clips[box].flatten(2).mean(dim=2)[..., None, None, None]
+        for level, changed in enumerate(model.backbone(covered)):
+            maps = [changed if i == level else each for i, each in enumerate(whole)]
+            logits = model.forward_head(maps[0] if model.neck is None else model.neck(maps))
+            falls[level, :, t, y, x] = (model(clips) - logits).detach()[range(2), targets]
+    found = occlusion(model, clips, targets, cells=2)
+    expected = F.interpolate(falls.clamp(min=0), clips.shape[2:], mode="trilinear")
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-3, atol=1e-5)
+    assert (falls.amax(dim=(1, 2, 3, 4)) > 0.01).all()
+
+
+def test_grad_cam_of_a_linear_head():
+    """Without pyramid the logit is linear in the last map, and its map known: each channel times its weight."""
+    model = build("slowonly_r50_k400", base_channels=8).eval()
+    clips = clips_of(model)
+    (maps,) = grad_cam(model, clips, 7)
+    (last,) = model.backbone(clips)
+    summed = torch.einsum("c,bcthw->bthw", model.head.fc.weight[7], last).clamp(min=0) / last[0, 0].numel()
+    expected = F.interpolate(summed[:, None], clips.shape[2:], mode="trilinear")[:, 0]
+    torch.testing.assert_close(maps, expected.detach())
+    assert maps.max() > 0
+
+
+def test_grad_cam_by_hand():
+    model = build("tpn_tsm_r50_sthv1", base_channels=8).eval()
+    clips = clips_of(model)
+    maps = [each.detach().requires_grad_() for each in model.backbone(clips)]
+    model.forward_head(model.neck(maps))[:, 5].sum().backward()
+    for got, each in zip(grad_cam(model, clips, 5), maps, strict=True):
+        weighted = (each.grad.mean(dim=(2, 3, 4), keepdim=True) * each).sum(dim=1, keepdim=True).relu()
+        torch.testing.assert_close(got, F.interpolate(weighted, clips.shape[2:], mode="trilinear")[:, 0].detach())
+
+
+MODELS = {
+    "levels of other lengths": (NAME, {"temporal_scales": (4, 16)}, 2, ["top_down", "bottom_up"]),
+    "one flow": (NAME, {"flow_order": "bottom_up"}, 2, ["bottom_up"]),
+    "TSM": ("tpn_tsm_r50_sthv1", {"base_channels": 8}, 2, ["top_down", "bottom_up"]),
+    "without pyramid": ("tsm_r50_sthv2", {"base_channels": 8}, 1, []),
+    "timm": ("tpn", {"backbone": "timm/resnet18", "num_classes": 5, "input_spec": SPEC}, 2, ["top_down", "bottom_up"]),
+    "torchvision": (
+        "tpn",
+        {"backbone": "torchvision/r3d_18", "num_classes": 5, "input_spec": SPEC, "num_frames": 4, "out_indices": (0, 1, 2, 3)},
+        4,
+        ["top_down", "bottom_up"],
+    ),
+}
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("method", ["occlusion", "grad-cam"])
+def test_every_model(which, method, video, tmp_path):
+    name, kwargs, num_levels, flows = MODELS[which]
+    model = build(name, **kwargs)
+    spec = model.input_spec = tpn.InputSpec(model.input_spec.num_frames, 2, short_side=72, crop_size=65, num_crops=3)
+    seen = explain(model, video, method=method)
+    assert (seen.frames.shape, seen.frames.dtype) == ((spec.num_frames, 3, 65, 65), torch.uint8)
+    assert [each.shape for each in seen.maps] == [(spec.num_frames, 65, 65)] * num_levels
+    assert all(each.isfinite().all() and each.min() >= 0 for each in seen.maps)
+    assert any(each.max() > 0 for each in seen.maps)
+    assert len(seen.levels) == (num_levels if flows else 0)
+    assert list(seen.flows) == flows
+    for parts in filter(None, (seen.levels, tuple(seen.flows.values()))):
+        assert sum(abs(part.share) for part in parts) == pytest.approx(1)
+    seen.save_png(tmp_path / "map.png")
+    seen.save_mp4(tmp_path / "map.mp4")
+    with av.open(str(tmp_path / "map.mp4")) as file:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(pictures) == spec.num_frames
+    assert pictures[0].shape == (4 * 65, 4 * 65 * (1 + num_levels), 3)
+
+
+def test_what_is_seen_is_what_is_classified(classifier, video):
+    seen = explain(classifier, video)
+    frames = read_frames(video, range(60))
+    for other in (explain(classifier, frames), explain(classifier.model, frames.permute(0, 2, 3, 1).numpy())):
+        assert torch.equal(other.frames, seen.frames)
+        for got, expected in zip(other.maps, seen.maps, strict=True):
+            torch.testing.assert_close(got, expected)
+    prediction = classifier(video, num_clips=1, num_crops=1)
+    ((label, probability),) = prediction.top(1)
+    assert (seen.label, motion.CLASSES[seen.target]) == (label, label)
+    assert seen.probability == pytest.approx(probability, abs=1e-5)
+    probs = classifier(video).view_logits.softmax(dim=1)
+    for clip in range(3):
+        assert explain(classifier, video, target="growing", clip=clip).probability == pytest.approx(
+            float(probs[clip, 6]), abs=1e-5
+        )
+
+
+def test_shares(classifier, video):
+    """What a part adds is what is lost without its weights."""
+    seen = explain(classifier, video, target="jumping")
+    clips = classifier.spec.normalize(seen.frames)[None]
+
+    def logit(change=lambda neck: None):
+        model = tpn.create_model(NAME, pretrained=True).eval()
+        with torch.no_grad():
+            change(model.neck)
+            return float(model(clips)[0, 13])
+
+    def without_flow(fusion):
+        nn.init.zeros_(fusion.fuse.bn.weight)
+        nn.init.zeros_(fusion.fuse.bn.bias)
+
+    levels = [logit() - logit(lambda neck, i=i: nn.init.zeros_(neck.temporal_modulation[i].conv.weight)) for i in (0, 1)]
+    flows = [logit() - logit(lambda neck, n=name: without_flow(getattr(neck, f"{n}_fusion"))) for name in seen.flows]
+    for parts, expected in ((seen.levels, levels), (list(seen.flows.values()), flows)):
+        assert [part.logit for part in parts] == pytest.approx(expected, abs=1e-4)
+        assert [part.share for part in parts] == pytest.approx([e / sum(map(abs, expected)) for e in expected], abs=1e-4)
+    assert all(abs(difference) > 0.01 for difference in levels + flows)
+
+
+def state(model):
+    modes = {name: module.training for name, module in model.named_modules()}
+    hooks = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    needs = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    return modes, hooks, needs
+
+
+def test_the_model_is_left_as_it_was(video, monkeypatch):
+    model = build(NAME).train()
+    freeze_batch_norm(model.backbone)
+    model.backbone.conv1.requires_grad_(False)
+    before, tensors = state(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        first = explain(model, video)
+    assert state(model) == before
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(explain(model, video).maps[0], first.maps[0])  # no dropout either
+    explain(model, video, method="grad-cam")
+    assert state(model) == before
+    monkeypatch.setattr(type(model.head), "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain(model, video)
+    for method in (occlusion, grad_cam):
+        with pytest.raises(ZeroDivisionError):
+            method(model, clips_of(model), 0)
+    assert state(model) == before
+
+
+def test_of_an_optimized_model(classifier, video):
+    fast = tpn.optimize(tpn.create_model(NAME, pretrained=True), torch.bfloat16)
+    seen, expected = explain(fast, video), explain(classifier, video)
+    assert seen.maps[0].dtype == torch.float32
+    assert seen.target == expected.target
+    assert float((seen.maps[0] * expected.maps[0]).sum() / seen.maps[0].norm() / expected.maps[0].norm()) > 0.9
+
+
+def test_errors(classifier, video, monkeypatch):
+    with pytest.raises(ValueError, match="no class 'growin'; the nearest are 'growing', '"):
+        explain(classifier, video, target="growin")
+    for target in (14, -1, True):
+        with pytest.raises(ValueError, match=rf"target must be a name or a number in 0\.\.13, got {target}"):
+            explain(classifier, video, target=target)
+    with pytest.raises(ValueError, match=r"clip must be in 0\.\.2, got 3"):
+        explain(classifier, video, clip=3)
+    with pytest.raises(ValueError, match="method must be one of 'occlusion', 'grad-cam', got 'cam'"):
+        explain(classifier, video, method="cam")
+    with pytest.raises(ValueError, match="no classes to explain"):
+        explain(tpn.create_model(NAME, num_classes=0), video)
+    with pytest.raises(TypeError, match="ReLU has no levels to look into; explain the model that it was made of"):
+        grad_cam(nn.ReLU(), torch.zeros(1), 0)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
+    with pytest.raises(ImportError, match=r'^Grad-CAM needs captum: pip install "tpn\[explain\]"$'):
+        explain(classifier, video, method="grad-cam")
+
+
+def test_overlay():
+    """Gray where there is nothing, brightest where the evidence is; a map of zeros divides nothing."""
+    frames = torch.full((2, 3, 4, 5), 100, dtype=torch.uint8)
+    heat = torch.zeros(2, 4, 5)
+    assert len(np.unique(overlay(frames, heat))) == 1
+    heat[1, 2, 3] = 0.01
+    painted = overlay(frames, heat)
+    assert (painted.shape, painted.dtype) == ((2, 4, 5, 3), np.uint8)
+    assert np.argwhere(np.ptp(painted, axis=3)).tolist() == [[1, 2, 3]]
+    assert painted[1, 2, 3].sum() > painted[0, 0, 0].sum()
+
+
+def test_command(video, tmp_path):
+    done = run("explain", video, "--class", "growing", "-m", NAME, "--video", "map.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, *parts = done.stdout.splitlines()
+    assert first == str(video)
+    assert second.endswith("%  growing")
+    assert [line.split()[1] for line in parts] == ["level", "level", "top_down", "bottom_up"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.mp4", "tpn-explain.png"]
+    with Image.open(tmp_path / "tpn-explain.png") as picture:
+        assert min(picture.size) > 400
+    done = run("explain", video, "--class", "flying", "-m", NAME, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -1,0 +1,296 @@
+"""Models as files: the same logits in onnxruntime and PyTorch's exported programs, whatever the batch; and what can go wrong."""
+
+import importlib.util
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from scripts import run_example
+from test_cli import run
+from test_models import randomise_norms, relative_error
+from torch import nn
+from videos import write_video
+
+import tpn
+from tpn import export
+from tpn.zoo.convert import CheckpointError
+
+TINY = "tpn_slowonly_tiny_motion"
+SPEC = tpn.InputSpec(4, 2, short_side=72, crop_size=64, three_crop_size=64)
+
+MODELS = {
+    "tiny": (TINY, {}),
+    "levels of other lengths": (TINY, {"temporal_scales": (4, 16), "flow_order": "parallel"}),
+    "one flow": (TINY, {"flow_order": "bottom_up", "num_frames": 7, "temporal_scales": (2, 4)}),
+    "SlowOnly R50": ("tpn_slowonly_r50_k400", {}),
+    "SlowOnly R101": ("tpn_slowonly_r101_32x2_k400", {}),
+    "TSM": ("tpn_tsm_r50_sthv1", {}),
+    "TSM in place": ("tpn_tsm_r50_sthv1", {"shift_shortcut": True, "flow_order": "top_down"}),
+    "SlowOnly without pyramid": ("slowonly_r50_k400", {}),
+    "TSM without pyramid": ("tsm_r50_sthv2", {}),
+    "timm": ("tpn", {"backbone": "timm/resnet18", "num_classes": 5, "input_spec": SPEC}),
+    "timm, shifted": ("tpn", {"backbone": "timm/regnety_002", "temporal_shift": True, "num_classes": 5, "input_spec": SPEC}),
+    "torchvision": ("tpn", {"backbone": "torchvision/r3d_18", "num_classes": 5, "input_spec": SPEC}),
+}
+"""Name and arguments, by what they stand for."""
+QUICK = "levels of other lengths"
+each_model = pytest.mark.parametrize(
+    "which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != QUICK)]
+)
+
+
+def build(which):
+    """A narrow network with the batch norms and the logits of a trained one, in training mode."""
+    torch.manual_seed(0)
+    name, kwargs = MODELS[which]
+    model = randomise_norms(tpn.create_model(name, **{"base_channels": 8} | kwargs if name != "tpn" else kwargs))
+    nn.init.normal_(model.head.fc.weight)
+    return model
+
+
+def differences(model, exported, size):
+    """Of logits, for batches that were not traced."""
+    spec = model.input_spec
+    model.eval()
+    for batch in (1, 3):
+        clips = torch.randn(batch, 3, spec.num_frames, size, size)
+        with torch.inference_mode():
+            got, expected = exported(clips), model(clips)
+        assert (got.shape, got.dtype) == (expected.shape, torch.float32)
+        yield relative_error(got, expected)
+
+
+@each_model
+def test_onnx(which, tmp_path, capfd):
+    model = build(which)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = export.export_onnx(model, tmp_path / "new" / "model.onnx", size=64)
+    assert capfd.readouterr() == ("", "")
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert list((tmp_path / "new").iterdir()) == [path]
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (clips,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (clips.name, clips.type, clips.shape) == ("clips", "tensor(float)", ["batch", 3, model.input_spec.num_frames, 64, 64])
+    assert (logits.name, logits.shape) == ("logits", ["batch", model.num_classes])
+    assert max(differences(model, export.load(path), 64)) < 1e-4
+
+
+@each_model
+def test_pt2(which, tmp_path, capfd):
+    model = build(which)
+    path = export.export_pt2(model, tmp_path / "model.pt2", size=64)
+    assert max(differences(model, export.load(path), 64)) < 1e-6
+    assert list(tmp_path.iterdir()) == [path]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model that comes with tpn, written by the command, and a video."""
+    folder = tmp_path_factory.mktemp("export")
+    write_video(folder / "video.mp4", num_frames=40)
+    for suffix in ("onnx", "pt2"):
+        done = run("export", TINY, "--format", suffix, "--output", f"tiny.{suffix}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        file, size, unit, *_, difference, _, _, _, _ = done.stdout.split()
+        assert (file, unit) == (f"tiny.{suffix}", "MB,")
+        assert float(size) == pytest.approx((folder / file).stat().st_size / 1e6, abs=0.06)
+        assert float(difference) < 1e-5
+        assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny.onnx", "tiny.pt2", "video.mp4"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tpn.create_model(TINY, pretrained=True).eval()
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_what_a_file_says_of_itself(folder, model, suffix):
+    exported = export.load(folder / f"tiny.{suffix}")
+    for name in ("num_classes", "num_features", "in_chans", "labels", "input_spec"):
+        assert getattr(exported, name) == getattr(model, name), name
+    assert exported.about["tpn_version"] == tpn.__version__
+    assert exported.about["architecture"] == TINY
+    assert exported.about["model_args"] == model.model_args
+    rebuilt = tpn.create_model(exported.about["architecture"], **exported.about["model_args"])
+    assert rebuilt.model_args == model.model_args
+
+
+def test_metadata_need_no_tpn(folder, model):
+    (entry,) = onnx.load(folder / "tiny.onnx", load_external_data=False).metadata_props
+    assert entry.key == "tpn"
+    assert json.loads(entry.value)["input_spec"]["mean"] == list(model.input_spec.mean)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_video_classifier_runs_it(folder, model, suffix):
+    exported = export.load(folder / f"tiny.{suffix}")
+    expected, got = (tpn.VideoClassifier(each, batch_size=2)(folder / "video.mp4") for each in (model, exported))
+    torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=0, atol=1e-4)
+    assert len(got.view_logits) == 3
+    assert got.labels == expected.labels
+    with pytest.raises(ValueError, match="precision and compile are for models of PyTorch"):
+        tpn.VideoClassifier(exported, precision="float32")
+    with pytest.raises(RuntimeError, match="for inference only"):
+        exported.train()
+    with pytest.raises(
+        ValueError, match=r"exported for float clips \(B, 3, 16, 64, 64\), got torch.float32 \(1, 3, 16, 32, 32\)"
+    ):
+        exported(torch.zeros(1, 3, 16, 32, 32))
+
+
+def test_predict_command(folder):
+    rows = []
+    for options in ([], ["--onnx", "tiny.onnx"], ["--onnx", "tiny.pt2"]):
+        done = run("predict", "video.mp4", "-m", TINY, "--top", 14, "--json", *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(done.stdout))
+    for other in rows[1:]:
+        assert [each["label"] for each in other["top"]] == [each["label"] for each in rows[0]["top"]]
+        expected, got = ([each["probability"] for each in row["top"]] for row in (rows[0], other))
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    done = run("predict", "video.mp4", "--onnx", "tiny.onnx", "--precision", "bfloat16", cwd=folder)
+    assert done.returncode == 2
+    assert "a file runs as it is" in done.stderr
+
+
+def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
+    path = shutil.copy(folder / "tiny.pt2", tmp_path)
+    before = (folder / "tiny.pt2").read_bytes()
+    other = tpn.create_model(TINY, pretrained=True)
+    assert export.max_difference(other, path) < 1e-6
+    with torch.no_grad():
+        other.head.fc.weight[3, 5] += 0.1
+    assert export.max_difference(other, path) > 1e-4
+    for difference in (2e-4, float("nan")):
+        monkeypatch.setattr(export, "max_difference", lambda model, path, found=difference: found)
+        done = run("export", TINY, "-f", "pt2", "--output", path, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "error: no file: what it computes differs from the model by" in done.stderr
+        assert [file.name for file in tmp_path.iterdir()] == ["tiny.pt2"]
+        assert (tmp_path / "tiny.pt2").read_bytes() == before
+
+
+def test_options_of_the_command(tmp_path):
+    tpn.save_pretrained(build("one flow"), tmp_path / "mine")
+    done = run("export", "local-dir:mine", "-f", "pt2", "--size", 40, "--num-classes", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    exported = export.load(tmp_path / "mine.pt2")
+    assert (exported.num_classes, exported.labels) == (3, None)
+    assert exported(torch.zeros(2, 3, 7, 40, 40)).shape == (2, 3)
+    done = run("export", TINY, "--checkpoint", "mine/model.safetensors", "-f", "pt2", cwd=tmp_path)
+    assert done.returncode == 1  # other arguments than the checkpoint's
+    assert not (tmp_path / f"{TINY}.pt2").exists()
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_sizes(num_crops, tmp_path):
+    """By default that of the published views; with another one, as much of the picture is seen."""
+    model = build("one flow")
+    model.input_spec = tpn.InputSpec(7, num_crops=num_crops, short_side=48, crop_size=40, three_crop_size=48)
+    published = 48 if num_crops == 3 else 40
+    spec = export.load(export.export_pt2(model, tmp_path / "a.pt2")).input_spec
+    assert (spec.crop_size, spec.three_crop_size, spec.short_side) == (published, published, 48)
+    spec = export.load(export.export_pt2(model, tmp_path / "b.pt2", size=2 * published)).input_spec
+    assert (spec.crop_size, spec.three_crop_size, spec.short_side) == (2 * published, 2 * published, 96)
+    video = torch.randint(0, 256, (9, 3, 60, 90), dtype=torch.uint8)
+    assert len(tpn.VideoClassifier(export.load(tmp_path / "b.pt2"))(video).view_logits) == 10 * num_crops
+
+
+def test_other_models(tmp_path):
+    """Of one's own parts, in another precision, without classes."""
+    backbone = tpn.ResNet3dSlowOnly(18, base_channels=4)
+    model = tpn.TPNClassifier(backbone, None, tpn.ClassificationHead(backbone.out_channels[-1], 0)).bfloat16()
+    with pytest.raises(ValueError, match="the model has no input_spec; set model.input_spec = "):
+        export.export_pt2(model, tmp_path / "a.pt2")
+    model.input_spec = tpn.InputSpec(2, crop_size=32, num_crops=1)
+    exported = export.load(export.export_pt2(model, tmp_path / "a.pt2"))
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert (exported.about["architecture"], exported.about["model_args"], exported.num_classes) == (None, None, 0)
+    assert exported(torch.zeros(1, 3, 2, 32, 32)).shape == (1, exported.num_features)
+
+
+def test_not_exported(model, tmp_path):
+    with pytest.raises(ValueError, match="an optimized model is made for one device; export the one that it was made of"):
+        export.export_onnx(tpn.optimize(model, torch.float32), tmp_path / "x.onnx")
+    with pytest.raises(TypeError, match="only a TPNClassifier can be exported, got Linear"):
+        export.export_pt2(nn.Linear(2, 2), tmp_path / "x.pt2")
+    for size in (0, -32, 1.5, True):
+        with pytest.raises(ValueError, match="size must be a positive number of pixels, got"):
+            export.export_pt2(model, tmp_path / "x.pt2", size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def foreign_onnx(path):
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "graph", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def test_other_files(folder, tmp_path):
+    foreign_onnx(tmp_path / "foreign.onnx")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    (tmp_path / "empty.onnx").touch()
+    (tmp_path / "text.onnx").write_text("no model\n" * 9)
+    for suffix in ("onnx", "pt2"):
+        data = bytearray((folder / f"tiny.{suffix}").read_bytes())
+        (tmp_path / f"half.{suffix}").write_bytes(data[: len(data) // 2])
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed.pt2").write_bytes(data)
+    unsaid = "not a model that tpn exported, it does not say how to feed it; write one with tpn export"
+    for name, says in {
+        "foreign.onnx": unsaid,
+        "weights.pth": unsaid,
+        "empty.onnx": "damaged, or neither ONNX nor .pt2",
+        "text.onnx": "damaged, or neither ONNX nor .pt2",
+        "half.onnx": "damaged, or neither ONNX nor .pt2",
+        "half.pt2": "the file is damaged",
+        "changed.pt2": r"the file is damaged \(checksum of ",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {says}"):
+            export.load(tmp_path / name)
+    done = run("predict", folder / "video.mp4", "--onnx", "half.onnx", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    done = run("predict", folder / "video.mp4", "--onnx", "missing.onnx", cwd=tmp_path)
+    assert done.stderr == "error: missing.onnx: No such file or directory\n"
+    with pytest.raises(IsADirectoryError):
+        export.load(tmp_path)
+
+
+def test_metadata_of_another_version(folder, tmp_path):
+    with zipfile.ZipFile(folder / "tiny.pt2") as old, zipfile.ZipFile(tmp_path / "new.pt2", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, b'{"tpn_version": "9", "input_spec": {}}' if name.endswith("/tpn") else data)
+    with pytest.raises(CheckpointError, match="new.pt2: its metadata are not those of tpn .*: 'num_classes'"):
+        export.load(tmp_path / "new.pt2")
+
+
+def test_without_the_packages(folder, model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
+    with pytest.raises(ImportError, match=r'^onnx and onnxscript missing: pip install "tpn\[export\]"$'):
+        export.export_onnx(model, tmp_path / "x.onnx")
+    done = run("predict", "video.mp4", "--onnx", "tiny.onnx", cwd=folder)
+    assert done.stderr == 'error: onnxruntime missing: pip install "tpn[export]"\n'
+    assert export.load(folder / "tiny.pt2").num_classes == 14
+
+
+def test_example(folder):
+    """Served without PyTorch and without tpn: the same probabilities."""
+    done = run_example("serve", folder / "tiny.onnx", folder / "video.mp4")
+    expected = tpn.VideoClassifier(TINY, pretrained=True)(folder / "video.mp4").top(3)
+    got = [line.strip().split("%  ") for line in done.stdout.splitlines()]
+    assert [name for _, name in got] == [name for name, _ in expected]
+    np.testing.assert_allclose([float(p) for p, _ in got], [100 * p for _, p in expected], atol=0.2)

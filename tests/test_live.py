@@ -1,0 +1,146 @@
+"""Frames in order: of files, from pipes and cameras, and the newest of what a thread reads."""
+
+import io
+import sys
+import threading
+from contextlib import closing, nullcontext
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+import two_motions
+from two_motions import raw
+from videos import write_video as write_numbered
+
+from tpn.video import decode, live
+from tpn.video.decode import VideoError
+from tpn.video.live import Camera, newest, raw_frames
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return two_motions.write(tmp_path_factory.mktemp("both"))
+
+
+def test_every_frame_of_a_file_in_order(folder, tmp_path):
+    path = write_numbered(tmp_path / "a.mp4", num_frames=7, size=(128, 96))
+    frames = list(decode.iter_frames(path))
+    assert torch.equal(torch.stack(frames), decode.read_frames(path, range(7)))
+    small = list(decode.iter_frames(path, short_side=48))
+    assert torch.equal(torch.stack(small), decode.read_frames(path, range(7), short_side=48))
+    assert decode.header(path) == (25, 7)
+
+
+def test_files_that_are_no_videos(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video\n" * 50)
+    for path, error in ((tmp_path / "text.mp4", VideoError), (tmp_path / "missing.mp4", FileNotFoundError)):
+        with pytest.raises(error, match=path.name):
+            next(decode.iter_frames(path))
+        with pytest.raises(error, match=path.name):
+            decode.header(path)
+
+
+def test_raw_frames_are_whole(folder):
+    frames = np.load(folder / "frames.npy")[:3]
+    read = list(raw_frames(io.BytesIO(raw(frames)), size=(112, 112)))
+    assert np.array_equal(torch.stack(read), frames)
+    wide = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
+    assert np.array_equal(torch.stack(list(raw_frames(io.BytesIO(wide.tobytes()), size=(6, 4)))), wide.transpose(0, 3, 1, 2))
+    with pytest.raises(VideoError, match="the pipe: ends within frame 2, 37631 bytes of 37632; are the frames rgb24 of 112x112"):
+        list(raw_frames(io.BytesIO(raw(frames)[:-1]), size=(112, 112)))
+    with pytest.raises(VideoError, match="no frame came"):
+        next(raw_frames(io.BytesIO(), size=(112, 112)))
+
+
+def test_camera():
+    camera = Camera("testsrc=rate=30:size=64x48:duration=0.2", format="lavfi")
+    assert camera.fps == 30
+    frames = list(camera)
+    assert len(frames) == 6
+    assert {(frame.shape, frame.dtype) for frame in frames} == {((3, 48, 64), torch.uint8)}
+
+
+def test_camera_that_is_not_there(monkeypatch):
+    with pytest.raises(VideoError, match="nonsense: not a camera that can be opened"):
+        Camera("nonsense", format="lavfi")
+    with pytest.raises(VideoError, match="the installed FFmpeg cannot read cameras"):
+        Camera("0", format="unheard")
+    monkeypatch.setattr(sys, "platform", "plan9")
+    with pytest.raises(VideoError, match="plan9"):
+        Camera("0")
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "opened"),
+    [
+        ("linux", "2", "/dev/video2"),
+        ("linux", "/dev/video2", "/dev/video2"),
+        ("darwin", "0", "0"),
+        ("win32", "My cam", "video=My cam"),
+    ],
+)
+def test_names_of_cameras(monkeypatch, platform, device, opened):
+    """And what they are asked for."""
+    asked = []
+
+    def opened_as(*args, **kwargs):
+        asked.append((args, kwargs))
+        return SimpleNamespace(streams=SimpleNamespace(video=[SimpleNamespace(average_rate=None)]), close=lambda: None)
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(live, "formats_available", set(live.FORMATS.values()))
+    monkeypatch.setattr(live.av, "open", opened_as)
+    camera = Camera(device, size=(640, 480), fps=15)
+    options = {"video_size": "640x480", "framerate": "15"}
+    assert asked == [((opened,), {"format": live.FORMATS[platform], "options": options})]
+    assert camera.fps == 15
+    with pytest.raises(ValueError, match="does not state its frame rate"):
+        Camera(device)
+
+
+def test_camera_that_has_nothing_yet_and_one_that_fails():
+    camera = Camera("testsrc=rate=30:size=8x8", format="lavfi")
+    picture = av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8))
+    steps = [picture, av.BlockingIOError(35, "not yet"), picture, picture, av.OSError(5, "Input/output error")]
+
+    def decode(video):
+        while steps:
+            if isinstance(step := steps.pop(0), Exception):
+                raise step
+            yield step
+
+    camera._container = nullcontext(SimpleNamespace(decode=decode))
+    seen = []
+    with pytest.raises(VideoError, match=r"the camera failed \(Input/output error\)"):
+        seen.extend(camera)
+    assert len(seen) == 3
+
+
+def test_what_is_read_in_a_thread_ends_with_its_consumer():
+    ended = threading.Event()
+
+    def count():
+        try:
+            number = 0
+            while True:
+                yield (number := number + 1)
+        finally:
+            ended.set()
+
+    with closing(newest(count())) as items:
+        assert next(items) < next(items)
+    assert ended.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name == "tpn-live"]
+
+
+def test_what_fails_in_a_thread_fails_here():
+    def broken():
+        yield 1
+        raise VideoError("unplugged")
+
+    items = newest(broken())
+    with pytest.raises(VideoError, match="unplugged"):
+        list(items)
+    assert list(newest(i for i in range(1))) == [0]

@@ -1,0 +1,381 @@
+"""A clip that slides over files, arrays and live frames; segments; tempo."""
+
+import io
+import threading
+import warnings
+import weakref
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+import two_motions
+from two_motions import BOTH, FPS, SPAN, STRIDE, numbers, raw, rendered
+
+import tpn
+from tpn import tempo
+from tpn.predict import VideoClassifier
+from tpn.tempo import Clip
+from tpn.video import motion
+from tpn.video.datasets import RawFrames, VideoFolder
+from tpn.video.encode import write_video
+from tpn.video.live import Camera, raw_frames
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    yield from two_motions.one_thread()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return two_motions.classifier()
+
+
+@pytest.fixture(scope="module")
+def video():
+    return two_motions.both()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return two_motions.write(tmp_path_factory.mktemp("both"))
+
+
+def said(labels, probability=0.9):
+    """Clips of 3 frames, one frame apart, as a model with 4 classes might see them; None: it is not sure."""
+    for i, label in enumerate(labels):
+        probs = torch.full((4,), 0.25)
+        if label is not None:
+            probs = torch.full((4,), (1 - probability) / 3)
+            probs[label] = probability
+        yield Clip(i, i + 2, probs)
+
+
+# Sliding
+
+
+def test_file_array_pipe_and_camera_give_the_same(classifier, folder):
+    path, frames = folder / "both.mp4", np.load(folder / "frames.npy")
+    sources = {
+        "file": path,
+        "tensor": torch.from_numpy(frames),
+        "array": frames.transpose(0, 2, 3, 1),
+        "pipe": raw_frames(io.BytesIO(raw(frames)), size=(112, 112)),
+        "camera": Camera(f"movie={path}", format="lavfi"),
+    }
+    seen = {name: list(tempo.slide(classifier, source, stride=20)) for name, source in sources.items()}
+    first = seen["file"]
+    assert numbers(first) == [(0, 30), (20, 50), (40, 70), (60, 90), (80, 110)]
+    for name, clips in seen.items():
+        assert numbers(clips) == numbers(first), name
+        assert all(torch.equal(a.probs, b.probs) for a, b in zip(clips, first, strict=True)), name
+
+
+@pytest.mark.parametrize("shape", [(112, 112), (80, 112), (100, 64), (50, 70)])
+def test_same_as_the_classifier(classifier, video, shape):
+    """On frames of any shape, the centre crop; clips of `dense_indices` that start where ours do."""
+    frames = video[: SPAN + 2 * STRIDE, : shape[0], : shape[1]]
+    clips = list(tempo.slide(classifier, frames))
+    assert numbers(clips) == [(0, 30), (8, 38), (16, 46)]
+    whole = classifier(frames, num_clips=3, num_crops=1)
+    assert torch.equal(torch.stack([clip.probs for clip in clips]), whole.view_logits.softmax(dim=1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 30, 31])
+def test_a_video_shorter_than_a_clip(classifier, video, length):
+    (clip,) = tempo.slide(classifier, video[:length])
+    assert (clip.first, clip.last) == (0, length - 1)
+    assert torch.equal(clip.probs, classifier(video[:length], num_clips=1, num_crops=1).probs)
+
+
+def test_other_intervals_and_strides(classifier, video):
+    """Strides that are no multiple of the interval, and longer than a clip."""
+    for stride, interval, starts in ((45, 2, [0, 45]), (33, 3, [0, 33, 66]), (5, 7, [0, 5])):
+        span = 15 * interval + 1
+        clips = list(tempo.slide(classifier, video, stride=stride, frame_interval=interval))
+        assert numbers(clips)[: len(starts)] == [(start, start + span - 1) for start in starts]
+        for clip in clips[:2]:
+            chosen = torch.from_numpy(video[clip.first : clip.last + 1 : interval]).permute(0, 3, 1, 2)
+            (logits,) = classifier.model.eval()(classifier.spec.normalize(classifier.spec.crops(chosen)))
+            torch.testing.assert_close(clip.probs, logits.detach().softmax(dim=0), atol=1e-6, rtol=0)
+
+
+def test_models_of_segments(video):
+    model = tpn.create_model("tpn_tsm_r50_sthv1", base_channels=4)
+    classifier = VideoClassifier(model)
+    with pytest.raises(ValueError, match="sees whole videos, as segments.* pass frame_interval"):
+        tempo.slide(classifier, video)
+    clips = tempo.slide(classifier, video[:30], frame_interval=4, stride=1)
+    assert numbers(clips) == [(0, 28), (1, 29)]
+
+
+def test_errors(classifier, video, tmp_path):
+    with pytest.raises(ValueError, match="stride must be at least 1 frame, got 0"):
+        tempo.slide(classifier, video, stride=0)
+    with pytest.raises(ValueError, match="frame_interval must be at least 1, got 0"):
+        tempo.slide(classifier, video, frame_interval=0)
+    with pytest.raises(ValueError, match="there are no frames"):
+        next(tempo.slide(classifier, []))
+    with pytest.raises(TypeError, match=r"expected frames as arrays \(3, H, W\) or \(H, W, 3\), got str"):
+        next(tempo.slide(classifier, ["a.mp4"]))
+    with pytest.raises(TypeError, match="uint8"):
+        next(tempo.slide(classifier, video / 255))
+    with pytest.raises(FileNotFoundError):
+        next(tempo.slide(classifier, tmp_path / "missing.mp4"))
+
+
+@pytest.mark.parametrize(("stride", "at_most"), [(8, 16), (2, 16), (1, 31), (60, 16)])
+def test_only_frames_that_are_needed_are_kept(classifier, monkeypatch, stride, at_most):
+    """However long the video; until the first clip is complete all, which a short video may need."""
+    alive, made, prepared = [], 0, tempo._prepared
+
+    def watched(*args):
+        nonlocal made
+        made += 1
+        image = prepared(*args)
+        alive.append(weakref.ref(image))
+        return image
+
+    def held():
+        return sum(ref() is not None for ref in alive)
+
+    monkeypatch.setattr(tempo, "_prepared", watched)
+    spec = tempo.sliding_spec(classifier.spec)
+    given = 0
+
+    def frames():
+        nonlocal given
+        for given in range(1, 301):
+            yield np.zeros((90, 120, 3), np.uint8)
+            assert held() <= (SPAN if given <= SPAN else at_most + 1)
+
+    windows = tempo._windows(frames(), spec, stride, torch.device("cpu"))
+    for start, (first, last, clip) in zip(range(0, 300, stride), windows, strict=False):
+        assert (first, last, given) == (start, start + SPAN - 1, start + SPAN)  # as soon as it is complete
+        assert clip.shape == (16, 3, 64, 64)
+    assert made < (200 if stride != 1 else 301)  # those that no clip wants are not even resized
+
+
+def test_the_owner_may_overwrite_a_frame(classifier):
+    noise = np.random.default_rng(0).integers(0, 256, (SPAN, 64, 64, 3), np.uint8)
+
+    def reused():
+        buffer = np.empty_like(noise[0])
+        for image in noise:
+            buffer[:] = image
+            yield buffer
+
+    (expected,), (clip,) = (tempo.slide(classifier, frames) for frames in (noise, reused()))
+    assert torch.equal(clip.probs, expected.probs)
+
+
+def on_a_device(classifier, batch_size):
+    """A classifier that gathers batches, as it does for a GPU."""
+    gathering = VideoClassifier(classifier.model, batch_size=batch_size)
+    gathering._mix_videos = True
+    return gathering
+
+
+def test_batches(classifier, video):
+    clips = list(tempo.slide(on_a_device(classifier, 3), video, stride=20))
+    expected = list(tempo.slide(classifier, video, stride=20))
+    assert numbers(clips) == numbers(expected)
+    torch.testing.assert_close([clip.probs for clip in clips], [clip.probs for clip in expected], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_clip_is_reported_when_it_is_complete(classifier, video, is_live):
+    """Not when a batch is; and when the last frame of the next one has not come yet."""
+    taken, go = [], threading.Event()
+
+    def frames():
+        for number, image in enumerate(video):
+            if number == SPAN:
+                assert go.wait(20) or not is_live
+            taken.append(number)
+            yield image
+
+    many = on_a_device(classifier, 30 if is_live else 1)
+    with closing(tempo.slide(many, frames(), live=is_live)) as clips:
+        assert numbers([next(clips)]) == [(0, 30)]
+        assert len(taken) == SPAN
+        go.set()
+
+
+def test_a_camera_does_not_wait_for_the_model(classifier, video, monkeypatch):
+    """While it is busy with the first clip 5 more are complete: 4 are skipped, and the last is what it sees next."""
+    busy, go = threading.Event(), threading.Event()
+    forward = classifier.model.forward
+
+    def slow(x):
+        busy.set()
+        assert go.wait(20)
+        return forward(x)
+
+    def frames():
+        yield from video[:SPAN]
+        assert busy.wait(20)
+        yield from video[SPAN : SPAN + 5 * STRIDE]
+        go.set()
+
+    monkeypatch.setattr(classifier.model, "forward", slow)
+    clips = list(tempo.slide(classifier, frames(), live=True))
+    assert numbers(clips) == [(0, 30), (40, 70)]
+    monkeypatch.undo()
+    patient = list(tempo.slide(classifier, video[: SPAN + 5 * STRIDE]))
+    assert numbers(patient) == [(8 * i, 8 * i + 30) for i in range(6)]
+    assert torch.equal(clips[1].probs, patient[5].probs)
+
+
+# Segments
+
+
+def test_segments_end_online():
+    asked = []
+
+    def clips():
+        for clip in said([0, 0, 1, 1, None, None, 1, 2]):
+            asked.append(clip.first)
+            yield clip
+
+    ended = []
+    for segment in tempo.segments(clips(), fps=1.0):
+        ended.append((segment.label, segment.start, segment.end, len(asked)))
+        assert segment.probability == pytest.approx(0.9)
+    # middles of the clips: 1, 2, 3, ...; the last column: clips that had come
+    assert ended == [(0, 0.0, 2.5, 3), (1, 2.5, 4.5, 5), (1, 6.5, 7.5, 8), (2, 7.5, 10.0, 8)]
+
+
+def test_threshold_of_segments():
+    assert [s.label for s in tempo.segments(said([0, 1], 0.75), fps=1.0, threshold=0.75)] == [0, 1]
+    assert not list(tempo.segments(said([0, 1], 0.75), fps=1.0, threshold=0.76))
+    assert not list(tempo.segments([], fps=1.0))
+    (whole,) = tempo.segments(said([3]), fps=2.0)
+    assert (whole.start, whole.end) == (0.0, 1.5)
+
+
+def test_segments_of_a_video(classifier, folder):
+    found = list(tempo.segments(tempo.slide(classifier, folder / "both.mp4"), fps=FPS, threshold=0.9))
+    assert [motion.CLASSES[s.label] for s in found] == [name for name, _, _ in BOTH]
+    assert found[0].start == 0
+    assert found[0].end == pytest.approx(56 / FPS, abs=0.5)
+    assert found[1].start == pytest.approx(56 / FPS, abs=0.5)
+
+
+def test_curves(classifier):
+    times, probs = tempo.curves(said([0, 1, 2]), fps=2.0)
+    assert times.tolist() == [0.5, 1.0, 1.5]
+    assert probs.shape == (3, 4)
+    assert probs[1, 1] == pytest.approx(0.9)
+
+
+# Tempo
+
+
+def test_width_of_known_curves():
+    t = np.arange(11)
+    width = tempo.full_width_at_half_maximum
+    assert width(t, 5 - np.abs(t - 5)) == 5  # a triangle
+    assert width(t, 5 - np.abs(t - 4.0).clip(max=5)) == 5  # not in the middle
+    fine = np.linspace(-10, 10, 4001)
+    assert width(fine, 0.3 * np.exp(-(fine**2) / 2)) == pytest.approx(2 * np.sqrt(2 * np.log(2)), abs=1e-5)
+    assert width([0, 1, 3, 4, 8], [0, 1, 1, 0.25, 0]) == pytest.approx(3 + 2 / 3 - 0.5)  # uneven steps
+
+
+def test_width_is_cut_at_the_ends():
+    width = tempo.full_width_at_half_maximum
+    assert width([1, 2, 3], [1, 1, 1]) == 2
+    assert width([1, 2, 3], [1, 1, 1], ends=(0, 4.5)) == 4.5
+    assert width([1, 2, 3], [0, 0.6, 1], ends=(0, 4)) == pytest.approx(4 - 1 - 0.5 / 0.6)
+    assert width([1, 2, 3], [1, 0, 0], ends=(0.5, 4)) == 1
+    assert width([1, 2, 3], [0.5, 0.5, 1]) == 2  # at half of it is not below
+    assert width([1], [0.2], ends=(0, 2)) == 2
+
+
+def test_width_of_nothing_and_of_several_maxima():
+    width = tempo.full_width_at_half_maximum
+    assert width([1, 2, 3], [0, 0, 0], ends=(0, 9)) == 0
+    assert width(np.arange(8), [0, 1, 0, 0, 1, 1, 1, 0]) == 1  # the first of equals
+    assert width(np.arange(8), [0, 1, 0.4, 0.6, 2, 0.6, 0, 0]) == pytest.approx(1 + 0.6 / 1.4)  # a lower one beside it
+
+
+@pytest.mark.parametrize(
+    ("times", "values", "ends", "says"),
+    [
+        ([], [], None, "of one or more"),
+        ([0, 1], [1], None, r"same length.* got \(2,\) and \(1,\)"),
+        ([0, 0], [1, 1], None, "times must increase"),
+        ([0, 1], [1, -1], None, "at least 0"),
+        ([0, 1], [1, float("nan")], None, "at least 0"),
+        ([0, 1], [1, 1], (0.5, 2), "ends must enclose"),
+    ],
+)
+def test_width_of_what_is_no_curve(times, values, ends, says):
+    with pytest.raises(ValueError, match=says):
+        tempo.full_width_at_half_maximum(times, values, ends=ends)
+
+
+DURATIONS = (48, 96, 144)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Growing for 2, 4 and 6 seconds between other motions, one video of another class, and a broken file."""
+    root = tmp_path_factory.mktemp("data")
+    for name in ("growing", "moving up"):
+        (root / name).mkdir()
+    for frames in DURATIONS:
+        parts = [("turning clockwise", 3.0, 48), ("growing", 2.5, frames), ("blinking", 5.0, 48)]
+        write_video(root / "growing" / f"{frames:03d}.mp4", rendered(parts, seed=3), fps=FPS)
+    write_video(root / "moving up" / "a.mp4", rendered([("moving up", 3.0, 40)], seed=4), fps=FPS)
+    (root / "moving up" / "broken.mp4").write_bytes(b"broken")
+    return root
+
+
+def test_tempo_follows_the_duration(classifier, data):
+    dataset = VideoFolder(data, classifier.spec, train=False)
+    tempos = list(tempo.dataset_tempos(classifier, dataset, stride=12))
+    assert [t.item for t in tempos] == dataset.items
+    *growing, moving, broken = tempos
+    for seen, frames in zip(growing, DURATIONS, strict=True):
+        assert seen.seconds == pytest.approx(frames / FPS, abs=0.5)
+    assert moving.seconds == pytest.approx(31 / FPS)  # the one clip, to its end
+    assert broken.seconds is None
+    assert "not a video" in broken.reason
+    variance = tempo.tempo_variance(tempos, num_classes=2)
+    assert variance[0] == pytest.approx(np.var([t.seconds for t in growing], ddof=1))
+    assert variance[0] == pytest.approx(4, rel=0.2)
+    assert np.isnan(variance[1])
+
+
+def test_data_sets_that_cannot_be_measured(classifier, data, tmp_path):
+    with pytest.raises(ValueError, match="own frame rate.* without target_fps"):
+        tempo.dataset_tempos(classifier, VideoFolder(data, classifier.spec, train=False, target_fps=12))
+    (tmp_path / "list.txt").write_text("a 3 0\n")
+    with pytest.raises(ValueError, match="VideoFolder or VideoList"):
+        tempo.dataset_tempos(classifier, RawFrames(tmp_path / "list.txt", classifier.spec, train=False))
+    (tmp_path / "dancing").mkdir()
+    (tmp_path / "dancing" / "a.mp4").touch()
+    with pytest.raises(ValueError, match="does not know the class 'dancing'; pass classes"):
+        tempo.dataset_tempos(classifier, VideoFolder(tmp_path, classifier.spec, train=False))
+
+
+def test_gain_against_variance():
+    nan = float("nan")
+    one, two, variance = [0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.6, 0.75, 0.9, nan], [1, 2, 4, 30, 9]
+    result = tempo.gain_against_variance(one, two, variance)
+    np.testing.assert_allclose(result.gain, [0, 0.1, 0.25, 0.4, nan], atol=1e-12)
+    assert result.num_classes == 4
+    assert result.spearman == pytest.approx(1)
+    assert result.pearson == pytest.approx(np.corrcoef([0, 0.1, 0.25, 0.4], variance[:4])[0, 1])
+    tied = tempo.gain_against_variance([0] * 4, [1, 2, 2, 4], [4, 3, 2, 1])
+    assert tied.spearman == pytest.approx(-0.9486833)  # as scipy.stats.spearmanr has it
+    same = tempo.gain_against_variance([0] * 3, [1, 1, 1], [4, 3, nan])
+    assert np.isnan([same.pearson, same.spearman]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = tempo.gain_against_variance([0] * 3, [1, 2, 3], [4, 4, 4])
+    assert np.isnan([same.pearson, same.spearman]).all()
+    with pytest.raises(ValueError, match="a value for each class"):
+        tempo.gain_against_variance([0, 1], [0, 1], [1])

@@ -1,0 +1,53 @@
+"""A video of two motions, one after the other, and the model that knows them: for tests of what happens when."""
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from tpn.predict import VideoClassifier
+from tpn.video import decode, motion
+from tpn.video.encode import write_video
+
+NAME = "tpn_slowonly_tiny_motion"
+FPS, SPAN, STRIDE = motion.FPS, 31, 8
+BOTH = [("turning clockwise", 4.0, 56), ("blinking", 5.0, 56)]
+
+
+@cache
+def classifier():
+    return VideoClassifier(NAME, pretrained=True)
+
+
+def rendered(parts, seed):
+    return motion.render_sequence([(motion.CLASSES.index(name), tempo, frames) for name, tempo, frames in parts], seed=seed)
+
+
+@cache
+def both():
+    """(112, 112, 112, 3)."""
+    return rendered(BOTH, seed=5)
+
+
+def write(folder):
+    """Write `both.mp4`, and its frames as they are decoded, (T, 3, H, W), as `frames.npy`."""
+    write_video(folder / "both.mp4", both(), fps=FPS)
+    np.save(folder / "frames.npy", torch.stack(list(decode.iter_frames(folder / "both.mp4"))).numpy())
+    return folder
+
+
+def raw(frames):
+    """(T, 3, H, W) as a pipe gives it."""
+    return np.ascontiguousarray(frames.transpose(0, 2, 3, 1)).tobytes()
+
+
+def numbers(clips):
+    return [(clip.first, clip.last) for clip in clips]
+
+
+def one_thread():
+    """For a fixture. More are slower for so small a network, the more so where other processes are at work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

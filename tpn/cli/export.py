@@ -1,0 +1,43 @@
+"""The command that writes models for other programs: export."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tpn
+from tpn.cli.app import app, err
+
+
+class Format(str, enum.Enum):
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")],
+    format: Annotated[
+        Format, typer.Option("--format", "-f", help="ONNX, for runtimes without PyTorch; or a program of torch.export.")
+    ] = Format.onnx,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, .safetensors or .pth.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load the published weights, where there is no --checkpoint.")] = True,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the model's name, here.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the clips in pixels. Default: as published.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Of a model without --pretrained, or with a new classifier.")] = None,
+) -> None:
+    """Write a model as one file that holds all it takes to run, and check it against the model."""
+    from tpn import export as exporting
+
+    output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}.{format.value}")
+    built = tpn.create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
+    write = exporting.export_onnx if format is Format.onnx else exporting.export_pt2
+    with exporting.whole(output) as unchecked:
+        write(built, unchecked, size=size)
+        err.print("written; now its results are compared with the model's")
+        difference = exporting.max_difference(built, unchecked)
+        if not difference < exporting.TOLERANCE:  # not a number is no pass either
+            raise ValueError(f"no file: what it computes differs from the model by {difference:.1e} of the largest logit")
+    megabytes = output.stat().st_size / 1e6
+    typer.echo(f"{output}  {megabytes:.1f} MB, largest difference of a logit {difference:.1e} of the largest logit")
