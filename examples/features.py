@@ -30,6 +30,8 @@ def main() -> None:
         else:
             print(result)
 
+    if args.videos[0] not in features:
+        raise ValueError(f"{args.videos[0]}: the video to compare with cannot be read")
     query, *others = features
     similarity = {video: F.cosine_similarity(features[query], features[video], dim=0).item() for video in others}
     for video in sorted(others, key=similarity.__getitem__, reverse=True):

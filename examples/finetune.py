@@ -20,11 +20,9 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("val")
     parser.add_argument("--model", default="tpn_slowonly_r50_k400")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=0.001)
+    for name, default in (("--epochs", 5), ("--batch-size", 8), ("--lr", 0.001)):
+        parser.add_argument(name, type=type(default), default=default)
     args = parser.parse_args()
-
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = replace(tpn.input_spec(args.model), mirrored=())  # pairs of your classes that a flip exchanges, if any
@@ -42,7 +40,9 @@ def main() -> None:
         model.train()
         for frames, labels in batches:
             logits, aux_logits = model.forward_with_aux(spec.normalize(frames.to(device)))
-            loss = sum(weight * F.cross_entropy(x, labels.to(device)) for weight, x in ((1, logits), (0.5, aux_logits)))
+            loss = F.cross_entropy(logits, labels.to(device))
+            if aux_logits is not None:  # a baseline without pyramid has none
+                loss = loss + 0.5 * F.cross_entropy(aux_logits, labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 40)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +78,16 @@ def test_feature_models_share_the_weights_and_give_what_they_say():
     expected = model.forward_head(model.forward_features(x), pre_logits=True)
     assert torch.equal(FeatureModel(model)(x), expected)
     assert torch.equal(FeatureModel(model, "c4")(x), model.backbone(x)[0].mean((2, 3, 4)))
-    assert FeatureModel(model).backbone is model.backbone
+    assert FeatureModel(model, "c4").num_features == 64
+    assert FeatureModel(model).model is model
+    with pytest.raises(ValueError, match="no intermediate is called 'c6'"):
+        FeatureModel(model, "c6")
+    with pytest.raises(ValueError, match="precision and compile are for a TPNClassifier; a FeatureModel runs as it is"):
+        tpn.VideoClassifier(FeatureModel(model), precision="float32")
+    with pytest.raises(TypeError, match="only a TPNClassifier can be optimized, got FeatureModel"):
+        tpn.optimize(FeatureModel(model))
+    fast = tpn.optimize(model, "float32")
+    assert torch.allclose(FeatureModel(fast, "c4")(x), FeatureModel(model, "c4")(x), atol=1e-4)
     model.reset_classifier(0)
     assert torch.equal(model(x), expected)
 
@@ -106,7 +117,8 @@ def test_file(folder, suffix, level):
     assert np.allclose(table["features"], torch.cat(expected).numpy(), atol=1e-6)
     assert table["path"] == [str(video) for video in videos for _ in range(4 if level == "clip" else 1)]
     assert table.get("clip") == (list(range(4)) * 3 if level == "clip" else None)
-    assert (about["level"], about["num_clips"], about["num_crops"], about["flip"]) == (level, 4, 3, False)
+    views = about["input"]
+    assert (about["level"], views["num_clips"], views["num_crops"], views["flip"]) == (level, 4, 3, False)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
@@ -120,15 +132,13 @@ def test_the_next_run_goes_on(folder, suffix):
     assert take(classify, videos[:1], out, level="clip") == videos[:1]
     assert take(classify, [*videos, videos[1]], out, level="clip") == videos[1:]
     assert take(classify, videos, out, level="clip") == []
-    about = FeatureFile(whole, _about(classify, "clip")).about
+    model = classify.model.model
+    about = features.About(
+        TINY, features.weights_hash(model), "c4", "clip", model.model_args, replace(model.input_spec, mirrored=()).to_dict()
+    )
     a, b = FeatureFile(out, about), FeatureFile(whole, about)
     assert list(a.rows) == list(b.rows) == videos
     assert all(np.array_equal(a.rows[video], b.rows[video]) for video in videos)
-
-
-def _about(classify, level):
-    spec = classify.spec
-    return features.About(TINY, features.weights_hash(classify.model), "c4", level, spec.num_clips, spec.num_crops, spec.flip)
 
 
 def test_a_run_that_is_broken_off_keeps_what_it_has(folder, monkeypatch):
@@ -143,6 +153,25 @@ def test_a_run_that_is_broken_off_keeps_what_it_has(folder, monkeypatch):
     monkeypatch.setattr(FeatureFile, "write", lambda self: writes.append(list(self.rows)))
     take(classify, videos, folder / "b.npz")
     assert writes == [videos[:1], videos[:2], videos]  # as it goes on: a process may be killed
+
+
+def test_a_frozen_part_stays_frozen():
+    model = tpn.create_model(TINY, pretrained=True)
+    model.backbone.eval()
+    FeatureModel(model, "c4")
+    assert (model.training, model.neck.training, model.backbone.training) == (True, True, False)
+    tpn.VideoClassifier(model)(torch.zeros(4, 64, 64, 3, dtype=torch.uint8), num_clips=1, num_crops=1)
+    assert (model.training, model.neck.training, model.backbone.training) == (True, True, False)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(folder, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        next(extract(classifier(), [folder / "0.mp4"], folder / "nowhere" / "out.npz", name=TINY))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'pip install "tpn\[parquet\]"'):
+        next(extract(classifier(), [folder / "0.mp4"], folder / "out.parquet", name=TINY))
+    with pytest.raises(TypeError, match="expected a VideoClassifier of a FeatureModel, got one with OptimizedClassifier"):
+        next(extract(tpn.VideoClassifier(TINY), [folder / "0.mp4"], folder / "out.npz", name=TINY))
 
 
 def test_bad_videos_are_tried_again(folder):
@@ -160,7 +189,7 @@ def test_bad_videos_are_tried_again(folder):
     ("change", "says"),
     [
         ({"level": "clip"}, "level 'video', not 'clip'"),
-        ({"num_clips": 2}, "num_clips 3, not 2"),
+        ({"num_clips": 2}, "input .*'num_clips': 3.*, not .*'num_clips': 2.*"),
     ],
 )
 def test_other_features_are_not_mixed_in(folder, change, says):
@@ -171,6 +200,9 @@ def test_other_features_are_not_mixed_in(folder, change, says):
         take(classifier(), [folder / "1.mp4"], out, **change)
     with pytest.raises(ValueError, match="feature None, not 'c4'"):
         take(classifier("c4"), [folder / "1.mp4"], out)
+    other = FeatureModel(tpn.create_model(TINY, pretrained=True, num_frames=8).eval())  # the same weights
+    with pytest.raises(ValueError, match="'num_frames': 16"):
+        take(tpn.VideoClassifier(other), [folder / "1.mp4"], out)
     assert out.read_bytes() == before
 
 
@@ -197,3 +229,11 @@ def test_command(folder):
     assert unknown.returncode == 1
     assert unknown.stderr.startswith("error: no intermediate is called 'c9'; there are c4, c5,")
     assert not (folder / "o.npz").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "timeline"])
+def test_a_model_without_classes_has_no_answer(folder, command):
+    tpn.save_pretrained(tpn.create_model(TINY, num_classes=0), folder / "model")
+    done = run(command, "0.mp4", "--model", "local-dir:model", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: the model has no classes, num_classes is 0; tpn features writes what it gives\n"

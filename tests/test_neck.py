@@ -176,3 +176,10 @@ def test_wrong_feature_maps(change, text):
     neck = TemporalPyramid((16, 32), 8)
     with pytest.raises(ValueError, match=text):
         neck(change(maps((16, 32), (8, 8))))
+
+
+def test_levels_of_other_sizes_than_said_are_refused():
+    neck = TemporalPyramid((8, 16), 4, groups=2)
+    with pytest.raises(ValueError, match="level 0 is 14 x 14 after spatial modulation, the last 7 x 7; .* spatial_scales"):
+        neck([torch.randn(1, 8, 4, 28, 28), torch.randn(1, 16, 4, 7, 7)])
+    assert neck([torch.randn(1, 8, 4, 17, 15), torch.randn(1, 16, 4, 8, 7)]).shape == (1, 16, 1, 8, 7)

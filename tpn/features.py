@@ -3,16 +3,15 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tpn.models.classifier import TPNClassifier
+from tpn.models.features import FeatureModel
 from tpn.predict import Prediction, Unreadable, VideoClassifier
 from tpn.training import weights_hash, whole_file
 
@@ -20,30 +19,6 @@ Level = Literal["video", "clip"]
 
 SAVE_EVERY = 60.0
 """Seconds of work that a run which is killed may lose; more where writing the file takes long."""
-
-
-class FeatureModel(TPNClassifier):
-    """A model that gives one of its maps, averaged over time and space: (B, 3, T, H, W) → (B, C).
-
-    It shares its modules with the model that it is made of.
-
-    Args:
-        model: any TPNClassifier.
-        name: of the map, as `forward_intermediates` calls it. Default: the one that the head reads, so that the result is that
-            of `reset_classifier(0)`.
-    """
-
-    def __init__(self, model: TPNClassifier, name: str | None = None) -> None:
-        super().__init__(model.backbone, model.neck, model.head)
-        self.name = name
-        self.in_chans, self.input_spec = model.in_chans, model.input_spec
-        self.train(model.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.name is None:
-            return self.forward_head(self.forward_features(x), pre_logits=True)
-        _, found = self.forward_intermediates(x, [self.name])
-        return found[self.name].mean(dim=(2, 3, 4))
 
 
 @dataclass(frozen=True)
@@ -55,16 +30,15 @@ class About:
         weights: their hash, `tpn.training.weights_hash`.
         feature: the map's name; None for what the head reads.
         level: "video", the mean over all views, or "clip", the mean over the crops of each clip.
-        num_clips, num_crops, flip: views of each video; see `InputSpec`.
+        model_args, input: how the model was built, and what its clips look like, views included, as JSON knows them.
     """
 
     model: str
     weights: str
     feature: str | None
     level: Level
-    num_clips: int
-    num_crops: int
-    flip: bool
+    model_args: dict[str, Any] | None
+    input: dict[str, Any]
 
 
 class FeatureFile:
@@ -76,13 +50,12 @@ class FeatureFile:
         path: the file. If it is there already, its rows are read, and `about` must be the same.
 
     Raises ValueError for another ending, for features of something else, and for a file that is none of these; ImportError
-    without pyarrow for Parquet.
+    without pyarrow for Parquet; FileNotFoundError if its folder is not there.
     """
 
     def __init__(self, path: str | PathLike[str], about: About) -> None:
+        check_path(path)
         self.path, self.about = Path(path), about
-        if self.path.suffix not in (".npz", ".parquet"):
-            raise ValueError(f"{self.path}: the file's name must end in .npz or .parquet")
         self.rows: dict[str, NDArray[np.float32]] = {}
         if self.path.exists():
             self._read()
@@ -97,7 +70,7 @@ class FeatureFile:
     def write(self) -> None:
         """Put all rows into the file; it is never there half."""
         rows = self.rows.items()
-        columns: dict[str, Any] = {"path": [path for path, features in rows for _ in features]}
+        columns: dict[str, Any] = {"path": [_text(path) for path, features in rows for _ in features]}
         if self.about.level == "clip":
             columns["clip"] = np.concatenate([np.arange(len(features)) for _, features in rows])
         columns["features"] = np.concatenate([features for _, features in rows])
@@ -117,7 +90,7 @@ class FeatureFile:
             raise
         except Exception as error:  # of whichever library
             raise ValueError(f"{self.path}: not a file of features that tpn wrote ({error}); choose another") from error
-        ours = asdict(self.about)
+        ours = json.loads(json.dumps(asdict(self.about)))
         other = [f"{key} {about.get(key)!r}, not {ours[key]!r}" for key in ours if about.get(key) != ours[key]]
         if other:
             raise ValueError(f"{self.path} holds features of something else ({'; '.join(other)}); choose another file")
@@ -157,20 +130,15 @@ def extract(
         name: of the model, for the record.
         level, num_clips, num_crops: see `About` and `VideoClassifier`.
     """
-    model, spec = classifier.model, classifier.spec
-    assert isinstance(model, FeatureModel)
-    given = num_clips is not None or num_crops is not None
+    model = classifier.model
+    if not isinstance(model, FeatureModel):
+        raise TypeError(f"expected a VideoClassifier of a FeatureModel, got one with {type(model).__name__}")
+    spec = classifier.spec_for(num_clips, num_crops)
     about = About(
-        name,
-        weights_hash(model),
-        model.name,
-        level,
-        num_clips or spec.num_clips,
-        num_crops or spec.num_crops,
-        spec.flip and not given,
+        name, weights_hash(model.model), model.name, level, model.model.model_args, replace(spec, mirrored=()).to_dict()
     )
     file = FeatureFile(path, about)
-    missing = [video for video in dict.fromkeys(map(str, videos)) if video not in file]
+    missing = [video for video in dict.fromkeys(map(str, videos)) if _text(video) not in file]
     results = classifier.predict_each(missing, num_clips=num_clips, num_crops=num_crops)
     written, pause = time.monotonic(), SAVE_EVERY
     unwritten = 0
@@ -178,10 +146,10 @@ def extract(
         for video, result in zip(missing, results, strict=True):
             if isinstance(result, Prediction):
                 views = result.view_logits.numpy()
-                clips = views.reshape(-1, about.num_clips, views.shape[1]).mean(
+                clips = views.reshape(-1, spec.num_clips, views.shape[1]).mean(
                     axis=0
                 )  # the clips of each crop, one after the other
-                file.add(video, clips if level == "clip" else clips.mean(axis=0, keepdims=True))
+                file.add(_text(video), clips if level == "clip" else clips.mean(axis=0, keepdims=True))
                 unwritten += 1
                 if time.monotonic() - written > pause:
                     started = time.monotonic()
@@ -192,6 +160,22 @@ def extract(
     finally:
         if unwritten:
             file.write()
+
+
+def check_path(path: str | PathLike[str]) -> None:
+    """Raise what a `FeatureFile` there would raise, before there is work to lose."""
+    path = Path(path)
+    if path.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"{path}: the file's name must end in .npz or .parquet")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    if path.suffix == ".parquet":
+        _pyarrow()
+
+
+def _text(path: str) -> str:
+    """A file's name as text that every format can hold."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _pyarrow() -> tuple[Any, Any]:

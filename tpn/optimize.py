@@ -134,6 +134,8 @@ def optimize(
         >>> fast = tpn.optimize(tpn.create_model("tpn_slowonly_r50_k400", pretrained=True))
         >>> fast.report.max_difference
     """
+    if not isinstance(model, TPNClassifier):
+        raise TypeError(f"only a TPNClassifier can be optimized, got {type(model).__name__}")
     if isinstance(model, OptimizedClassifier):
         raise ValueError("the model is optimized already; optimize the one that it was made of")
     where = next(model.parameters()).device if device is None else torch.device(device)
@@ -146,7 +148,7 @@ def optimize(
 
     # From here on `given` is taken apart.
     fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
-    fast.labels, fast.input_spec = given.labels, given.input_spec
+    fast.labels, fast.input_spec, fast.in_chans = given.labels, given.input_spec, given.in_chans
     for conv, norm in pairs:
         fast.set_submodule(conv, _folded(fast.get_submodule(conv), fast.get_submodule(norm)))
         fast.set_submodule(norm, nn.Identity())

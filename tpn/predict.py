@@ -4,7 +4,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tpn.export import ExportedClassifier
 from tpn.models.classifier import TPNClassifier
+from tpn.models.features import FeatureModel
+from tpn.models.layers import evaluating
 from tpn.optimize import OptimizedClassifier, optimize
 from tpn.video import decode
 from tpn.video.ahead import read_ahead
@@ -27,6 +29,7 @@ Progress = Callable[[int, int], None]
 Clips = tuple[Tensor, Tensor]
 """Distinct frames of a video, uint8 (N, 3, H, W), and its clips as places among them, int64 (clips, T)."""
 Unreadable = VideoError | OSError
+Model = TPNClassifier | FeatureModel | ExportedClassifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +69,8 @@ class VideoClassifier:
     """Classify video files or arrays of frames.
 
     Args:
-        model: a name for `create_model`, a model that it made, or one that `tpn.export.load` read. A model is put in evaluation
-            mode for each batch and back afterwards.
+        model: a name for `create_model`, a model that it made, a `FeatureModel`, or one that `tpn.export.load` read. A model in
+            training mode is put in evaluation mode for each batch, and back afterwards.
         pretrained, **kwargs: for `create_model`, with a name.
         device: where to run. Default: a GPU if there is one, for a name; where the model is, for a model.
         batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
@@ -87,7 +90,7 @@ class VideoClassifier:
 
     def __init__(
         self,
-        model: str | TPNClassifier | ExportedClassifier,
+        model: str | Model,
         pretrained: bool = False,
         *,
         device: str | torch.device | None = None,
@@ -123,9 +126,9 @@ class VideoClassifier:
         compiled = compile or (isinstance(model, OptimizedClassifier) and model.report.compiled)
         self._whole_batches = compiled  # it is compiled anew for every size
         if precision is None and not compile:
-            self.model: TPNClassifier | ExportedClassifier = model.to(self.device)
-        elif isinstance(model, ExportedClassifier):
-            raise ValueError("precision and compile are for models of PyTorch; an exported one runs as its file says")
+            self.model: Model = model.to(self.device)
+        elif not isinstance(model, TPNClassifier):
+            raise ValueError(f"precision and compile are for a TPNClassifier; a {type(model).__name__} runs as it is")
         else:
             dtype = None if precision == "auto" else precision or "float32"
             sample = self._sample() if compile else None
@@ -195,7 +198,7 @@ class VideoClassifier:
         frames are resized there. However many sources there are, only those few videos are in memory. Whoever stops early
         leaves nothing running.
         """
-        spec = self._spec_for(num_clips, num_crops)
+        spec = self.spec_for(num_clips, num_crops)
 
         def read(source: Source) -> Clips | Unreadable:
             try:
@@ -227,7 +230,8 @@ class VideoClassifier:
         """
         return self._classify_each(videos, self.spec, progress)
 
-    def _spec_for(self, num_clips: int | None, num_crops: int | None) -> InputSpec:
+    def spec_for(self, num_clips: int | None = None, num_crops: int | None = None) -> InputSpec:
+        """Return the views that a call with these arguments sees, as part of an input spec."""
         if num_clips is None and num_crops is None:
             return self.spec
         clips = self.spec.num_clips if num_clips is None else num_clips
@@ -297,16 +301,10 @@ class VideoClassifier:
         clips = torch.stack([clip for _, clip in batch])
         if self._whole_batches:
             clips = torch.cat((clips, clips[:1].expand(self.batch_size - len(batch), *clips.shape[1:])))
-        was_training = self.model.training
-        if was_training:
-            self.model.eval()
-        try:
-            with torch.inference_mode():
-                x = spec.normalize(clips).to(_place(self.model).dtype)
-                logits = self.model(x).float()
-        finally:
-            if was_training:
-                self.model.train()
+        mode = evaluating(self.model) if self.model.training else nullcontext()
+        with mode, torch.inference_mode():
+            x = spec.normalize(clips).to(_place(self.model).dtype)
+            logits = self.model(x).float()
         for (views, _), row in zip(batch, logits, strict=False):
             views.logits.append(row)
             views.last_batch = number

@@ -1,6 +1,6 @@
 """What happens when in a video, and at what tempo: a clip that slides over its frames.
 
-Files, arrays and live frames are seen in the same way, in memory that does not depend on how long they are. The paper's measure
+Files, arrays and live frames are seen in the same way, in memory for one clip's span of cropped frames, however long they are. The paper's measure
 of visual tempo (Yang et al., CVPR 2020) comes from the same curves: how long the probability of an action stays above half of its
 maximum, in one video; and how much that varies among the videos of a class.
 """
@@ -114,6 +114,8 @@ def slide(
     Raises ValueError: a model that samples segments, without `frame_interval`; no frames. TypeError, ValueError: frames of
     another type or shape. And what reading raises, on the way.
     """
+    if not classifier.model.num_classes:
+        raise ValueError("the model has no classes, num_classes is 0; tpn features writes what it gives")
     spec = sliding_spec(classifier.spec, frame_interval)
     stride = default_stride(spec) if stride is None else stride
     if stride < 1:
@@ -145,6 +147,8 @@ def default_stride(spec: InputSpec) -> int:
 def curves(clips: Iterable[Clip], *, fps: float) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Return the middles of the clips in seconds, (N,), and the probability of every class there, (N, K)."""
     clips = list(clips)
+    if not clips:
+        raise ValueError("there are no clips")
     return np.array([clip.time(fps) for clip in clips]), np.stack([clip.probs.numpy() for clip in clips])
 
 
@@ -202,6 +206,8 @@ def instance_tempo(clips: Iterable[Clip], label: int, *, fps: float) -> float:
     clips: of the whole video. label: number of the class.
     """
     rows = [(clip.time(fps), float(clip.probs[label]), clip.last) for clip in clips]
+    if not rows:
+        raise ValueError("there are no clips")
     times, values, last = zip(*rows, strict=True)
     return full_width_at_half_maximum(times, values, ends=(0.0, (last[-1] + 1) / fps))
 

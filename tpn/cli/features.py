@@ -35,7 +35,7 @@ def features(
     """Write the features of videos into a file. The same command again goes on where it was stopped."""
     import torch
 
-    from tpn.features import FeatureModel, extract
+    from tpn.features import FeatureModel, check_path, extract
     from tpn.predict import VideoClassifier, parse_views
     from tpn.video.datasets import videos_below
 
@@ -43,6 +43,7 @@ def features(
         num_clips, num_crops = (None, None) if views is None else parse_views(views)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--views") from error
+    check_path(out)  # before the model is fetched
     paths = [path for video in videos for path in (videos_below(video) if video.is_dir() else [video])]
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     device = check_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +59,7 @@ def features(
         disable=not err.is_terminal,
     ) as progress:
         results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
-        for _, problem in progress.track(results, total=len(paths)):
+        for _, problem in progress.track(results, total=None):
             if problem is None:
                 done += 1
             else:

@@ -80,6 +80,8 @@ def predict(
             precision=precision,
             compile=compile,
         )
+    if not classifier.model.num_classes:
+        raise ValueError("the model has no classes, num_classes is 0; tpn features writes what it gives")
     failed = 0
     with Progress(
         TextColumn("{task.description}"),

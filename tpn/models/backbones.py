@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tpn.models.layers import checkpointed
+from tpn.models.layers import checkpointed, evaluating
 from tpn.models.resnet_tsm import temporal_shift
 
 MANY_BLOCKS = 23
@@ -50,6 +50,8 @@ class FoldedBackbone(nn.Module):
         A residual block is a module with `conv1`, `conv2` and a shortcut, `downsample` or `shortcut`, which may be None: those of
         torchvision and timm. Blocks of a stage are those under one parent. ValueError if there are none.
         """
+        if self.num_frames is not None:
+            raise ValueError(f"the blocks shift frames already, for clips of {self.num_frames}")
         stages: dict[str, list[Any]] = {}
         for name, module in self.net.named_modules():
             if (
@@ -69,7 +71,10 @@ class FoldedBackbone(nn.Module):
         return len(shifted)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, as far as `net` knows how to."""
+        """Recompute activations in the backward pass, as far as `net` knows how to.
+
+        It does so in its own way: timm's networks update the running statistics of batch norms in the recomputation once more.
+        """
         if not hasattr(self.net, "set_grad_checkpointing"):
             raise ValueError(f"{type(self.net).__name__} has no set_grad_checkpointing")
         cast("Any", self.net).set_grad_checkpointing(enable)
@@ -129,19 +134,14 @@ def measure(backbone: nn.Module, clip: Tensor) -> list[tuple[int, int, int, int]
     Its mode and its running statistics stay as they are. Raises ValueError if it does not take the clip, or gives anything but 5D
     maps from fine to coarse.
     """
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     try:
-        with torch.no_grad():
+        with evaluating(backbone), torch.no_grad():
             result = backbone(clip)
     except Exception as error:  # of whatever kind
         raise ValueError(
             f"the backbone does not take a clip {tuple(clip.shape)} ({type(error).__name__}: {error}); choose another "
-            "num_frames, or crop_size in input_spec"
+            "num_frames, crop_size in input_spec, or for a network of a fixed size backbone_args={'img_size': ...}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     maps = as_maps(result)
     shapes = [tuple(each.shape[1:]) for each in maps]
     if any(each.ndim != 5 or len(each) != 1 for each in maps):
@@ -155,7 +155,14 @@ def measure(backbone: nn.Module, clip: Tensor) -> list[tuple[int, int, int, int]
     return cast("list[tuple[int, int, int, int]]", shapes)
 
 
-def as_maps(result: Any) -> Sequence[Tensor]:
+class AsMaps(nn.Module):
+    """What a backbone gave → the tuple of its maps; a module, so that hooks can see it."""
+
+    def forward(self, result: Any) -> tuple[Tensor, ...]:
+        return as_maps(result)
+
+
+def as_maps(result: Any) -> tuple[Tensor, ...]:
     """Return what a backbone gave as a sequence of maps: a sequence, a dictionary of them, or one alone."""
     if isinstance(result, Tensor):
         return (result,)

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from tpn.models.backbones import as_maps
+from tpn.models.backbones import AsMaps
 from tpn.models.heads import AuxHead, ClassificationHead
+from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet import ResNet
 
 
@@ -41,6 +43,7 @@ class TPNClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.maps = AsMaps()
         self.neck = neck
         self.head = head
         self.aux_head = aux_head
@@ -92,11 +95,11 @@ class TPNClassifier(nn.Module):
         """
         maps = self._feature_maps(x)
         found = {f"c{6 - len(maps) + i}": each for i, each in enumerate(maps)}
-        if self.neck is None:
-            features = maps[-1]
-        else:
-            found |= cast("Any", self.neck).forward_intermediates(maps)
+        if isinstance(self.neck, TemporalPyramid):
+            found |= self.neck.forward_intermediates(maps)
             features = found["pyramid_fusion"]
+        else:
+            features = self._fuse(maps)
         unknown = [name for name in names or () if name not in found]
         if unknown:
             raise ValueError(f"no intermediate is called {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
@@ -113,7 +116,7 @@ class TPNClassifier(nn.Module):
         """
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
-        like = next(self.backbone.parameters())
+        like = next(self.backbone.parameters(), next(self.parameters(), torch.empty(0)))
         for head in filter(None, (self.head, self.aux_head)):
             head.reset(num_classes)
             head.to(device=like.device, dtype=like.dtype)
@@ -139,8 +142,9 @@ class TPNClassifier(nn.Module):
         return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": [(stage, None), above]}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay, beyond biases and norms: none."""
-        return set()
+        """Names of parameters that must not decay, beyond biases and norms: those that a part names, such as a transformer's."""
+        parts = [(prefix, part) for prefix, part in self.named_modules() if prefix and hasattr(part, "no_weight_decay")]
+        return {f"{prefix}.{name}" for prefix, part in parts for name in cast("Any", part).no_weight_decay()}
 
     def _feature_maps(self, x: Tensor) -> Sequence[Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_chans:
@@ -150,7 +154,7 @@ class TPNClassifier(nn.Module):
                 f"expected float clips, normalised with the weights' mean and std, got {x.dtype}; "
                 "tpn.input_spec(model).normalize takes uint8 frames"
             )
-        return as_maps(self.backbone(x))
+        return self.maps(self.backbone(x))
 
     def _fuse(self, maps: Sequence[Tensor]) -> Tensor:
         return maps[-1] if self.neck is None else self.neck(maps)

@@ -47,6 +47,18 @@ def _spare_running_stats(module: nn.Module) -> Iterator[None]:
             setattr(norm, name, buffer)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and each part of it back in its own mode afterwards: a part may be frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     """Call `module(*args)` and recompute its activations in the backward pass instead of keeping them.
 

@@ -218,16 +218,27 @@ class TemporalPyramid(nn.Module):
                 )
 
 
+def slack(size: int) -> int:
+    """How many pixels more than the coarsest map a level may have after modulation: backbones without padding lose some."""
+    return max(size // 4, 1)
+
+
 def _same_size(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Cut what a level has at its far edges beyond the coarsest one: backbones without padding leave out border pixels."""
-    height, width = levels[-1].shape[3:]
+    """Cut from each level what it has at its edges beyond the coarsest one, within `slack`."""
+    coarsest = levels[-1].shape[3:]
     for i, x in enumerate(levels):
-        if x.shape[3] < height or x.shape[4] < width:
+        if not all(c <= size <= c + slack(c) for size, c in zip(x.shape[3:], coarsest, strict=True)):
             raise ValueError(
-                f"level {i} is {x.shape[3]} x {x.shape[4]} after spatial modulation, smaller than the last one, "
-                f"{height} x {width}; levels go from fine to coarse, and spatial_scales say how much finer each is than the last"
+                f"level {i} is {x.shape[3]} x {x.shape[4]} after spatial modulation, the last {coarsest[0]} x {coarsest[1]}; "
+                "levels go from fine to coarse, and spatial_scales say how much larger than the last each is"
             )
-    return [x if x.shape[3:] == (height, width) else x[:, :, :, :height, :width] for x in levels]
+    height, width = coarsest
+    return [x if x.shape[3:] == coarsest else _centre(x, height, width) for x in levels]
+
+
+def _centre(x: Tensor, height: int, width: int) -> Tensor:
+    top, left = (x.shape[3] - height) // 2, (x.shape[4] - width) // 2
+    return x[:, :, :, top : top + height, left : left + width]
 
 
 def _per_level(name: str, values: Sequence[int], num_levels: int) -> tuple[int, ...]:

@@ -44,8 +44,18 @@ def describe(
     model.model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
     model.labels = tuple(labels) if len(labels) == model.num_classes else None
     mirrored = spec.mirrored if model.num_classes == num_classes else ()
+    if any(label >= model.num_classes for pair in mirrored for label in pair):
+        raise ValueError(
+            f"input_spec.mirrored names classes beyond the model's {model.num_classes}: {mirrored}; pass pairs of your own "
+            "classes that change places when a clip is flipped, or ()"
+        )
     spec = replace(spec, num_frames=model_args["num_frames"], mirrored=mirrored)
     model.input_spec = spec.for_channels(model.in_chans)
+
+
+def check_start(backbone_pretrained: Any) -> None:
+    if backbone_pretrained not in (None, False, True, "imagenet"):
+        raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
 
 
 def check_num_frames(num_frames: Any) -> None:

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def make_backbone(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
 
     Raises UnknownModelError; ValueError if it has no feature maps, or not these; WeightsUnavailableError.
     """
+    if list(wanted.out_indices) != sorted(set(wanted.out_indices)) and len({i < 0 for i in wanted.out_indices}) == 1:
+        raise ValueError(f"out_indices must be increasing indices of stages, from fine to coarse, got {wanted.out_indices}")
     for prefix, make in ((TIMM, _from_timm), (TORCHVISION, _from_torchvision)):
         if name.startswith(prefix):
             return make(name.removeprefix(prefix), wanted)
@@ -61,10 +64,12 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0)
         raise UnknownModelError(f"timm has no model {name!r}; the nearest are {', '.join(near)}; timm.list_models() lists all")
+    if "." in name and name not in (tags := timm.list_pretrained(f"{name.partition('.')[0]}.*")):
+        raise UnknownModelError(f"timm has no weights {name!r}; it has {', '.join(tags) or 'none of this model'}")
     args = {"features_only": True, "out_indices": wanted.out_indices, "in_chans": wanted.in_chans, **wanted.args}
     try:
         with hub.fetching(f"the weights of timm/{name}"):
-            net = timm.create_model(name, wanted.pretrained, cache_dir=wanted.cache_dir, **args)
+            net = timm.create_model(name, wanted.pretrained, cache_dir=_cache(wanted), **args)
     except hub.WeightsUnavailableError:
         raise
     except Exception as error:  # each family of networks has its own way to say so
@@ -86,12 +91,21 @@ def _from_torchvision(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
     if wanted.in_chans != 3:
         raise ValueError(f"torchvision/{name} takes 3 channels, got in_chans={wanted.in_chans}; timm's networks take any number")
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    with hub.fetching(f"the weights of torchvision/{name}"):
-        net = torchvision.models.get_model(name, weights=weights if wanted.pretrained else None, **wanted.args)
+    net = torchvision.models.get_model(name, weights=None, **wanted.args)
+    if wanted.pretrained:
+        with hub.fetching(f"the weights of torchvision/{name}"):
+            state = weights.get_state_dict(progress=False, check_hash=True, model_dir=_cache(wanted))
+        net.load_state_dict(state)
     looks = weights.transforms()
     mean, std = (tuple(round(255 * v, 3) for v in values) for values in (looks.mean, looks.std))
     backbone = StagedBackbone(STAGES[name](net), wanted.out_indices, channels_last=name.startswith("swin"))
     return backbone, Looks(looks.crop_size[0], min(looks.resize_size), mean, std)
+
+
+def _cache(wanted: Wanted) -> Path | None:
+    """None: that of the library which fetches."""
+    folder = wanted.cache_dir or os.environ.get("TPN_CACHE")
+    return Path(folder).expanduser() if folder else None
 
 
 def _residual(net: Any) -> Sequence[nn.Module]:

@@ -1,5 +1,6 @@
 """The pyramid on any backbone: `create_model("tpn", backbone=..., num_classes=K)`, and `build(module, num_classes=K)`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -13,10 +14,10 @@ from torch import nn
 
 from tpn.models.backbones import FoldedBackbone, measure
 from tpn.models.classifier import TPNClassifier
-from tpn.models.neck import FlowOrder, TemporalPyramid
+from tpn.models.neck import FlowOrder, TemporalPyramid, slack
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
-from tpn.zoo.assemble import assemble, check_num_frames, describe, register, timm_cfg
+from tpn.zoo.assemble import assemble, check_num_frames, check_start, describe, register, timm_cfg
 from tpn.zoo.backbones import Looks, Wanted, make_backbone
 from tpn.zoo.weights import CUSTOM
 
@@ -69,27 +70,55 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     kwargs.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `kwargs` as well
     cache_dir = kwargs.get("cache_dir")
     config = saved.saved_config(cfg, cache_dir)
-    num_classes, labels = kwargs.get("num_classes"), []
+    _check(pretrained and config is None and not (cfg.state_dict or cfg.file), kwargs, from_folder=config is not None)
+    num_classes, labels = kwargs.get("num_classes", cfg.num_classes), []
     if config is not None:
-        num_classes, labels = config["num_classes"], config.get("label_names", [])
-        kwargs.setdefault("input_spec", InputSpec.from_dict(config["input_spec"]))
-    elif pretrained and not (cfg.state_dict or cfg.file):
-        raise ValueError(
-            "there are no published weights of TPN on a backbone of your choice; backbone_pretrained=True starts from those "
-            "of the backbone, checkpoint_path=FILE loads yours"
-        )
-    if "backbone" not in kwargs:
-        raise ValueError(
-            "backbone is needed: 'timm/NAME', 'torchvision/NAME' or a module; create_model('tpn', backbone=..., num_classes=K)"
-        )
-    if num_classes is None:
-        raise ValueError("num_classes is needed, the number of your classes; 0 gives a model that returns features")
-    model: TPNClassifier = build_model_with_cfg(_build, CUSTOM, False, pretrained_cfg=cfg.to_dict(), **kwargs)
+        num_classes, labels = cfg.num_classes, config.get("label_names", [])
+        spec = InputSpec.from_dict(config["input_spec"])
+        if kwargs.get("in_chans", 3) != len(spec.mean):
+            raise ValueError(f"the saved model takes {len(spec.mean)} channels, got in_chans={kwargs.get('in_chans', 3)}")
+        kwargs.setdefault("input_spec", replace(spec, num_frames=kwargs.get("num_frames", spec.num_frames)))
+    cfg_dict = {name: value for name, value in cfg.to_dict().items() if name != "state_dict"}
+    model: TPNClassifier = build_model_with_cfg(_build, CUSTOM, False, pretrained_cfg=cfg_dict, **kwargs)
     cast("Any", model).pretrained_cfg.update(timm_cfg(model.input_spec))
     describe(model, _to_save(model, kwargs), spec=model.input_spec, labels=labels, num_classes=num_classes)
     if pretrained:
         sources.load_pretrained(model, cfg, None, cache_dir)
     return model
+
+
+def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: bool) -> None:
+    """Refuse what cannot be, or would be without effect."""
+    backbone = kwargs.get("backbone")
+    if without_weights:
+        raise ValueError(
+            "there are no published weights of TPN on a backbone of your choice; backbone_pretrained=True starts from those "
+            "of the backbone, checkpoint_path=FILE loads yours"
+        )
+    if not isinstance(backbone, str | nn.Module):
+        raise ValueError(
+            "backbone is needed: 'timm/NAME', 'torchvision/NAME' or a module; create_model('tpn', backbone=..., num_classes=K)"
+        )
+    if "num_classes" not in kwargs and not from_folder:
+        raise ValueError("num_classes is needed, the number of your classes; 0 gives a model that returns features")
+    if kwargs.get("features_only"):
+        raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
+    check_start(kwargs.get("backbone_pretrained"))
+    spec, num_frames = kwargs.get("input_spec"), kwargs.get("num_frames")
+    if spec is not None and not isinstance(spec, InputSpec):
+        raise TypeError(f"input_spec must be a tpn.InputSpec, got {type(spec).__name__}")
+    if spec is not None and num_frames not in (None, spec.num_frames):
+        raise ValueError(
+            f"num_frames={num_frames} and input_spec.num_frames={spec.num_frames} disagree; pass both alike, or one of them"
+        )
+    without_effect = {"out_indices", "backbone_args", "backbone_pretrained"} & {name for name, value in kwargs.items() if value}
+    if isinstance(backbone, nn.Module) and without_effect and not from_folder:
+        raise ValueError(f"{', '.join(sorted(without_effect))} go with a backbone's name; a module was given")
+    if isinstance(backbone, str) and backbone.startswith(OWN):
+        raise ValueError(
+            f"the model was built on a module of its maker's own, {backbone.removeprefix(OWN)}; pass such a module, "
+            "create_model('local-dir:FOLDER', backbone=MODULE)"
+        )
 
 
 def _build(
@@ -105,53 +134,67 @@ def _build(
     backbone_args: Mapping[str, Any] | None = None,
     backbone_pretrained: bool | str | None = None,
     pyramid: bool = True,
-    temporal_scales: Sequence[int] | None = None,
-    out_channels: int | None = None,
-    mid_channels: int | None = None,
-    groups: int = 32,
-    flow_order: FlowOrder = "cascade",
     cache_dir: str | PathLike[str] | None = None,
+    **neck_args: Any,
 ) -> TPNClassifier:
     if num_frames is None:
         num_frames = 8 if input_spec is None else input_spec.num_frames
     check_num_frames(num_frames)
     looks = Looks()
-    if isinstance(backbone, str) and backbone.startswith(OWN):
-        raise ValueError(
-            f"the model was built on a module of its maker's own, {backbone.removeprefix(OWN)}; pass such a module, "
-            "create_model('local-dir:FOLDER', backbone=MODULE)"
-        )
     if isinstance(backbone, str):
         indices = tuple(out_indices if pyramid else out_indices[-1:])
         folder = None if cache_dir is None else Path(cache_dir)
         wanted = Wanted(indices, in_chans, bool(backbone_pretrained), backbone_args or {}, folder)
         backbone, looks = make_backbone(backbone, wanted)
-    spec = input_spec or _default_spec(num_frames, looks)
-    folded = isinstance(backbone, FoldedBackbone)  # one frame tells all
-    shapes = measure(backbone, _zeros_for(backbone, in_chans, 1 if folded else num_frames, spec.crop_size))
-    channels, frames, heights, widths = zip(*shapes, strict=True)
-    if folded:
-        frames = (num_frames,) * len(shapes)
+    if temporal_shift and not isinstance(backbone, FoldedBackbone):
+        raise ValueError("temporal_shift is for networks that see one frame at a time, those of timm or in a FoldedBackbone")
+    spec = _default_spec(num_frames, looks) if input_spec is None else replace(input_spec, num_frames=num_frames)
+    shapes = _shapes(backbone, in_chans, spec)
+    neck = _make_neck(shapes, **neck_args) if pyramid else None
     if temporal_shift:
-        if not isinstance(backbone, FoldedBackbone):
-            raise ValueError("temporal_shift is for networks that see one frame at a time, those of timm or in a FoldedBackbone")
-        backbone.add_temporal_shift(num_frames)
-    neck = None
-    if pyramid:
-        sizes = list(zip(heights, widths, strict=True))
-        neck = TemporalPyramid(
-            channels,
-            frames,
-            temporal_scales=temporal_scales,
-            spatial_scales=[_spatial_scale(i, size, sizes[-1]) for i, size in enumerate(sizes)],
-            out_channels=out_channels,
-            mid_channels=mid_channels,
-            groups=groups,
-            flow_order=flow_order,
-        )
-    model = assemble(backbone, channels, neck, num_classes=num_classes, drop_rate=drop_rate)
-    model.in_chans, model.input_spec = in_chans, replace(spec, num_frames=num_frames)
+        cast("FoldedBackbone", backbone).add_temporal_shift(num_frames)
+    model = assemble(backbone, [shape[0] for shape in shapes], neck, num_classes=num_classes, drop_rate=drop_rate)
+    like = next(backbone.parameters(), torch.empty(0))
+    for part in filter(None, (model.neck, model.head, model.aux_head)):
+        part.to(device=like.device, dtype=like.dtype)
+    model.in_chans, model.input_spec = in_chans, spec
     return model
+
+
+def _shapes(backbone: nn.Module, in_chans: int, spec: InputSpec) -> list[tuple[int, int, int, int]]:
+    """Return (C, T, H, W) of each level."""
+    frames = spec.num_frames
+    if isinstance(backbone, FoldedBackbone):  # one frame tells all, unless shifts want their number
+        frames = backbone.num_frames or 1
+    like = next(backbone.parameters(), torch.empty(0))
+    clip = torch.zeros(1, in_chans, frames, spec.crop_size, spec.crop_size, dtype=like.dtype, device=like.device)
+    shapes = measure(backbone, clip)
+    if isinstance(backbone, FoldedBackbone):
+        shapes = [(channels, spec.num_frames, height, width) for channels, _, height, width in shapes]
+    return shapes
+
+
+def _make_neck(
+    shapes: Sequence[tuple[int, int, int, int]],
+    *,
+    temporal_scales: Sequence[int] | None = None,
+    out_channels: int | None = None,
+    mid_channels: int | None = None,
+    groups: int = 32,
+    flow_order: FlowOrder = "cascade",
+) -> TemporalPyramid:
+    channels, frames, *_ = zip(*shapes, strict=True)
+    sizes = [shape[2:] for shape in shapes]
+    return TemporalPyramid(
+        channels,
+        frames,
+        temporal_scales=temporal_scales,
+        spatial_scales=[_spatial_scale(i, size, sizes[-1]) for i, size in enumerate(sizes)],
+        out_channels=out_channels,
+        mid_channels=mid_channels,
+        groups=groups,
+        flow_order=flow_order,
+    )
 
 
 def _default_spec(num_frames: int, looks: Looks) -> InputSpec:
@@ -166,23 +209,20 @@ def _default_spec(num_frames: int, looks: Looks) -> InputSpec:
     )
 
 
-def _zeros_for(backbone: nn.Module, in_chans: int, num_frames: int, size: int) -> torch.Tensor:
-    """One clip of zeros where the backbone is, in its precision."""
-    like = next(backbone.parameters(), torch.empty(0))
-    return torch.zeros(1, in_chans, num_frames, size, size, dtype=like.dtype, device=like.device)
-
-
 def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -> int:
-    """Return the power of two that brings a map of size `fine` to `coarse`, or to a few pixels more, which the neck cuts."""
-    scale = 1
-    while all(-(-f // (2 * scale)) >= c for f, c in zip(fine, coarse, strict=True)):
-        scale *= 2
-    if any(-(-f // scale) > c + max(c // 4, 1) for f, c in zip(fine, coarse, strict=True)):
-        raise ValueError(
-            f"level {level} is {fine[0]} x {fine[1]}, the last one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
-            "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in input_spec"
-        )
-    return scale
+    """Return the power of two by which a map is finer than the coarsest; the neck cuts what a few pixels are too many."""
+    pairs = list(zip(fine, coarse, strict=True))
+    scales = [2**i for i in range(max(fine).bit_length())]
+    for scale in scales:
+        if all(c in (f // scale, -(-f // scale)) for f, c in pairs):
+            return scale
+    for scale in scales:  # networks without padding lose more
+        if all(c <= -(-f // scale) <= c + slack(c) for f, c in pairs):
+            return scale
+    raise ValueError(
+        f"level {level} is {fine[0]} x {fine[1]}, the last one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
+        "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in input_spec"
+    )
 
 
 def _to_save(model: TPNClassifier, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,4 +232,9 @@ def _to_save(model: TPNClassifier, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(args["backbone"], nn.Module):
         own = type(args["backbone"])
         args["backbone"] = f"{OWN}{own.__module__}.{own.__qualname__}"
-    return args | {"num_frames": model.input_spec.num_frames}
+    args["num_frames"] = model.input_spec.num_frames
+    try:
+        json.dumps(args)
+    except TypeError as error:
+        raise TypeError(f"arguments must be what JSON can hold, so that the model can be saved: {error}") from error
+    return args

@@ -27,7 +27,7 @@ from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
-from tpn.zoo.assemble import assemble, check_num_frames, describe, register, timm_cfg
+from tpn.zoo.assemble import assemble, check_num_frames, check_start, describe, register, timm_cfg
 from tpn.zoo.weights import WEIGHTS, Weights, get_weights
 
 
@@ -79,7 +79,9 @@ def _create(
     args = dict(args)
     cache_dir = args.pop("cache_dir", None)
     backbone_pretrained = args.pop("backbone_pretrained", None)
-    _check_start(backbone_pretrained, pretrained)
+    check_start(backbone_pretrained)
+    if backbone_pretrained and pretrained:
+        raise ValueError("pass one of pretrained=True, which loads the whole model, and backbone_pretrained=True")
     args.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `args` as well
     if args.pop("features_only", False):
         raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
@@ -100,13 +102,6 @@ def _create(
     elif backbone_pretrained:
         sources.load_imagenet(model, cache_dir)
     return model
-
-
-def _check_start(backbone_pretrained: str | bool | None, pretrained: bool) -> None:
-    if backbone_pretrained not in (None, False, True, "imagenet"):
-        raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
-    if backbone_pretrained and pretrained:
-        raise ValueError("pass one of pretrained=True, which loads the whole model, and backbone_pretrained=True")
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)

@@ -161,7 +161,11 @@ def fetching(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # of whichever HTTP library that library uses
         causes = _causes(error, outer)
-        about_network = any(type(e).__module__.partition(".")[0] in NETWORK or isinstance(e, OSError) for e in causes)
+        ours = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # of this machine's disk
+        about_network = any(
+            type(e).__module__.partition(".")[0] in NETWORK or (isinstance(e, OSError) and not isinstance(e, ours))
+            for e in causes
+        )
         if not about_network:
             raise
         raise WeightsUnavailableError(

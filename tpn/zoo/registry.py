@@ -60,13 +60,15 @@ def create_model(
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
     # Before timm reads a saved model: a damaged configuration gets a message of its own.
-    if _saved_config(name, cache_dir) is not None:
+    config = _saved_config(name, cache_dir)
+    if config is not None:
         pretrained = checkpoint_path is None
     elif name != CUSTOM:
         get_weights(name)  # raises if unknown
     if neck not in ("tpn", None):
         raise ValueError(f"neck must be 'tpn' or None, got {neck!r}; for one of your own, TPNClassifier(backbone, neck, head)")
     if neck is None:
+        _check_baseline(name, pretrained, config)
         kwargs["pyramid"] = False  # timm drops arguments that are None
     if sum((pretrained, checkpoint_path is not None, bool(backbone_pretrained))) > 1:
         raise ValueError(
@@ -86,6 +88,19 @@ def create_model(
     if checkpoint_path is not None:
         load.load_checkpoint(model, checkpoint_path)
     return model
+
+
+def _check_baseline(name: str, pretrained: bool, config: dict[str, Any] | None) -> None:
+    """Weights of a pyramid do not fit a model without one."""
+    if config is not None:
+        name, has_pyramid = config["architecture"], config["model_args"].get("pyramid", True)
+        pyramid = has_pyramid and (name == CUSTOM or name.startswith("tpn_"))
+    else:
+        pyramid = name.startswith("tpn_")
+    if pretrained and pyramid:
+        baseline = name.partition(".")[0].removeprefix("tpn_")
+        other = f"create_model({baseline!r}), or " if baseline in list_models() else ""
+        raise ValueError(f"these weights have a pyramid, which neck=None leaves out; use {other}start without them")
 
 
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from tpn.models.classifier import TPNClassifier
 from tpn.video.spec import InputSpec
+from tpn.zoo.assemble import timm_cfg
 from tpn.zoo.convert import CheckpointError
 from tpn.zoo.hub import hub_file
 from tpn.zoo.weights import CUSTOM, get_weights
@@ -119,10 +120,9 @@ def saved_file(cfg: PretrainedCfg, name: str, cache_dir: str | PathLike[str] | N
 def config_of(model: TPNClassifier) -> dict[str, Any]:
     """Return what config.json says of a model."""
     published: dict[str, Any] = cast("Any", model).pretrained_cfg
-    cfg = {k: v for k, v in published.items() if k not in ("url", "file", "hf_hub_id", "source", "architecture")}
+    elsewhere = ("url", "file", "hf_hub_id", "source", "architecture", "state_dict")
+    cfg = {k: v for k, v in published.items() if k not in elsewhere} | timm_cfg(model.input_spec)
     cfg["num_classes"] = model.num_classes
-    for size in ("input_size", "test_input_size"):
-        cfg[size] = (model.in_chans, *cfg[size][1:])
     cfg.pop("label_names", None)
     config = {
         "architecture": published["architecture"],
