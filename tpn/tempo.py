@@ -1,8 +1,8 @@
 """What happens when in a video, and at what tempo: a clip that slides over its frames.
 
-Files, arrays and live frames are seen in the same way, in memory for one clip's span of cropped frames, however long they are. The paper's measure
-of visual tempo (Yang et al., CVPR 2020) comes from the same curves: how long the probability of an action stays above half of its
-maximum, in one video; and how much that varies among the videos of a class.
+Files, arrays and live frames are seen in the same way, in memory for one clip's span of cropped frames, however long they are.
+The paper's measure of visual tempo (Yang et al., CVPR 2020) comes from the same curves: how long the probability of an action
+stays above half of its maximum, in one video; and how much that varies among the videos of a class.
 """
 
 import os
