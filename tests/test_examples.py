@@ -75,3 +75,11 @@ def test_timeline(run, video):
     said = run("timeline", video, "--model", TINY)
     assert any("turning clockwise" in line for line in said)
     assert all(" s – " in line for line in said)
+
+
+@pytest.mark.parametrize("output", ["model.onnx", "model.pt2"])
+def test_export(run, video, output):
+    difference, *said = run("export", video, "--output", output)
+    assert difference.startswith("largest difference of a logit: ")
+    assert len(said) == 2
+    assert said[0] == said[1]

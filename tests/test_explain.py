@@ -1,6 +1,7 @@
 """Maps of the evidence: that they are Grad-CAM, that they point at what moves; the shares of the pyramid's parts; pictures."""
 
 import importlib.util
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -69,12 +70,13 @@ def times_area(maps, masks):
 
 def test_maps_point_at_what_moves(classifier, moving):
     """Maps of random numbers, and of other clips, do not."""
-    clips, masks, labels = moving
-    for method, least in ((occlusion, (2.8, 2.8)), (grad_cam, (1.4, 1.15))):
+    for method, count, least in ((occlusion, 14, (2.5, 2.5)), (grad_cam, 28, (1.4, 1.15))):  # 14: one of each class
+        clips, masks, labels = (each[:: 28 // count] for each in moving)
         for level, maps in enumerate(method(classifier.model, clips, labels)):
             assert maps.shape == masks.shape
             assert times_area(maps, masks) > least[level], (method, level)
-            assert 0.7 < times_area(maps.roll(7, 0), masks) < 1.25, (method, level)
+            assert 0.6 < times_area(maps.roll(count // 4, 0), masks) < 1.3, (method, level)
+    _, masks, _ = moving
     for cells in (2, 4):
         random = F.interpolate(torch.rand(28, 1, cells, cells, cells), masks.shape[1:], mode="trilinear")[:, 0]
         assert 0.9 < times_area(random, masks) < 1.1
@@ -97,7 +99,7 @@ def test_occlusion_by_hand(name):
     found = occlusion(model, clips, targets, cells=2)
     expected = F.interpolate(falls.clamp(min=0), clips.shape[2:], mode="trilinear")
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-3, atol=1e-5)
-    assert (falls.amax(dim=(1, 2, 3, 4)) > 0.01).all()
+    assert (falls.amax(dim=(1, 2, 3, 4)) > 0.001).all()
 
 
 def test_grad_cam_of_a_linear_head():
@@ -122,15 +124,38 @@ def test_grad_cam_by_hand():
         torch.testing.assert_close(got, F.interpolate(weighted, clips.shape[2:], mode="trilinear")[:, 0].detach())
 
 
+class Maps(torch.nn.Module):
+    """A backbone that gives its maps by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = (torch.nn.Conv3d(c, 2 * c + 2, (1, 3, 3), (1, 2, 2), (0, 1, 1)) for c in (3, 8))
+
+    def forward(self, x):
+        fine = self.fine(x).relu()
+        return {"fine": fine, "coarse": self.coarse(fine).relu()}
+
+
 MODELS = {
     "levels of other lengths": (NAME, {"temporal_scales": (4, 16)}, 2, ["top_down", "bottom_up"]),
     "one flow": (NAME, {"flow_order": "bottom_up"}, 2, ["bottom_up"]),
     "TSM": ("tpn_tsm_r50_sthv1", {"base_channels": 8}, 2, ["top_down", "bottom_up"]),
     "without pyramid": ("tsm_r50_sthv2", {"base_channels": 8}, 1, []),
     "timm": ("tpn", {"backbone": "timm/resnet18", "num_classes": 5, "input_spec": SPEC}, 2, ["top_down", "bottom_up"]),
+    "own, a dictionary of maps": (
+        "tpn",
+        {"backbone": Maps(), "num_classes": 5, "input_spec": SPEC},
+        2,
+        ["top_down", "bottom_up"],
+    ),
     "torchvision": (
         "tpn",
-        {"backbone": "torchvision/r3d_18", "num_classes": 5, "input_spec": SPEC, "num_frames": 4, "out_indices": (0, 1, 2, 3)},
+        {
+            "backbone": "torchvision/r3d_18",
+            "num_classes": 5,
+            "input_spec": replace(SPEC, num_frames=4),
+            "out_indices": (0, 1, 2, 3),
+        },
         4,
         ["top_down", "bottom_up"],
     ),
@@ -138,16 +163,18 @@ MODELS = {
 
 
 @pytest.mark.parametrize("which", MODELS)
-@pytest.mark.parametrize("method", ["occlusion", "grad-cam"])
-def test_every_model(which, method, video, tmp_path):
+def test_every_model(which, video, tmp_path):
     name, kwargs, num_levels, flows = MODELS[which]
     model = build(name, **kwargs)
     spec = model.input_spec = tpn.InputSpec(model.input_spec.num_frames, 2, short_side=72, crop_size=65, num_crops=3)
-    seen = explain(model, video, method=method)
+    seen = explain(model, video, method="grad-cam")
     assert (seen.frames.shape, seen.frames.dtype) == ((spec.num_frames, 3, 65, 65), torch.uint8)
     assert [each.shape for each in seen.maps] == [(spec.num_frames, 65, 65)] * num_levels
     assert all(each.isfinite().all() and each.min() >= 0 for each in seen.maps)
     assert any(each.max() > 0 for each in seen.maps)
+    maps = occlusion(model, spec.normalize(seen.frames)[None], seen.target, cells=2)
+    assert [each.shape[1:] for each in maps] == [each.shape for each in seen.maps]
+    assert any(each.max() > 0 for each in maps)
     assert len(seen.levels) == (num_levels if flows else 0)
     assert list(seen.flows) == flows
     for parts in filter(None, (seen.levels, tuple(seen.flows.values()))):
@@ -163,24 +190,24 @@ def test_every_model(which, method, video, tmp_path):
 def test_what_is_seen_is_what_is_classified(classifier, video):
     seen = explain(classifier, video)
     frames = read_frames(video, range(60))
-    for other in (explain(classifier, frames), explain(classifier.model, frames.permute(0, 2, 3, 1).numpy())):
+    as_numpy = explain(tpn.create_model(NAME, pretrained=True), frames.permute(0, 2, 3, 1).numpy())
+    for other in (explain(classifier, frames), as_numpy):
         assert torch.equal(other.frames, seen.frames)
         for got, expected in zip(other.maps, seen.maps, strict=True):
-            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * float(expected.max()))
     prediction = classifier(video, num_clips=1, num_crops=1)
     ((label, probability),) = prediction.top(1)
     assert (seen.label, motion.CLASSES[seen.target]) == (label, label)
     assert seen.probability == pytest.approx(probability, abs=1e-5)
     probs = classifier(video).view_logits.softmax(dim=1)
     for clip in range(3):
-        assert explain(classifier, video, target="growing", clip=clip).probability == pytest.approx(
-            float(probs[clip, 6]), abs=1e-5
-        )
+        seen = explain(classifier, video, target="growing", clip=clip, method="grad-cam")
+        assert seen.probability == pytest.approx(float(probs[clip, 6]), abs=1e-5)
 
 
 def test_shares(classifier, video):
     """What a part adds is what is lost without its weights."""
-    seen = explain(classifier, video, target="jumping")
+    seen = explain(classifier, video, target="jumping", method="grad-cam")
     clips = classifier.spec.normalize(seen.frames)[None]
 
     def logit(change=lambda neck: None):
@@ -214,11 +241,11 @@ def test_the_model_is_left_as_it_was(video, monkeypatch):
     model.backbone.conv1.requires_grad_(False)
     before, tensors = state(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        first = explain(model, video)
+        first = explain(model, video, method="grad-cam")
     assert state(model) == before
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(explain(model, video).maps[0], first.maps[0])  # no dropout either
-    explain(model, video, method="grad-cam")
+    assert torch.equal(explain(model, video, method="grad-cam").maps[0], first.maps[0])  # no dropout either
+    occlusion(model, clips_of(model), 0, cells=1)
     assert state(model) == before
     monkeypatch.setattr(type(model.head), "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -231,7 +258,7 @@ def test_the_model_is_left_as_it_was(video, monkeypatch):
 
 def test_of_an_optimized_model(classifier, video):
     fast = tpn.optimize(tpn.create_model(NAME, pretrained=True), torch.bfloat16)
-    seen, expected = explain(fast, video), explain(classifier, video)
+    seen, expected = (explain(model, video, method="grad-cam") for model in (fast, classifier))
     assert seen.maps[0].dtype == torch.float32
     assert seen.target == expected.target
     assert float((seen.maps[0] * expected.maps[0]).sum() / seen.maps[0].norm() / expected.maps[0].norm()) > 0.9

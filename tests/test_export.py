@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import zipfile
 
@@ -10,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from scripts import run_example
+from scripts import ROOT, example, run_example
 from test_cli import run
 from test_models import randomise_norms, relative_error
 from torch import nn
@@ -139,7 +140,7 @@ def test_video_classifier_runs_it(folder, model, suffix):
     torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=0, atol=1e-4)
     assert len(got.view_logits) == 3
     assert got.labels == expected.labels
-    with pytest.raises(ValueError, match="precision and compile are for models of PyTorch"):
+    with pytest.raises(ValueError, match="precision and compile are for"):
         tpn.VideoClassifier(exported, precision="float32")
     with pytest.raises(RuntimeError, match="for inference only"):
         exported.train()
@@ -287,10 +288,38 @@ def test_without_the_packages(folder, model, tmp_path, monkeypatch):
     assert export.load(folder / "tiny.pt2").num_classes == 14
 
 
-def test_example(folder):
-    """Served without PyTorch and without tpn: the same probabilities."""
+@pytest.mark.parametrize("name", tpn.list_models())
+def test_the_example_samples_as_tpn_does(name):
+    spec = tpn.input_spec(name)
+    for total in (*range(1, 80), 300):
+        assert np.array_equal(example("serve").clips(spec.to_dict(), total), spec.indices(total))
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_the_example_crops_as_tpn_does(num_crops):
+    """Within a level, by which fixed-point and floating-point resizing differ."""
+    spec = tpn.InputSpec(2, num_crops=num_crops, short_side=40 if num_crops == 1 else 32, crop_size=32, three_crop_size=32)
+    for height, width in ((61, 90), (90, 61), (40, 71)):
+        frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+        expected = spec.crops(torch.from_numpy(frames).permute(0, 3, 1, 2)).permute(0, 1, 3, 4, 2)
+        got = np.stack(example("serve").crops(spec.to_dict(), frames))
+        assert np.abs(got - expected.numpy()).max() <= 1
+
+
+def test_serving_example(folder):
+    """Without PyTorch and without tpn: the same probabilities."""
     done = run_example("serve", folder / "tiny.onnx", folder / "video.mp4")
     expected = tpn.VideoClassifier(TINY, pretrained=True)(folder / "video.mp4").top(3)
     got = [line.strip().split("%  ") for line in done.stdout.splitlines()]
     assert [name for _, name in got] == [name for name, _ in expected]
     np.testing.assert_allclose([float(p) for p, _ in got], [100 * p for _, p in expected], atol=0.2)
+    text = (ROOT / "examples" / "serve.py").read_text(encoding="utf-8")
+    assert text.count("\n") < 60
+    assert not re.search(r"import (torch|tpn)", text)
+
+
+def test_example(folder, tmp_path):
+    done = run_example("export", folder / "video.mp4", "--output", tmp_path / "model.onnx")
+    first, *rest = done.stdout.splitlines()
+    assert re.fullmatch(r"largest difference of a logit: \de-\d\d of the largest", first)
+    assert rest[0] == rest[1]

@@ -30,6 +30,8 @@ SHORTER = {
     "train.py": "--epochs 1 --batch-size 2 --crop-size 64 --short-side 64 --workers 1",
     "evaluate.py": "--views 1x1",
     "predict": "--views 1x1",
+    "features": "--views 1x1",
+    "explain": "--method grad-cam",
 }
 """Options that commands get behind those that the page gives them, so that they do the same in less time."""
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tpn.models.classifier import TPNClassifier
+from tpn.models.layers import evaluating
 from tpn.models.neck import TemporalPyramid
 from tpn.optimize import OptimizedClassifier
 from tpn.predict import Source, VideoClassifier, _read
@@ -172,27 +174,26 @@ def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cell
         model: it is left as it was.
         clips: (B, C, T, H, W), normalised, where the model is and in its dtype.
         target: number of the class, or one for each clip, int64 (B,).
-        cells: for 4, the backbone sees 65 clips for each one.
+        cells: for 4, the backbone sees 64 more clips for each one, 4 at once.
 
     Returns:
         For each level, finest first, float32 (B, T, H, W) >= 0, in logits; where a part speaks against the class, it is 0.
     """
     model = _explainable(model)
-    lengths = [min(cells, length) for length in clips.shape[2:]]
-    bounds = [np.linspace(0, n, count + 1).astype(int) for n, count in zip(clips.shape[2:], lengths, strict=True)]
+    size = clips.shape[2:]
+    times, rows, columns = (_cuts(length, min(cells, length)) for length in size)
     with _at_rest(model), torch.no_grad():
-        maps = _levels(model, clips)
-        whole = _logit(model, maps, target)
-        falls = torch.zeros(len(maps), len(clips), *lengths, device=clips.device)
-        for place in np.ndindex(*lengths):
-            box = (..., *(slice(cuts[i], cuts[i + 1]) for cuts, i in zip(bounds, place, strict=True)))
-            covered = clips.clone()
-            covered[box] = clips[box].mean(dim=(2, 3, 4), keepdim=True)
-            changed = _levels(model, covered)
-            for level, each in enumerate(changed):
-                mixed = [*maps[:level], each, *maps[level + 1 :]]
-                falls[(level, slice(None), *place)] = whole - _logit(model, mixed, target)
-    return tuple(F.interpolate(each[:, None], clips.shape[2:], mode="trilinear")[:, 0] for each in falls.clamp(min=0))
+        count = len(columns)  # a row of boxes at once
+        targets = torch.as_tensor(target, device=clips.device).expand(len(clips)).repeat(count)
+        maps = [each.repeat(count, 1, 1, 1, 1) for each in _levels(model, clips)]
+        whole = _logit(model, maps, targets)
+        falls = whole.new_zeros(len(maps), len(clips), len(times), len(rows), count)
+        for t, y in np.ndindex(len(times), len(rows)):
+            covered = [_painted_over(clips, (..., times[t], rows[y], column)) for column in columns]
+            for level, changed in enumerate(_levels(model, torch.cat(covered))):
+                mixed = [*maps[:level], changed, *maps[level + 1 :]]
+                falls[level, :, t, y] = (whole - _logit(model, mixed, targets)).view(count, len(clips)).T
+    return tuple(F.interpolate(each[:, None], size, mode="trilinear")[:, 0] for each in falls.clamp(min=0))
 
 
 def grad_cam(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, layer: nn.Module | None = None) -> tuple[Tensor, ...]:
@@ -215,7 +216,7 @@ def grad_cam(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, layer
     from captum.attr import LayerGradCam
 
     with _at_rest(model):
-        found = LayerGradCam(model, model.backbone if layer is None else layer).attribute(clips, target, relu_attributions=True)
+        found = LayerGradCam(model, model.maps if layer is None else layer).attribute(clips, target, relu_attributions=True)
     maps = found if isinstance(found, tuple | list) else (found,)
     size = tuple(clips.shape[2:])
     return tuple(F.interpolate(each.detach().float(), size, mode="trilinear")[:, 0] for each in maps)
@@ -260,24 +261,30 @@ def _class_number(target: int | str, labels: Sequence[str]) -> int:
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients of parameters, which would keep every activation; then all is as before."""
-    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module, _ in modes:
-        module.training = False
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter in wanted:
             parameter.requires_grad_(True)
 
 
+def _cuts(length: int, count: int) -> list[slice]:
+    return [slice(int(a), int(b)) for a, b in pairwise(np.linspace(0, length, count + 1).round())]
+
+
+def _painted_over(clips: Tensor, box: tuple[Any, ...]) -> Tensor:
+    covered = clips.clone()
+    covered[box] = clips[box].mean(dim=(2, 3, 4), keepdim=True)
+    return covered
+
+
 def _levels(model: TPNClassifier, clips: Tensor) -> list[Tensor]:
     """The maps that matter: all of a pyramid, else the last."""
-    maps = list(model.backbone(clips))
+    maps = list(model.maps(model.backbone(clips)))
     return maps[-1:] if model.neck is None else maps
 
 
