@@ -15,6 +15,7 @@ from torch import nn
 from videos import write_video
 
 import tpn
+from tpn import demo
 from tpn.explain import explain, grad_cam, occlusion, overlay
 from tpn.models.layers import freeze_batch_norm
 from tpn.video import motion
@@ -308,3 +309,24 @@ def test_command(video, tmp_path):
         assert min(picture.size) > 400
     done = run("explain", video, "--class", "flying", "-m", NAME, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--output", "a.txt"], 2, "a picture's name ends in .png"),
+        (["--output", "nowhere/a.png"], 1, "error: nowhere is not a folder"),
+        (["--video", "a.avi"], 2, "FOLDER/NAME.mp4"),
+        (["--video", "nowhere/a.mp4"], 2, "FOLDER/NAME.mp4"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(video, tmp_path, options, code, says):
+    done = run("explain", video, "-m", "nothing", *options, cwd=tmp_path)  # there is no such model, but that comes later
+    assert done.returncode == code
+    assert says in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_command_without_matplotlib(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "can_draw", lambda: False)
+    done = run("explain", video, "-m", NAME, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, 'error: pictures need matplotlib: pip install "tpn[explain]"\n')

@@ -84,7 +84,7 @@ def test_onnx(which, tmp_path, capfd):
     assert max(differences(model, export.load(path), 64)) < 1e-4
 
 
-@each_model
+@pytest.mark.parametrize("which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted"))])
 def test_pt2(which, tmp_path, capfd):
     model = build(which)
     path = export.export_pt2(model, tmp_path / "model.pt2", size=64)

@@ -88,7 +88,7 @@ class Explanation:
             f"{name.replace('_', '-')} flow: logit {share.logit:+.1f}, {share.share:.0%}" for name, share in self.flows.items()
         )
         figure.suptitle(f"{self.label}  {self.probability:.1%}" + (f"      {flows}" if flows else ""), fontsize=11)
-        figure.savefig(Path(path), dpi=130, format="png")
+        figure.savefig(Path(path), dpi=130)
 
     def save_mp4(self, path: str | os.PathLike[str], *, fps: int = 4) -> None:
         """Write a video of the frames and, to the right of them, each level's map on them."""

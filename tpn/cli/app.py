@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -57,6 +58,17 @@ def check_device(device: str | None) -> str | None:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
     return device
+
+
+def check_picture(output: Path) -> None:
+    """Refuse a picture that could not be drawn, before the work. Needs matplotlib."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix.removeprefix(".").lower() not in formats:
+        raise typer.BadParameter(f"a picture's name ends in .png, .svg, ..., got {str(output)!r}", param_hint="--output")
+    if not output.parent.is_dir():
+        raise NotADirectoryError(f"{output.parent} is not a folder")
 
 
 def one_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from tpn.cli.app import app, check_device, err
+from tpn.cli.app import app, check_device, check_picture, err
 
 
 @app.command()
@@ -25,9 +25,17 @@ def explain(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
 ) -> None:
     """Draw where in a clip a class is seen, level by level, and say what each level and flow of the pyramid adds to it."""
+    from tpn.demo import can_draw
     from tpn.explain import explain as look_into
     from tpn.predict import VideoClassifier
 
+    if not can_draw():
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "tpn[explain]"')
+    check_picture(output)
+    if movie is not None and (movie.suffix != ".mp4" or not movie.parent.is_dir()):
+        raise typer.BadParameter(
+            f"must be a file FOLDER/NAME.mp4 in a folder that is there, got {str(movie)!r}", param_hint="--video"
+        )
     classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=check_device(device))
     seen = look_into(classifier, video, target=target, clip=clip, method=cast("Any", method))
     typer.echo(f"{video}\n  {seen.probability:7.2%}  {seen.label}")

@@ -17,7 +17,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from tpn.cli.app import app, check_device, err, one_line
+from tpn.cli.app import app, check_device, check_picture, err, one_line
 
 if TYPE_CHECKING:
     from tpn.tempo import Clip, Segment
@@ -78,7 +78,7 @@ def timeline(
 
     width_height = _check_usage(video, camera, size, fps)
     if demo.can_draw():
-        _check_picture(output)
+        check_picture(output)
     else:
         err.print('no picture without matplotlib: pip install "tpn[viz]"')
     classifier = VideoClassifier(
@@ -124,17 +124,6 @@ def _check_usage(video: str | None, camera: str | None, size: str | None, fps: f
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise typer.BadParameter(f"must be WIDTHxHEIGHT, such as 640x480, got {size!r}", param_hint="--size")
     return int(width), int(height)
-
-
-def _check_picture(output: Path) -> None:
-    """Now, not after an hour."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if output.suffix.removeprefix(".").lower() not in formats:
-        raise typer.BadParameter(f"a picture's name ends in .png, .svg, ..., got {str(output)!r}", param_hint="--output")
-    if not output.parent.is_dir():
-        raise NotADirectoryError(f"{output.parent} is not a folder")
 
 
 def _open(video: str | None, camera: str | None, size: tuple[int, int] | None, fps: float | None) -> _Source:
