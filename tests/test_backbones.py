@@ -1,4 +1,4 @@
-"""The pyramid on other people's networks: timm's for images, torchvision's for video, modules of one's own."""
+"""The pyramid on timm's networks for images and torchvision's for video."""
 
 import copy
 import json
@@ -8,86 +8,14 @@ import shutil
 import pytest
 import timm
 import torch
+from backbones import BACKBONES, WITHOUT_GRADIENT, clips, small, switch_on
 from safetensors.torch import save
 from scripts import example
 from torch import nn
 
 import tpn
-from tpn.models.backbones import FoldedBackbone, TemporalShift
+from tpn.models.backbones import FoldedBackbone
 from tpn.video import motion
-from tpn.zoo.convert import CheckpointError
-
-SMALL = tpn.InputSpec(2, 4, short_side=72, crop_size=64, three_crop_size=64)
-FIXED = {"img_size": 64}  # networks that are built for one size
-
-BACKBONES = {
-    "timm/resnet18": {},
-    "timm/seresnet18": {"temporal_shift": True},
-    "timm/resnetv2_50": {"temporal_shift": True, "backbone_args": {"width_factor": 0.25}},
-    "timm/resnest14d": {},
-    "timm/res2net50_14w_8s": {},
-    "timm/regnety_002": {"temporal_shift": True},
-    "timm/convnext_atto": {},
-    "timm/convnextv2_atto": {},
-    "timm/mobilenetv3_small_050": {},
-    "timm/mobilenetv4_conv_small": {},
-    "timm/efficientnet_b0": {},
-    "timm/rexnet_100": {},  # 185 channels
-    "timm/ghostnet_050": {},
-    "timm/densenet121": {},
-    "timm/hrnet_w18_small": {},
-    "timm/repvgg_a0": {},
-    "timm/dla46_c": {},
-    "timm/poolformer_s12": {},
-    "timm/pvt_v2_b0": {},
-    "timm/edgenext_xx_small": {},
-    "timm/mobilevit_xxs": {},
-    "timm/fastvit_t8": {},
-    "timm/inception_next_atto": {},
-    "timm/starnet_s1": {},
-    "timm/mambaout_femto": {},  # channels last
-    "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
-    "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
-    "timm/vit_tiny_patch16_224": {"backbone_args": FIXED, "out_indices": (5, 11)},
-    "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
-    "timm/xcit_nano_12_p8_224": {},
-    "timm/mixer_s32_224": {"backbone_args": FIXED},
-    "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
-    "torchvision/r3d_18": {"num_frames": 4},
-    "torchvision/mc3_18": {"num_frames": 4},
-    "torchvision/r2plus1d_18": {"num_frames": 8, "out_indices": (0, 1, 2, 3)},
-    "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
-    "torchvision/swin3d_t": {"num_frames": 4},
-}
-"""Families, each by a small member, with what makes it small and cheap."""
-
-WITHOUT_GRADIENT = {
-    "timm/hrnet_w18_small": r"backbone\.net\.(stage4\.0\.fuse_layers\.[01]\.|incre_modules\.[01]\.)",
-}
-"""Parameters that only finer maps than those asked for depend on."""
-
-
-def small(name, **kwargs):
-    """A model on a backbone of the table, for clips of 64 x 64."""
-    torch.manual_seed(0)
-    args = {**BACKBONES.get(name, {}), **kwargs}
-    size = args.pop("crop_size", 64)
-    frames = args.get("num_frames", 2)
-    spec = tpn.InputSpec(frames, 4, short_side=size, crop_size=size, three_crop_size=size)
-    return tpn.create_model("tpn", backbone=name, num_classes=5, input_spec=spec, **args)
-
-
-def clips(model, batch=2):
-    spec = model.input_spec
-    return torch.randn(batch, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size)
-
-
-def switch_on(model):
-    """Many networks begin with branches that are switched off, by a scale of zero."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -154,87 +82,6 @@ def test_temporal_shift_in_long_stages_is_in_every_second_block():
     assert net.add_temporal_shift(8) == 3 + 4 + 12 + 3
 
 
-class Pyramid(nn.Module):
-    """Maps of a clip at three places and times."""
-
-    def __init__(self, channels=(6, 10, 9), as_dict=False):
-        super().__init__()
-        self.as_dict = as_dict
-        before = (3, *channels)
-        self.stages = nn.ModuleList(nn.Conv3d(before[i], channels[i], 3, 2, 1) for i in range(len(channels)))
-
-    def forward(self, x):
-        maps = []
-        for stage in self.stages:
-            x = stage(x).relu()
-            maps.append(x)
-        return {str(i): m for i, m in enumerate(maps)} if self.as_dict else maps
-
-
-SPEC = tpn.InputSpec(16, 1, short_side=48, crop_size=48, three_crop_size=48)
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_module_of_ones_own(as_dict, tmp_path):
-    model = tpn.build(Pyramid(as_dict=as_dict), num_classes=4, input_spec=SPEC)
-    assert model.neck.in_channels == (6, 10, 9)
-    assert model.neck.num_frames == model.neck.temporal_scales == (8, 4, 2)
-    assert model.training
-    x = clips(model)
-    logits, aux_logits = model.forward_with_aux(x)
-    assert logits.shape == aux_logits.shape == (2, 4)
-    assert {name: tuple(each.shape[1:]) for name, each in model.forward_intermediates(x)[1].items() if name[0] == "c"} == {
-        "c3": (6, 8, 24, 24),
-        "c4": (10, 4, 12, 12),
-        "c5": (9, 2, 6, 6),
-    }
-
-    model.eval()
-    tpn.save_pretrained(model, tmp_path)
-    again = tpn.create_model(f"local-dir:{tmp_path}", backbone=Pyramid(as_dict=as_dict)).eval()
-    assert torch.equal(again(x), model(x))
-    fresh = tpn.build(
-        Pyramid(as_dict=as_dict),
-        num_classes=4,
-        input_spec=SPEC,
-        pretrained_cfg={"state_dict": model.state_dict()},
-        pretrained=True,
-    )
-    assert torch.equal(fresh.eval()(x), model(x))
-    with pytest.raises(ValueError, match=r"built on a module of its maker's own, \w*\.?Pyramid; pass such a module"):
-        tpn.create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(CheckpointError, match=r"backbone.stages.1.weight \(10, 6, 3, 3, 3\) instead of \(12, 6, 3, 3, 3\)"):
-        tpn.create_model(f"local-dir:{tmp_path}", backbone=Pyramid((6, 12, 9)))
-
-
-@pytest.mark.parametrize(
-    ("scales", "lengths"),
-    [((8, 4, 2), [1, 1, 1]), ((2, 2, 1), [4, 2, 2]), ((1, 1, 1), [8, 4, 2])],
-)
-@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
-def test_levels_that_differ_in_time(scales, lengths, flow_order):
-    """The paper's general form: each level keeps a tempo of its own until the levels are fused."""
-    model = tpn.build(Pyramid(), num_classes=4, input_spec=SPEC, temporal_scales=scales, flow_order=flow_order, drop_rate=0.0)
-    features, found = model.forward_intermediates(clips(model))
-    assert [found[f"temporal_modulation.{i}"].shape[2] for i in range(3)] == lengths
-    assert features.shape == (2, 9, lengths[-1], 6, 6)
-    assert features is found["pyramid_fusion"]
-    logits, aux_logits = model.forward_with_aux(clips(model))
-    (logits.square().sum() + aux_logits.square().sum()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_backbone_is_left_as_it_is():
-    backbone = small("timm/resnet18").backbone
-    backbone.net.bn1.eval()  # frozen by its owner
-    before = copy.deepcopy(backbone.state_dict())
-    model = tpn.build(backbone, num_classes=3, num_frames=2, input_spec=SMALL)
-    assert model.backbone is backbone
-    assert not backbone.net.bn1.training
-    assert backbone.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-
-
 @pytest.mark.parametrize("size", [32, 48, 63, 100])
 def test_other_sizes(size):
     """Built for one size, run at another; at 32 pixels the coarsest map is a single one."""
@@ -254,68 +101,10 @@ def test_other_sizes_of_a_network_without_padding():
             assert model.to("meta")(torch.empty(1, 3, 2, size, size + 40)).shape == (1, 5)
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("meta", torch.float32)])
-def test_neck_and_heads_go_where_the_backbone_is(device, dtype):
-    model = tpn.build(Pyramid().to(device, dtype), num_classes=4, input_spec=SPEC)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, dtype)}
-    model.reset_classifier(2)
-    assert model(clips(model).to(device, dtype)).shape == (2, 2)
-
-
-def test_a_failed_build_leaves_the_module_as_it_was():
-    backbone = FoldedBackbone(timm.create_model("resnet18", features_only=True, out_indices=(3, 4)))
-    with pytest.raises(ValueError, match="flow_order must be one of"):
-        tpn.build(backbone, num_classes=3, input_spec=SMALL, temporal_shift=True, flow_order="nope")
-    assert backbone.num_frames is None
-    backbone.add_temporal_shift(2)
-    assert tpn.build(backbone, num_classes=3, input_spec=SMALL)(torch.randn(1, 3, 2, 64, 64)).shape == (1, 3)
-    with pytest.raises(ValueError, match="the blocks shift frames already, for clips of 2"):
-        backbone.add_temporal_shift(2)
-
-
-def test_backbone_without_parameters():
-    class Pools(nn.Module):
-        def forward(self, x):
-            return [nn.functional.avg_pool3d(x, (1, s, s)) for s in (4, 8)]
-
-    model = tpn.build(Pools(), num_classes=3, input_spec=SPEC)
-    model.reset_classifier(0)
-    model.reset_classifier(4)
-    assert model(clips(model)).shape == (2, 4)
-
-
 def test_parameters_that_must_not_decay():
     names = small("timm/vit_tiny_patch16_224").no_weight_decay()
     assert {"backbone.net.model.pos_embed", "backbone.net.model.cls_token"} <= names
     assert small("timm/resnet18").no_weight_decay() == set()
-
-
-def test_weights_with_a_pyramid_need_one(tmp_path):
-    tpn.save_pretrained(small("timm/resnet18"), tmp_path / "tpn")
-    tpn.save_pretrained(small("timm/resnet18", neck=None), tmp_path / "baseline")
-    with pytest.raises(ValueError, match="these weights have a pyramid, which neck=None leaves out; use start without them"):
-        tpn.create_model(f"local-dir:{tmp_path}/tpn", neck=None)
-    with pytest.raises(ValueError, match=r"use create_model\('slowonly_r50_k400'\), or start without them"):
-        tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, neck=None)
-    assert tpn.create_model(f"local-dir:{tmp_path}/baseline", neck=None).neck is None
-    assert tpn.create_model(f"local-dir:{tmp_path}/baseline").neck is None
-
-
-def test_saved_with_other_arguments(tmp_path):
-    tpn.save_pretrained(small("torchvision/r3d_18"), tmp_path)
-    longer = tpn.create_model(f"local-dir:{tmp_path}", num_frames=16)
-    assert longer.input_spec.num_frames == longer.model_args["num_frames"] == 16
-    assert longer.neck.num_frames == (4, 2)
-    with pytest.raises(ValueError, match="the saved model takes 3 channels, got in_chans=1"):
-        tpn.create_model(f"local-dir:{tmp_path}", in_chans=1)
-
-
-def test_folded_network_of_ones_own():
-    net = timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))
-    model = tpn.build(FoldedBackbone(net), num_classes=3, input_spec=SMALL, temporal_shift=True)
-    assert model.neck.num_frames == (2, 2, 2)
-    assert sum(isinstance(module, TemporalShift) for module in model.modules()) == 8
-    assert model(clips(model)).shape == (2, 3)
 
 
 def test_one_frame_sees_the_next_only_with_shifts():
@@ -384,111 +173,6 @@ def test_optimized(in_chans):
     assert fast.report.folded_norms > 20
     assert fast.report.max_difference < 1e-5
     assert tpn.optimize(model, "bfloat16", sample=clips(model)).report.max_difference > 1e-4
-
-
-class OneMap(nn.Module):
-    def forward(self, x):
-        return x
-
-
-class Flat(nn.Module):
-    def forward(self, x):
-        return [x.flatten(2), x.flatten(2)]
-
-
-class NoMaps(nn.Module):
-    def forward(self, x):
-        return {"loss": 1.0}
-
-
-class Backwards(nn.Module):
-    def forward(self, x):
-        return [x[:, :, ::2], x]
-
-
-class Thirds(nn.Module):
-    def forward(self, x):
-        return [x, x[:, :, :, ::3, ::3]]
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "says"),
-    [
-        (
-            {"backbone": "resnet50"},
-            tpn.UnknownModelError,
-            "backbone must be 'timm/NAME' .* 'torchvision/NAME' of r3d_18, .* got 'resnet50'",
-        ),
-        ({"backbone": "timm/resnet51"}, tpn.UnknownModelError, "timm has no model 'resnet51'; the nearest are resnet5"),
-        (
-            {"backbone": "torchvision/mvit_v2_s"},
-            tpn.UnknownModelError,
-            "of torchvision's models, r3d_18, .* can be backbones, got 'mvit_v2_s'",
-        ),
-        ({"backbone": "torchvision/r3d_18", "in_chans": 1}, ValueError, "takes 3 channels, got in_chans=1"),
-        (
-            {"backbone": "torchvision/r3d_18", "out_indices": (3, 2)},
-            ValueError,
-            r"out_indices must be increasing indices of stages, .* got \(3, 2\)",
-        ),
-        ({"backbone": "torchvision/r3d_18", "out_indices": (3,)}, ValueError, "a pyramid needs two levels or more"),
-        (
-            {"backbone": "torchvision/s3d", "num_frames": 4},
-            ValueError,
-            r"does not take a clip \(1, 3, 4, 224, 224\) .*Output size is too small.* num_frames",
-        ),
-        (
-            {"backbone": "timm/resnet18", "out_indices": (3, 9)},
-            ValueError,
-            r"timm gives no feature maps \(3, 9\) of resnet18 .* out_indices",
-        ),
-        (
-            {"backbone": "timm/resnet18", "backbone_args": {"widht": 3}},
-            ValueError,
-            r"timm gives no feature maps \(-2, -1\) of resnet18 \(.*widht",
-        ),
-        ({"backbone": "timm/convnext_atto", "temporal_shift": True}, ValueError, "temporal_shift needs residual blocks"),
-        (
-            {"backbone": "torchvision/r3d_18", "temporal_shift": True},
-            ValueError,
-            "temporal_shift is for networks that see one frame",
-        ),
-        ({"backbone": "timm/resnet18", "num_frames": 0}, ValueError, "num_frames must be an integer >= 1, got 0"),
-        (
-            {"backbone": "timm/resnet18", "pretrained": True},
-            ValueError,
-            "backbone_pretrained=True starts from those of the backbone",
-        ),
-        ({"backbone": OneMap()}, ValueError, "a pyramid needs two levels or more"),
-        (
-            {"backbone": Flat()},
-            ValueError,
-            r"must give feature maps \(B, C, T, H, W\); of a clip \(1, 3, 8, 224, 224\) .* \(1, 3, 401408\)",
-        ),
-        ({"backbone": NoMaps()}, TypeError, "must return a sequence of feature maps .* got dict"),
-        ({"backbone": Backwards()}, ValueError, "must go from fine to coarse in time and space"),
-        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the last one 75 x 75; .* power of two"),
-        (
-            {"backbone": Pyramid(), "input_spec": SPEC, "temporal_scales": (3, 2, 1)},
-            ValueError,
-            "each level's length must be a multiple of the next one's",
-        ),
-    ],
-)
-def test_what_cannot_be(kwargs, error, says):
-    with pytest.raises(error, match=says):
-        tpn.create_model("tpn", num_classes=3, **kwargs)
-
-
-def test_what_is_missing():
-    with pytest.raises(ValueError, match="backbone is needed: 'timm/NAME', 'torchvision/NAME' or a module"):
-        tpn.create_model("tpn", num_classes=3)
-    with pytest.raises(ValueError, match="num_classes is needed"):
-        tpn.create_model("tpn", backbone="timm/resnet18")
-    with pytest.raises(TypeError, match="build puts the pyramid on a module, got 'timm/resnet18'"):
-        tpn.build("timm/resnet18", num_classes=3)
-    with pytest.raises(tpn.UnknownModelError, match=r"create_model\('tpn', backbone='timm/resnet50', num_classes=K\)"):
-        tpn.model_info("tpn")
 
 
 def test_backbone_starts_from_its_own_weights(hub, tmp_path):
