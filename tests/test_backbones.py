@@ -192,9 +192,7 @@ def test_backbone_starts_from_its_own_weights(hub, tmp_path):
 
 
 def test_weights_of_a_backbone_that_cannot_be_fetched(hub, tmp_path):
-    with pytest.raises(
-        tpn.WeightsUnavailableError, match="the weights of timm/resnet18.tv_in1k could not be fetched .* HF_ENDPOINT"
-    ):
+    with pytest.raises(tpn.WeightsUnavailableError, match="there is no repository timm/resnet18.tv_in1k on the Hub"):
         small("timm/resnet18.tv_in1k", backbone_pretrained=True, cache_dir=tmp_path)
 
 

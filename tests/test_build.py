@@ -209,7 +209,7 @@ class Thirds(nn.Module):
         (
             {"backbone": Flat()},
             ValueError,
-            r"must give feature maps \(B, C, T, H, W\); of a clip \(1, 3, 8, 224, 224\) .* \(1, 3, 401408\)",
+            r"must give float feature maps \(B, C, T, H, W\); of a clip \(1, 3, 8, 224, 224\) .* torch.float32 \(1, 3, 401408\)",
         ),
         ({"backbone": NoMaps()}, TypeError, "must return a sequence of feature maps .* got dict"),
         ({"backbone": Backwards()}, ValueError, "must go from fine to coarse in time and space"),

@@ -144,9 +144,11 @@ def measure(backbone: nn.Module, clip: Tensor) -> list[tuple[int, int, int, int]
         ) from error
     maps = as_maps(result)
     shapes = [tuple(each.shape[1:]) for each in maps]
-    if any(each.ndim != 5 or len(each) != 1 for each in maps):
-        got = ", ".join(str(tuple(each.shape)) for each in maps)
-        raise ValueError(f"a backbone must give feature maps (B, C, T, H, W); of a clip {tuple(clip.shape)} this one made {got}")
+    if any(each.ndim != 5 or len(each) != 1 or not each.is_floating_point() for each in maps):
+        got = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in maps)
+        raise ValueError(
+            f"a backbone must give float feature maps (B, C, T, H, W); of a clip {tuple(clip.shape)} this one made {got}"
+        )
     for fine, coarse in pairwise(shapes):
         if any(a < b for a, b in zip(fine[1:], coarse[1:], strict=True)):
             raise ValueError(

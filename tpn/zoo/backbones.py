@@ -67,6 +67,8 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
     if "." in name and name not in (tags := timm.list_pretrained(f"{name.partition('.')[0]}.*")):
         raise UnknownModelError(f"timm has no weights {name!r}; it has {', '.join(tags) or 'none of this model'}")
     args = {"features_only": True, "out_indices": wanted.out_indices, "in_chans": wanted.in_chans, **wanted.args}
+    if wanted.pretrained:
+        args |= _weights_file(name, wanted)
     try:
         with hub.fetching(f"the weights of timm/{name}"):
             net = timm.create_model(name, wanted.pretrained, cache_dir=_cache(wanted), **args)
@@ -83,6 +85,16 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
     mean, std = (tuple(round(255 * v, 3) for v in cfg[key]) for key in ("mean", "std"))
     channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     return FoldedBackbone(net, channels_last=channels_last), Looks(size, round(size / 0.875), mean, std)
+
+
+def _weights_file(name: str, wanted: Wanted) -> dict[str, Any]:
+    """Fetch the weights as those of the zoo are, with a word if they cannot be; return what makes timm take the file."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or cfg.custom_load or "pretrained_cfg_overlay" in wanted.args:
+        return {}
+    file = cfg.hf_hub_filename or "model.safetensors"
+    path = hub.hub_file(cfg.hf_hub_id, file, cache_dir=_cache(wanted), prefer_cached=True)
+    return {"pretrained_cfg_overlay": {"file": str(path)}}
 
 
 def _from_torchvision(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
