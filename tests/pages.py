@@ -17,7 +17,7 @@ RUN, SHOWN = {"python", "bash"}, {"text", "json"}
 """Languages of blocks that are run, and of those that cannot be."""
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\s`]*)[^\n]*\n(?P<code>.*?)^(?P=indent)``` *$", re.MULTILINE | re.DOTALL)
-OTHERS = re.compile(r"^(pip install|pytest|ruff|mypy|mkdocs|\.ci/run|git|NO_MKDOCS)\b.*\n?", re.MULTILINE)
+OTHERS = re.compile(r"^(pip install|tpn demo|pytest|ruff|mypy|mkdocs|\.ci/run|git|NO_MKDOCS)\b.*\n?", re.MULTILINE)
 """Commands for which the continuous integration has steps of its own."""
 
 
