@@ -1,7 +1,7 @@
 """Write a model as ONNX, and classify a video with the file: the same probabilities.
 
-    python examples/export.py video.mp4
-    python examples/export.py video.mp4 --model local-dir:runs/mine --output mine.onnx
+python examples/export.py video.mp4
+python examples/export.py video.mp4 --model local-dir:runs/mine --output mine.onnx
 """
 
 import argparse

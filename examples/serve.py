@@ -1,6 +1,6 @@
 """Classify a video with a file of `tpn export`, without PyTorch and without tpn: numpy, onnxruntime and PyAV.
 
-    python examples/serve.py model.onnx video.mp4
+python examples/serve.py model.onnx video.mp4
 """
 
 import json
