@@ -11,6 +11,8 @@ import torch
 from backbones import BACKBONES, WITHOUT_GRADIENT, clips, small, switch_on
 from safetensors.torch import save
 from scripts import example
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tpn
@@ -37,6 +39,23 @@ def test_family(name, tmp_path):
         assert torch.equal(again(x), model(x))
     assert again.input_spec == model.input_spec
     assert again.model_args == json.loads(json.dumps(model.model_args))
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "coarse"),
+    [("timm/resnet18", 11, 7), ("timm/vit_tiny_patch16_224", 15, 4), ("timm/convnext_atto", 7, 7), ("torchvision/swin3d_t", 10, 5)],
+)
+def test_layer_wise_learning_rates_know_the_layers(name, fine, coarse):
+    """In the order in which they compute; pyramid and heads, which are new, come last."""
+    model = small(name)
+    order = [n for n, _ in model.named_parameters() if n.startswith("backbone.")]
+    for count, matcher in ((fine, model.group_matcher()), (coarse, model.group_matcher(coarse=True))):
+        groups = group_parameters(model, matcher)
+        assert len(groups) == count
+        assert [n for i in range(count - 1) for n in groups[i]] == order
+        assert {n.split(".")[0] for n in groups[count - 1]} == {"neck", "head", "aux_head"}
+    rates = param_groups_layer_decay(model, layer_decay=0.5)
+    assert min(group["lr_scale"] for group in rates) == 0.5 ** (fine - 1)
 
 
 def test_baseline_has_the_same_interface():

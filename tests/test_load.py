@@ -10,7 +10,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from recipe import fill, our_names, sketch_state_dict
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
 import tpn
 from tpn import CheckpointError, WeightsUnavailableError
@@ -241,6 +241,22 @@ def test_same_number_of_classes_is_silent(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="tpn"):
         tpn.create_model("tsm_r50_sthv2", num_classes=174, checkpoint_path=path)
     assert not [r for r in caplog.records if r.name.startswith("tpn")]
+
+
+def test_classes_for_a_model_saved_without(tmp_path):
+    """Its classifiers are new; but they cannot be missing from a model that had some."""
+    name, args = "tpn_slowonly_tiny_motion", {"base_channels": 8}
+    folder = tpn.save_pretrained(tpn.create_model(name, num_classes=0, **args), tmp_path / "without")
+    source = load_file(folder / "model.safetensors")
+    model = tpn.create_model(f"local-dir:{folder}", num_classes=5)
+    assert (model.num_classes, model.aux_head.fc.out_features) == (5, 5)
+    assert all(torch.equal(tensor, source[n]) for n, tensor in model.state_dict().items() if ".fc." not in n)
+    assert tpn.create_model(f"local-dir:{folder}").num_classes == 0
+    assert tpn.create_model(name, checkpoint_path=folder / "model.safetensors", **args).num_classes == 0
+
+    save_file(source, tmp_path / "lost.safetensors")  # no word of who saved it
+    with pytest.raises(CheckpointError, match="4 tensors of the model are missing from it"):
+        tpn.create_model(name, num_classes=5, checkpoint_path=tmp_path / "lost.safetensors", **args)
 
 
 def test_number_of_classes_comes_from_the_checkpoint(tmp_path):

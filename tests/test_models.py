@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 import tpn
@@ -362,13 +363,13 @@ def test_bad_backbone_arguments(make, text):
 
 
 def test_group_matcher_covers_every_parameter():
-    from timm.models import group_parameters
-
     model = tpn.create_model("tpn_slowonly_r50_k400", base_channels=8)
     groups = group_parameters(model, model.group_matcher())
     assert sorted(n for group in groups.values() for n in group) == sorted(n for n, _ in model.named_parameters())
     assert groups[0] == ["backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"]
-    assert {n.split(".")[0] for n in groups[max(groups)]} <= {"neck", "head", "aux_head"}
+    assert len(groups) == 1 + 3 + 4 + 6 + 3 + 1
+    assert len(group_parameters(model, model.group_matcher(coarse=True))) == 1 + 4 + 1
+    assert {n.split(".")[0] for n in groups[max(groups)]} == {"neck", "head", "aux_head"}
 
 
 def test_channels_last_and_frozen_batch_norm():

@@ -174,6 +174,24 @@ def as_maps(result: Any) -> tuple[Tensor, ...]:
     return maps
 
 
+def layer_names(backbone: nn.Module, *, coarse: bool = False) -> list[str]:
+    """Return the names of the modules that a network is made of, in their order; chains of them are taken apart unless `coarse`."""
+    parts = _children("", backbone)
+    while len(parts) == 1 and (inside := _children(*parts[0])) != parts:  # a wrapper
+        parts = inside
+    if coarse:
+        return [name for name, _ in parts]
+    chains = (nn.Sequential, nn.ModuleList)
+    return [inner for name, part in parts for inner, _ in (_children(name, part) if isinstance(part, chains) else [(name, part)])]
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children with parameters, by their whole names; the module itself if it has none."""
+    prefix = f"{name}." if name else ""
+    children = [(prefix + key, child) for key, child in module.named_children() if any(True for _ in child.parameters())]
+    return children or [(name, module)]
+
+
 def positive_indices(indices: Sequence[int], count: int) -> tuple[int, ...]:
     """Return increasing indices into `count` stages, negative ones counted from the end."""
     positive = tuple(i + count if i < 0 else i for i in indices)

@@ -1,5 +1,6 @@
 """The whole network: backbone, pyramid, heads."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tpn.models.backbones import AsMaps
+from tpn.models.backbones import AsMaps, layer_names
 from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet import ResNet
@@ -133,13 +134,14 @@ class TPNClassifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from input to output, for timm's layer-wise learning rates.
 
-        A backbone that is not one of tpn's residual networks is one group.
+        They are the backbone's stem and blocks (`coarse`: stages), then all that follows. Of a backbone that is not one of tpn's
+        residual networks, they are the modules that it is made of, in their order.
         """
-        above = (r"^(?:neck|aux_head)", (99999,))
-        if not isinstance(self.backbone, ResNet):
-            return {"stem": r"^backbone", "blocks": [above]}
-        stage = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
-        return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": [(stage, None), above]}
+        if isinstance(self.backbone, ResNet):
+            stage = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
+            return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": stage}
+        layers = [re.escape(f"backbone.{name}.") for name in layer_names(self.backbone, coarse=coarse)]
+        return {"stem": rf"^(?!{'|'.join(layers)})backbone\.", **{f"block{i}": f"^{layer}" for i, layer in enumerate(layers)}}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, beyond biases and norms: those that a part names, such as a transformer's."""

@@ -1,6 +1,7 @@
 """The pyramid on any backbone: `create_model("tpn", backbone=..., num_classes=K)`, and `build(module, num_classes=K)`."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -20,6 +21,8 @@ from tpn.zoo import saved, sources
 from tpn.zoo.assemble import assemble, check_num_frames, check_start, describe, register, timm_cfg
 from tpn.zoo.backbones import Looks, Wanted, make_backbone
 from tpn.zoo.weights import CUSTOM
+
+_logger = logging.getLogger(__name__)
 
 OWN = "own/"
 """How the name of somebody's own module begins in a saved model's arguments."""
@@ -150,6 +153,7 @@ def _build(
         raise ValueError("temporal_shift is for networks that see one frame at a time, those of timm or in a FoldedBackbone")
     spec = _default_spec(num_frames, looks) if input_spec is None else replace(input_spec, num_frames=num_frames)
     shapes = _shapes(backbone, in_chans, spec)
+    _check_views(backbone, in_chans, spec)
     neck = _make_neck(shapes, **neck_args) if pyramid else None
     if temporal_shift:
         cast("FoldedBackbone", backbone).add_temporal_shift(num_frames)
@@ -172,6 +176,20 @@ def _shapes(backbone: nn.Module, in_chans: int, spec: InputSpec) -> list[tuple[i
     if isinstance(backbone, FoldedBackbone):
         shapes = [(channels, spec.num_frames, height, width) for channels, _, height, width in shapes]
     return shapes
+
+
+def _check_views(backbone: nn.Module, in_chans: int, spec: InputSpec) -> None:
+    """Warn of a backbone that takes training crops only, before somebody has trained on it."""
+    if spec.num_crops == 1 or spec.three_crop_size == spec.crop_size:
+        return
+    try:
+        _shapes(backbone, in_chans, replace(spec, crop_size=spec.three_crop_size))
+    except ValueError as error:
+        reason = str(error).partition("; choose another")[0]
+        _logger.warning(
+            "input_spec asks for tests on crops of three_crop_size=%s, but %s; give it three_crop_size=%s, or num_crops=1",
+            *(spec.three_crop_size, reason, spec.crop_size),
+        )
 
 
 def _make_neck(

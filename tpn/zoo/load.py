@@ -56,7 +56,7 @@ def load_state_dict(
     try:
         renamed, layout = convert_state_dict(tensors)
         _check_arguments(model, layout, metadata or {})
-        classes = num_classes_of(renamed)
+        classes = num_classes_of(renamed, metadata or {})
         other_classes = classes is not None and classes != model.num_classes
         stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
         load_strict(model, renamed, classifiers=CLASSIFIERS if other_classes else ())
@@ -69,18 +69,20 @@ def load_state_dict(
         _logger.info("%s takes RGB, the model %s channels: the stem's weights were adapted", name, model.in_chans)
 
 
-def num_classes_of(state_dict: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes of a state dict in our layout; None if it has no classifier."""
+def num_classes_of(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int | None:
+    """Return the number of classes of a state dict in our layout: 0 if it was saved without, None if the classifier is missing."""
     weight = state_dict.get("head.fc.weight")
-    return None if weight is None else weight.shape[0]
+    if weight is not None:
+        return weight.shape[0]
+    return 0 if "model" in metadata else None
 
 
 def inspect_checkpoint(path: str | PathLike[str]) -> tuple[Layout, int | None]:
-    """Return the layout of a checkpoint file, and its number of classes, None if it has no classifier."""
-    tensors, _ = read_checkpoint(path)
+    """Return the layout of a checkpoint file, and its number of classes; see `num_classes_of`."""
+    tensors, metadata = read_checkpoint(path)
     try:
         renamed, layout = convert_state_dict(tensors)
-        return layout, num_classes_of(renamed)
+        return layout, num_classes_of(renamed, metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
