@@ -11,7 +11,6 @@ the same logits before either is timed.
 
 import argparse
 import copy
-import json
 import multiprocessing
 import platform
 import resource
@@ -33,7 +32,8 @@ from torch import Tensor, nn
 
 import tpn
 from tpn.models.layers import channels_last
-from tpn.training import command, positive_int, whole_file
+from tpn.optimize import usable_device
+from tpn.training import command, positive_int
 from tpn.video import decode
 from tpn.video.encode import write_video
 
@@ -45,14 +45,18 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tpn_slowonly_r50_k400")
     add("--against", choices=["itself", "mmaction2", "torchvision"], default="itself")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; torchvision: inference alone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive_int, help="of inference and training; default: 32 on a GPU, 2 on a CPU")
     add("--compile", action="store_true", help="also time compiled models")
     add("--repeats", type=positive_int, default=7)
     add("--video", type=Path, help="for decode and end-to-end; default: 10 s of 340 x 256 are rendered")
-    add("--output", type=Path, help="write the results as JSON")
-    return parser.parse_args()
+    add("--output", type=Path, help="write the results as JSON, after each part")
+    args = parser.parse_args()
+    if args.against == "torchvision" and (args.only or ["inference"]) != ["inference"]:
+        parser.error("--against torchvision compares inference alone")
+    args.only = args.only or PARTS
+    return args
 
 
 def autocast(model: nn.Module, dtype: str, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -271,7 +275,7 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
 
 def main() -> None:
     args = parse_args()
-    args.device = torch.device(args.device)
+    args.device = usable_device(args.device)
     args.batch_size = args.batch_size or (32 if args.device.type == "cuda" else 2)
     name = (
         torch.cuda.get_device_name()
@@ -284,7 +288,7 @@ def main() -> None:
         print(
             "warning: PyTorch 2.9 is slow in 3D convolutions in half precision: https://github.com/pytorch/pytorch/issues/166122"
         )
-    bench = Bench(args.device, args.repeats)
+    bench = Bench(args.device, args.repeats, about, args.output)
     model = tpn.create_model(args.model).eval()
     reference = None
     if args.against == "mmaction2":
@@ -296,22 +300,20 @@ def main() -> None:
     model.to(args.device)
     if args.against == "torchvision":
         time_torchvision(bench, args, model)
-    elif {"inference", "latency", "views"} & set(args.only):
+        return
+    if {"inference", "latency", "views"} & set(args.only):
         time_inference(bench, args, inference_variants(args, model, reference), model)
-    if args.against != "torchvision" and "training" in args.only:
+    if "training" in args.only:
         time_training(bench, args, model, reference)
-    if args.against != "torchvision" and "memory" in args.only:
+    if "memory" in args.only:
         measure_memory(bench, args, model.input_spec)
     with tempfile.TemporaryDirectory() as folder:
-        if {"decode", "end-to-end"} & set(args.only) and args.against != "torchvision":
+        if {"decode", "end-to-end"} & set(args.only):
             video = args.video or sample_video(Path(folder))
             if "decode" in args.only:
                 time_reading(bench, args, video, model.input_spec)
             if "end-to-end" in args.only:
                 time_end_to_end(bench, args, video, model)
-    if args.output:
-        with whole_file(args.output, "w") as file:
-            json.dump({"about": about, "results": bench.results}, file, indent=1)
 
 
 if __name__ == "__main__":

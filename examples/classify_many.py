@@ -105,10 +105,9 @@ class Shards:
         self._rows: defaultdict[int, dict[int, Row]] = defaultdict(dict)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "_about.json"  # readers of Parquet folders pass over names with _
-        if file.exists() and json.loads(file.read_text()) != about:
-            raise ValueError(
-                f"{folder} holds results of another model, precision, views, list or size of shards; take another --output"
-            )
+        before = json.loads(file.read_text()) if file.exists() else about
+        if other := ", ".join(name for name, value in about.items() if before.get(name) != value):
+            raise ValueError(f"{folder} holds results of another run, which differs in {other}; take another --output")
         if not file.exists():
             with whole_file(file, "w") as out:
                 json.dump(about, out, indent=1)

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tpn.optimize import DTYPES, fastest_dtype
+from tpn.training import whole_file
 
 Run = Callable[[], Any]
 
 
 class Bench:
-    """Times callables by turns, and collects what came out."""
+    """Times callables by turns, and collects what came out; in a file, too, which begins with `about` the run."""
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
+    def __init__(
+        self, device: torch.device, repeats: int, about: dict[str, Any] | None = None, output: Path | None = None
+    ) -> None:
         self.device, self.repeats = device, repeats
+        self.about, self.output = about, output
         self.results: dict[str, list[dict[str, Any]]] = {}
         self._limits: dict[torch.dtype, tuple[float, float]] = {}
 
@@ -49,6 +55,9 @@ class Bench:
         """Keep and print results, the first of which is 1x."""
         self.results[title] = rows
         self._show(title, rows)
+        if self.output is not None:
+            with whole_file(self.output, "w") as file:
+                json.dump({"about": self.about, "results": self.results}, file, indent=1)
 
     def floor(self, work: "list[Work]", dtype: torch.dtype) -> float:
         """Seconds that the layers must take: each by its arithmetic or by what it reads and writes, whichever is more."""

@@ -43,7 +43,12 @@ def test_family(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "fine", "coarse"),
-    [("timm/resnet18", 11, 7), ("timm/vit_tiny_patch16_224", 15, 4), ("timm/convnext_atto", 7, 7), ("torchvision/swin3d_t", 10, 5)],
+    [
+        ("timm/resnet18", 11, 7),
+        ("timm/vit_tiny_patch16_224", 15, 4),
+        ("timm/convnext_atto", 7, 7),
+        ("torchvision/swin3d_t", 10, 5),
+    ],
 )
 def test_layer_wise_learning_rates_know_the_layers(name, fine, coarse):
     """In the order in which they compute; pyramid and heads, which are new, come last."""

@@ -1,5 +1,6 @@
 """The benchmark runs, and says what it measured; nothing here depends on how long it took."""
 
+import importlib.util
 import json
 
 import pytest
@@ -26,9 +27,21 @@ def test_every_part(tmp_path):
     assert all(row["clips_per_s"] * row["ms"] == pytest.approx(2e3) for row in inference)
 
 
-def test_errors():
-    import importlib.util
+def test_a_part_that_fails_loses_no_other(tmp_path):
+    small = ["--model", "tpn_slowonly_tiny_motion", "--batch-size", 2, "--repeats", 1, "--device", "cpu"]
+    parts = ["--only", "latency", "decode", "--video", tmp_path / "none.mp4"]
+    done = run_example("benchmark", *small, *parts, "--output", tmp_path / "results.json", check=False)
+    assert done.returncode == 1
+    assert [title.partition(":")[0] for title in json.loads((tmp_path / "results.json").read_text())["results"]] == ["latency"]
 
+
+def test_errors():
+    done = run_example("benchmark", "--device", "warp", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: cannot use device 'warp': ")
+    done = run_example("benchmark", "--against", "torchvision", "--only", "inference", "training", check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --against torchvision compares inference alone\n")
     done = run_example("benchmark", "--against", "mmaction2", "--model", "tpn_tsm_r50_sthv1", check=False)
     assert (done.returncode, done.stderr) == (
         1,

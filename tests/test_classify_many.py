@@ -133,7 +133,7 @@ def test_a_killed_run_is_continued(folder, expected, tmp_path):
 
     other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 30, *OPTIONS, check=False)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
-    assert "holds results of another model, precision, views, list or size of shards; take another --output" in other.stderr
+    assert "holds results of another run, which differs in shard size; take another --output" in other.stderr
 
 
 def test_a_video_that_kills_its_reader(folder, tmp_path):

@@ -12,8 +12,8 @@ ORDER = (
     ["models"],
     ["video"],
     ["zoo"],
-    ["optimize", "export", "training"],
-    ["predict"],
+    ["optimize", "export"],
+    ["training", "predict"],
     ["features", "tempo", "explain", "demo"],
     ["cli"],
 )

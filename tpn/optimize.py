@@ -138,7 +138,7 @@ def optimize(
         raise TypeError(f"only a TPNClassifier can be optimized, got {type(model).__name__}")
     if isinstance(model, OptimizedClassifier):
         raise ValueError("the model is optimized already; optimize the one that it was made of")
-    where = next(model.parameters()).device if device is None else torch.device(device)
+    where = next(model.parameters()).device if device is None else usable_device(device)
     wanted = fastest_dtype(where) if dtype is None else _as_dtype(dtype)
     given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
     clips = _random_clip(given) if sample is None else sample
@@ -183,6 +183,16 @@ def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
 
 def _folded(conv: Any, norm: Any) -> nn.Module:
     return fuse_conv_bn_eval(conv, norm)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device of that name. Raises ValueError if it cannot be used here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"cannot use device {str(device)!r}: {reason}") from error
+    return torch.device(device)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ from tpn.export import ExportedClassifier
 from tpn.models.classifier import TPNClassifier
 from tpn.models.features import FeatureModel
 from tpn.models.layers import evaluating
-from tpn.optimize import OptimizedClassifier, optimize
+from tpn.optimize import OptimizedClassifier, optimize, usable_device
 from tpn.video import decode
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
@@ -100,6 +100,8 @@ class VideoClassifier:
         workers: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if device is not None:
+            device = usable_device(device)  # before a model is fetched
         if isinstance(model, str):
             model = create_model(model, pretrained, **kwargs)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from tpn.models.classifier import TPNClassifier
+from tpn.optimize import usable_device
 from tpn.video.datasets import TooManyBadFilesError, VideoDataset
 from tpn.video.decode import VideoError
 from tpn.zoo.hub import WeightsUnavailableError
@@ -136,10 +137,7 @@ def join_processes(device: str, backend: str | None = None) -> tuple[int, int, t
     """
     if "RANK" in os.environ and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {device!r}: {next(iter(str(error).splitlines()), error)}") from error
+    place = usable_device(device)
     if "RANK" in os.environ:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
@@ -148,7 +146,7 @@ def join_processes(device: str, backend: str | None = None) -> tuple[int, int, t
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
         # Where only results are exchanged, at the end, the first process may wait long for the last one.
         dist.init_process_group(backend, timeout=timedelta(days=7) if backend == "gloo" else None)
-    return *ranks(), torch.device(device)
+    return *ranks(), place
 
 
 def ranks() -> tuple[int, int]:

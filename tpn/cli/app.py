@@ -49,17 +49,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def check_device(device: str | None) -> str | None:
-    import torch
-
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
-    return device
-
-
 def check_picture(output: Path) -> None:
     """Refuse a picture that could not be drawn, before the work. Needs matplotlib."""
     from matplotlib.backend_bases import FigureCanvasBase

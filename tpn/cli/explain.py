@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from tpn.cli.app import app, check_device, check_picture, err
+from tpn.cli.app import app, check_picture, err
 
 
 @app.command()
@@ -36,7 +36,7 @@ def explain(
         raise typer.BadParameter(
             f"must be a file FOLDER/NAME.mp4 in a folder that is there, got {str(movie)!r}", param_hint="--video"
         )
-    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=check_device(device))
+    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=device)
     seen = look_into(classifier, video, target=target, clip=clip, method=cast("Any", method))
     typer.echo(f"{video}\n  {seen.probability:7.2%}  {seen.label}")
     for name, part in [*((f"level {i}", part) for i, part in enumerate(seen.levels)), *seen.flows.items()]:

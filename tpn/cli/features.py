@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tpn
-from tpn.cli.app import app, check_device, err, one_line
+from tpn.cli.app import app, err, one_line
 
 Level = Literal["video", "clip"]
 
@@ -36,6 +36,7 @@ def features(
     import torch
 
     from tpn.features import FeatureModel, check_path, extract
+    from tpn.optimize import usable_device
     from tpn.predict import VideoClassifier, parse_views
     from tpn.video.datasets import videos_below
 
@@ -45,9 +46,9 @@ def features(
         raise typer.BadParameter(str(error), param_hint="--views") from error
     check_path(out)  # before the model is fetched
     paths = [path for video in videos for path in (videos_below(video) if video.is_dir() else [video])]
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
-    device = check_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=device)
+    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)
     done = failed = 0
     with Progress(
         TextColumn("files"),

@@ -17,7 +17,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from tpn.cli.app import app, check_device, check_picture, err, one_line
+from tpn.cli.app import app, check_picture, err, one_line
 
 if TYPE_CHECKING:
     from tpn.tempo import Clip, Segment
@@ -85,7 +85,7 @@ def timeline(
         model,
         pretrained=checkpoint is None,
         checkpoint_path=checkpoint,
-        device=check_device(device),
+        device=device,
         precision=precision,
         batch_size=1 if video in (None, "-") else None,  # what is live is wanted at once
     )

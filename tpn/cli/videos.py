@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tpn
-from tpn.cli.app import app, check_device, err, one_line
+from tpn.cli.app import app, err, one_line
 
 
 @app.command()
@@ -70,13 +70,13 @@ def predict(
     if onnx is not None:
         if checkpoint is not None or precision != "float32" or compile:
             raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")
-        classifier = VideoClassifier(load_exported(onnx), device=check_device(device))
+        classifier = VideoClassifier(load_exported(onnx), device=device)
     else:
         classifier = VideoClassifier(
             model,
             pretrained=checkpoint is None,
             checkpoint_path=checkpoint,
-            device=check_device(device),
+            device=device,
             precision=precision,
             compile=compile,
         )

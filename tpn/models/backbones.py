@@ -175,7 +175,7 @@ def as_maps(result: Any) -> tuple[Tensor, ...]:
 
 
 def layer_names(backbone: nn.Module, *, coarse: bool = False) -> list[str]:
-    """Return the names of the modules that a network is made of, in their order; chains of them are taken apart unless `coarse`."""
+    """Return the names of the modules that a network is made of, in their order; unless `coarse`, chains are taken apart."""
     parts = _children("", backbone)
     while len(parts) == 1 and (inside := _children(*parts[0])) != parts:  # a wrapper
         parts = inside

@@ -70,7 +70,7 @@ def load_state_dict(
 
 
 def num_classes_of(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int | None:
-    """Return the number of classes of a state dict in our layout: 0 if it was saved without, None if the classifier is missing."""
+    """Return the number of classes of a state dict in our layout; 0 if it was saved without, None if they are missing."""
     weight = state_dict.get("head.fc.weight")
     if weight is not None:
         return weight.shape[0]
