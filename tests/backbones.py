@@ -50,6 +50,7 @@ BACKBONES = {
 """Families, each by a small member, with what makes it small and cheap."""
 
 WITHOUT_GRADIENT = {
+    "timm/xcit_nano_12_p8_224": r"backbone\.net\.model\.cls_token$",  # timm 1.0.16 keeps it
     "timm/hrnet_w18_small": r"backbone\.net\.(stage4\.0\.fuse_layers\.[01]\.|incre_modules\.[01]\.)",
 }
 """Parameters that only finer maps than those asked for depend on."""

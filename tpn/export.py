@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int 
     """
     ready, clips, about = _prepare(model, size)
     program = torch.export.export(ready, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    program.example_inputs = None  # they would be saved, too: 50 MB for 32 frames of 256 x 256
+    with suppress(ValueError):  # PyTorch 2.6 does not part with them
+        program.example_inputs = None  # they would be saved, too: 50 MB for 32 frames of 256 x 256
     with whole(path) as unfinished:
         torch.export.save(program, unfinished, extra_files={METADATA: about})
     return Path(path)

@@ -3,11 +3,14 @@
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 import tpn
 
@@ -47,6 +50,25 @@ def main() -> None:
         kind = "" if expected else f"{type(error).__name__}: "
         err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
         sys.exit(1)
+
+
+@contextmanager
+def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
+    """Show bars where standard error is a terminal, until the work is done; what is printed meanwhile appears above them.
+
+    columns: what they say, beside the time that is left. Default: the task and its count.
+    """
+    progress = Progress(
+        *(columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # untouched in a file or pipe
+    )
+    # Bars that are disabled end in an empty line with rich before 14.3.
+    with progress if err.is_terminal else nullcontext():
+        yield progress
 
 
 def check_picture(output: Path) -> None:

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tpn
-from tpn.cli.app import app, err, one_line
+from tpn.cli.app import app, err, one_line, progress_bars
 
 Level = Literal["video", "clip"]
 
@@ -50,17 +49,9 @@ def features(
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)
     done = failed = 0
-    with Progress(
-        TextColumn("files"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as progress:
+    with progress_bars() as progress:
         results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
-        for _, problem in progress.track(results, total=None):
+        for _, problem in progress.track(results, total=None, description="files"):
             if problem is None:
                 done += 1
             else:

@@ -15,9 +15,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from tpn.cli.app import app, check_picture, err, one_line
+from tpn.cli.app import app, check_picture, err, one_line, progress_bars
 
 if TYPE_CHECKING:
     from tpn.tempo import Clip, Segment
@@ -172,16 +172,7 @@ def _follow(
 
     failures: list[Exception] = []
     with (
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-            redirect_stdout=sys.stdout.isatty(),
-        ) as progress,
+        progress_bars(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()) as progress,
         closing(clips),
     ):
         task = progress.add_task("0.0 s", total=source.total)

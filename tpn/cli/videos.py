@@ -1,15 +1,13 @@
 """Commands about videos: demo, predict, check."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tpn
-from tpn.cli.app import app, err, one_line
+from tpn.cli.app import app, err, one_line, progress_bars
 
 
 @app.command()
@@ -83,16 +81,7 @@ def predict(
     if not classifier.model.num_classes:
         raise ValueError("the model has no classes, num_classes is 0; tpn features writes what it gives")
     failed = 0
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),  # above the bars on a terminal, untouched in a file or pipe
-    ) as progress:
+    with progress_bars() as progress:
         files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
         views_task = progress.add_task("views", total=None)
 
@@ -130,11 +119,9 @@ def check(
     spec = tpn.InputSpec(num_frames=1)  # what a clip is does not matter here
     dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames, first=first_frame)
     num_bad = 0
-    with Progress(
-        TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
-    ) as progress:
+    with progress_bars() as progress:
         report.unlink(missing_ok=True)
-        for item, reason in progress.track(dataset.check(workers), total=len(dataset)):
+        for item, reason in progress.track(dataset.check(workers), total=len(dataset), description="files"):
             if reason:
                 num_bad += 1
                 if num_bad <= 10:

@@ -168,24 +168,20 @@ class TemporalPyramid(nn.Module):
         """
         self._check(features)
         found: dict[str, Tensor] = {}
-
-        def keep(name: str, levels: Sequence[Tensor]) -> None:
-            found.update({f"{name}.{i}": level for i, level in enumerate(levels)})
-
         levels = [modulate(x) for x, modulate in zip(features, self.spatial_modulation, strict=True)]
         levels = _same_size(levels)
-        keep("spatial_modulation", levels)
+        found.update(_named("spatial_modulation", levels))
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
-        keep("temporal_modulation", levels)
+        found.update(_named("temporal_modulation", levels))
         flows = []
         if self.flow_order != "bottom_up":
             top_down = self.top_down_flow(levels)
-            keep("top_down", top_down)
+            found.update(_named("top_down", top_down))
             flows.append(self.top_down_fusion(top_down))
             found["top_down_fusion"] = flows[-1]
         if self.flow_order != "top_down":
             bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
-            keep("bottom_up", bottom_up)
+            found.update(_named("bottom_up", bottom_up))
             flows.append(self.bottom_up_fusion(bottom_up))
             found["bottom_up_fusion"] = flows[-1]
         found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(flows, dim=1))
@@ -221,6 +217,10 @@ class TemporalPyramid(nn.Module):
 def slack(size: int) -> int:
     """How many pixels more than the coarsest map a level may have after modulation: backbones without padding lose some."""
     return max(size // 4, 1)
+
+
+def _named(name: str, levels: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{i}": level for i, level in enumerate(levels)}
 
 
 def _same_size(levels: Sequence[Tensor]) -> list[Tensor]:
