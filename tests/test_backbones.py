@@ -86,13 +86,14 @@ def test_baseline_of_the_zoo():
         tpn.create_model("tpn_slowonly_r50_k400", neck="fpn")
 
 
-def test_temporal_shift_is_that_of_tsm():
-    """timm's ResNet-50 with shifts computes what our TSM ResNet-50 computes."""
-    shifted = switch_on(timm.create_model("resnet50", features_only=True, out_indices=(-2, -1)))
+@pytest.mark.parametrize(("depth", "shifts"), [(50, 3 + 4 + 6 + 3), (101, 2 + 2 + 12 + 2)])
+def test_temporal_shift_is_that_of_tsm(depth, shifts):
+    """timm's ResNets with shifts compute what our TSM ResNets compute; in a deep one every second block shifts."""
+    shifted = switch_on(timm.create_model(f"resnet{depth}", features_only=True, out_indices=(-2, -1)))
     backbone = FoldedBackbone(shifted).eval()
-    ours = tpn.ResNetTSM(50).eval()
+    ours = tpn.ResNetTSM(depth).eval()
     ours.load_state_dict(shifted.state_dict())
-    assert backbone.add_temporal_shift(4) == 16
+    assert backbone.add_temporal_shift(4) == shifts
     x = torch.randn(2, 3, 4, 64, 64)
     with torch.inference_mode():
         for got, expected in zip(backbone(x), ours(x), strict=True):
@@ -101,9 +102,13 @@ def test_temporal_shift_is_that_of_tsm():
         backbone(torch.randn(1, 3, 5, 64, 64))
 
 
-def test_temporal_shift_in_long_stages_is_in_every_second_block():
-    net = FoldedBackbone(timm.create_model("resnet101", features_only=True, out_indices=(-2, -1)))
-    assert net.add_temporal_shift(8) == 3 + 4 + 12 + 3
+@pytest.mark.parametrize(
+    ("name", "shifts"), [("seresnet18", 8), ("resnetv2_50", 16), ("res2net50_14w_8s", 16), ("regnety_002", 13), ("resnest14d", 4)]
+)
+def test_networks_with_residual_blocks(name, shifts):
+    with torch.device("meta"):
+        net = FoldedBackbone(timm.create_model(name, features_only=True, out_indices=(-2, -1)))
+    assert net.add_temporal_shift(8) == shifts
 
 
 @pytest.mark.parametrize("size", [32, 48, 63, 100])

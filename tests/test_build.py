@@ -1,6 +1,7 @@
 """The pyramid on modules of one's own, and what cannot be."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -132,6 +133,60 @@ def test_folded_network_of_ones_own():
     assert model(clips(model)).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backbone_pretrained": True}, "model_args must not say what to load, got backbone_pretrained"),
+        ({"checkpoint_path": "evil.pth"}, "must not say what to load, got checkpoint_path"),
+        (
+            {"backbone_args": {"checkpoint_path": "evil.pth"}},
+            "backbone_args are arguments of the network itself, without checkpoint_path",
+        ),
+        ({"backbone_args": {"pretrained": True}}, "without pretrained;"),
+        ({"backbone_args": {"pretrained_cfg_overlay": {"file": "evil.pth"}}}, "without pretrained_cfg_overlay"),
+    ],
+)
+@pytest.mark.parametrize("create", [tpn.create_model, timm.create_model])
+def test_a_saved_model_cannot_say_what_else_to_load(change, says, create, tmp_path):
+    """A folder may be anybody's: it must not lead to other files, nor to the network."""
+    config = json.loads((tpn.save_pretrained(small("timm/resnet18"), tmp_path) / "config.json").read_text())
+    config["model_args"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says):
+        create(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "says"),
+    [
+        (
+            "tpn",
+            {"drop_path_rate": 0.1},
+            TypeError,
+            r"unknown arguments drop_path_rate; those of the backbone go into backbone_args=",
+        ),
+        (
+            "tpn",
+            {"inchans": 1, "neck": None},
+            TypeError,
+            "unknown arguments inchans; .* tpn's are backbone, num_classes, num_frames, ",
+        ),
+        (
+            "tpn",
+            {"groups": 8, "flow_order": "cascade", "neck": None},
+            ValueError,
+            "groups, flow_order: of the pyramid, which this",
+        ),
+        ("slowonly_r50_k400", {"flow_order": "parallel"}, ValueError, "flow_order: of the pyramid, which this model has not"),
+        ("tpn_tsm_r50_sthv1", {"temporal_scales": (4, 4), "neck": None}, ValueError, "temporal_scales: of the pyramid"),
+    ],
+)
+def test_arguments_without_effect(name, kwargs, error, says):
+    backbone = {"backbone": "timm/resnet18", "num_classes": 3} if name == "tpn" else {}
+    with pytest.raises(error, match=says):
+        tpn.create_model(name, **backbone, **kwargs)
+
+
 class OneMap(nn.Module):
     def forward(self, x):
         return x
@@ -177,6 +232,7 @@ class Thirds(nn.Module):
             ValueError,
             r"out_indices must be increasing indices of stages, .* got \(3, 2\)",
         ),
+        ({"backbone": "timm/resnet18", "out_indices": (-1, 2)}, ValueError, r"all of them >= 0 or all < 0, got \(-1, 2\)"),
         ({"backbone": "torchvision/r3d_18", "out_indices": (3,)}, ValueError, "a pyramid needs two levels or more"),
         (
             {"backbone": "torchvision/s3d", "num_frames": 4},

@@ -155,6 +155,36 @@ def test_a_run_that_is_broken_off_keeps_what_it_has(folder, monkeypatch):
     assert writes == [videos[:1], videos[:2], videos]  # as it goes on: a process may be killed
 
 
+def test_several_at_one_file(folder):
+    """Each adds to what the others have written meanwhile."""
+    out = folder / "out.npz"
+    first, second = (
+        extract(classifier(), [folder / name for name in names], out, name=TINY) for names in (["0.mp4"], ["1.mp4", "2.mp4"])
+    )
+    next(second)
+    list(first)
+    list(second)
+    with np.load(out) as file:
+        assert file["path"].tolist() == [str(folder / f"{i}.mp4") for i in (1, 2, 0)]
+        assert len(np.unique(file["features"], axis=0)) == 3
+
+
+@pytest.mark.parametrize("name", [None, "c4"])
+def test_a_probe_of_a_model_that_trains_on(folder, name):
+    """It is evaluated in evaluation mode, whatever was switched to training mode after the probe was made, and left as it is."""
+    model = tpn.create_model(TINY, pretrained=True).eval()
+    classify, video = tpn.VideoClassifier(FeatureModel(model, name)), folder / "0.mp4"
+    expected = classify(video, num_clips=1, num_crops=1).view_logits
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for part in (model, model.backbone.layer2):
+        model.eval()
+        part.train()
+        modes = [module.training for module in model.modules()]
+        assert torch.equal(classify(video, num_clips=1, num_crops=1).view_logits, expected)
+        assert [module.training for module in model.modules()] == modes
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_a_frozen_part_stays_frozen():
     model = tpn.create_model(TINY, pretrained=True)
     model.backbone.eval()

@@ -184,6 +184,18 @@ def test_batches(classifier, video):
     torch.testing.assert_close([clip.probs for clip in clips], [clip.probs for clip in expected], atol=1e-6, rtol=0)
 
 
+def test_clips_before_a_failure_that_wait_for_a_batch(classifier, video):
+    def frames():
+        yield from video[: SPAN + 20]
+        raise OSError("the disk is gone")
+
+    clips = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for clip in tempo.slide(on_a_device(classifier, 30), frames(), stride=10):
+            clips.append(clip)
+    assert [clip.first for clip in clips] == [0, 10, 20]
+
+
 @pytest.mark.parametrize("is_live", [True, False])
 def test_a_clip_is_reported_when_it_is_complete(classifier, video, is_live):
     """Not when a batch is; and when the last frame of the next one has not come yet."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from huggingface_hub.utils import WeakFileLock
 from numpy.typing import NDArray
 
 from tpn.models.features import FeatureModel
@@ -57,8 +58,8 @@ class FeatureFile:
         check_path(path)
         self.path, self.about = Path(path), about
         self.rows: dict[str, NDArray[np.float32]] = {}
-        if self.path.exists():
-            self._read()
+        self._seen: tuple[int, int] | None = None  # the state of the file whose rows are here
+        self._read()
 
     def __contains__(self, video: object) -> bool:
         return video in self.rows
@@ -68,7 +69,13 @@ class FeatureFile:
         self.rows[video] = features
 
     def write(self) -> None:
-        """Put all rows into the file; it is never there half."""
+        """Put all rows into the file, beside those that other processes put there; it is never there half."""
+        with WeakFileLock(self.path.with_name(f".{self.path.name}.lock")):
+            self._read()
+            self._write()
+            self._seen = self._state()
+
+    def _write(self) -> None:
         rows = self.rows.items()
         columns: dict[str, Any] = {"path": [_text(path) for path, features in rows for _ in features]}
         if self.about.level == "clip":
@@ -83,7 +90,19 @@ class FeatureFile:
                 columns["features"] = pa.FixedSizeListArray.from_arrays(columns["features"].ravel(), columns["features"].shape[1])
                 pq.write_table(pa.table(columns).replace_schema_metadata({"tpn": about}), file)
 
+    def _state(self) -> tuple[int, int] | None:
+        """Inode and time of the last change of the file."""
+        if not self.path.exists():
+            return None
+        state = self.path.stat()
+        return state.st_ino, state.st_mtime_ns
+
     def _read(self) -> None:
+        """Take over the rows of the file, if they are not known yet."""
+        state = self._state()
+        if state is None or state == self._seen:
+            return
+        self._seen = state
         try:
             about, paths, features = self._columns()
         except ImportError:
@@ -96,7 +115,7 @@ class FeatureFile:
             raise ValueError(f"{self.path} holds features of something else ({'; '.join(other)}); choose another file")
         starts = [i for i, path in enumerate(paths) if i == 0 or path != paths[i - 1]]
         for start, end in zip(starts, [*starts[1:], len(paths)], strict=True):
-            self.rows[paths[start]] = features[start:end]
+            self.rows.setdefault(paths[start], features[start:end])
 
     def _columns(self) -> tuple[dict[str, Any], list[str], NDArray[np.float32]]:
         if self.path.suffix == ".npz":
@@ -146,9 +165,8 @@ def extract(
         for video, result in zip(missing, results, strict=True):
             if isinstance(result, Prediction):
                 views = result.view_logits.numpy()
-                clips = views.reshape(-1, spec.num_clips, views.shape[1]).mean(
-                    axis=0
-                )  # the clips of each crop, one after the other
+                # The clips of each crop, one after the other.
+                clips = views.reshape(-1, spec.num_clips, views.shape[1]).mean(axis=0)
                 file.add(_text(video), clips if level == "clip" else clips.mean(axis=0, keepdims=True))
                 unwritten += 1
                 if time.monotonic() - written > pause:

@@ -303,7 +303,7 @@ class VideoClassifier:
         clips = torch.stack([clip for _, clip in batch])
         if self._whole_batches:
             clips = torch.cat((clips, clips[:1].expand(self.batch_size - len(batch), *clips.shape[1:])))
-        mode = evaluating(self.model) if self.model.training else nullcontext()
+        mode = evaluating(self.model) if any(part.training for part in self.model.modules()) else nullcontext()
         with mode, torch.inference_mode():
             x = spec.normalize(clips).to(_place(self.model).dtype)
             logits = self.model(x).float()

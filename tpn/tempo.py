@@ -313,14 +313,21 @@ def _classified(classifier: VideoClassifier, windows: Generator[Window], spec: I
     places = torch.arange(spec.num_frames)[None]
 
     def put_through(windows: Iterable[Window]) -> Generator[Clip]:
+        failures: list[Exception] = []
+
         def videos() -> Generator[tuple[Tensor, Tensor]]:
-            for first, last, frames in windows:
-                spans.append((first, last))
-                yield frames, places
+            try:
+                for first, last, frames in windows:
+                    spans.append((first, last))
+                    yield frames, places
+            except Exception as error:  # raised below, when the clips before it, which wait for a batch, have been through
+                failures.append(error)
 
         for result in classifier._classify_each(videos(), spec, None):
             assert isinstance(result, Prediction)  # errors were never handed in
             yield Clip(*spans.popleft(), result.probs)
+        if failures:
+            raise failures[0]
 
     try:
         if not at_once:

@@ -5,6 +5,7 @@ images, `StagedBackbone` of a network for video that is a chain of stages.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -13,10 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tpn.models.layers import checkpointed, evaluating
-from tpn.models.resnet_tsm import temporal_shift
-
-MANY_BLOCKS = 23
-"""Of a stage with so many residual blocks every second one shifts, as in mmaction2's TSM ResNet-101."""
+from tpn.models.resnet_tsm import shift_every, temporal_shift
 
 
 class FoldedBackbone(nn.Module):
@@ -47,24 +45,22 @@ class FoldedBackbone(nn.Module):
     def add_temporal_shift(self, num_frames: int) -> int:
         """Let the first convolution of each residual block see shifted frames of clips of `num_frames`; return how many do.
 
-        A residual block is a module with `conv1`, `conv2` and a shortcut, `downsample` or `shortcut`, which may be None: those of
-        torchvision and timm. Blocks of a stage are those under one parent. ValueError if there are none.
+        A residual block is a module with `conv1`, `conv2` (or `conv3`: Res2Net) and a shortcut, `downsample` or `shortcut`, which
+        may be None: those of torchvision and timm. Blocks of a stage are those under one parent. ValueError if there are none.
         """
         if self.num_frames is not None:
             raise ValueError(f"the blocks shift frames already, for clips of {self.num_frames}")
         stages: dict[str, list[Any]] = {}
         for name, module in self.net.named_modules():
-            if (
-                hasattr(module, "conv1")
-                and hasattr(module, "conv2")
-                and (hasattr(module, "downsample") or hasattr(module, "shortcut"))
-            ):
+            if _is_residual_block(module):
                 stages.setdefault(name.rpartition(".")[0], []).append(module)
         if not stages:
             raise ValueError(
-                f"temporal_shift needs residual blocks with conv1, conv2 and a shortcut; {type(self.net).__name__} has none"
+                "temporal_shift needs residual blocks, modules with conv1, conv2 and a shortcut called downsample or shortcut; "
+                "this network has none"
             )
-        shifted = [block for blocks in stages.values() for block in blocks[:: 2 if len(blocks) >= MANY_BLOCKS else 1]]
+        every = shift_every(map(len, stages.values()))
+        shifted = [block for blocks in stages.values() for block in blocks[::every]]
         for block in shifted:
             block.conv1 = TemporalShift(block.conv1, num_frames)
         self.num_frames = num_frames
@@ -78,6 +74,11 @@ class FoldedBackbone(nn.Module):
         if not hasattr(self.net, "set_grad_checkpointing"):
             raise ValueError(f"{type(self.net).__name__} has no set_grad_checkpointing")
         cast("Any", self.net).set_grad_checkpointing(enable)
+
+
+def _is_residual_block(module: nn.Module) -> bool:
+    has = partial(hasattr, module)
+    return has("conv1") and (has("conv2") or has("conv3")) and (has("downsample") or has("shortcut"))
 
 
 class TemporalShift(nn.Module):

@@ -25,7 +25,6 @@ class FeatureModel(nn.Module):
     def __init__(self, model: TPNClassifier, name: str | None = None) -> None:
         super().__init__()
         self.model, self.name = model, name
-        self.training = model.training
         self.num_classes = 0
         self.in_chans, self.labels, self.input_spec = model.in_chans, None, model.input_spec
         self.num_features = model.num_features

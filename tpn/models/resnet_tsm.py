@@ -1,6 +1,6 @@
 """TSM: a 2D residual network that exchanges channels between neighbouring frames (Lin et al., ICCV 2019)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -10,6 +10,15 @@ from tpn.models.resnet import STAGES, Bottleneck, ResNet, check_depth
 
 SHIFT_DIV = 8
 """One channel in `SHIFT_DIV` comes from the next frame, one from the previous."""
+
+
+MANY_BLOCKS = 23
+"""With a stage of so many blocks every second one of each stage shifts, as in mmaction2."""
+
+
+def shift_every(num_blocks: Iterable[int]) -> int:
+    """Return n, of a network with so many residual blocks in its stages, of which every n-th shifts, the first one included."""
+    return 2 if max(num_blocks) >= MANY_BLOCKS else 1
 
 
 def temporal_shift(x: Tensor, num_frames: int) -> Tensor:
@@ -44,7 +53,7 @@ class ResNetTSM(ResNet):
     """2D residual network over folded frames, with temporal shifts in its residual branches.
 
     Args:
-        depth: 50 or 101. With a stage of 23 blocks, every second block shifts, as in mmaction2.
+        depth: 50 or 101. With 101 every second block shifts, as in mmaction2.
         shift_shortcut: which of the two published variants this is. False (mmaction2): only the first
             convolution of a block sees the shifted frames. True (original TPN code, "in place"): the
             shortcut convolution of a downsampling block sees them too. The parameters have the same names
@@ -66,10 +75,10 @@ class ResNetTSM(ResNet):
         zero_init_last: bool = False,
     ) -> None:
         check_depth(depth, (50, 101))
-        shift_every = 2 if max(STAGES[depth][1]) >= 23 else 1
+        every = shift_every(STAGES[depth][1])
 
         def make_block(stage: int, index: int, in_channels: int, channels: int, stride: int) -> ShiftBottleneck:
-            shift = index % shift_every == 0
+            shift = index % every == 0
             return ShiftBottleneck(in_channels, channels, stride, shift=shift, shift_shortcut=shift_shortcut)
 
         super().__init__(

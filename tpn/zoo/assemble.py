@@ -1,7 +1,7 @@
 """What all factories share: heads around backbone and neck, and what a model knows of itself."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,13 @@ def describe(
 def check_start(backbone_pretrained: Any) -> None:
     if backbone_pretrained not in (None, False, True, "imagenet"):
         raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
+
+
+def check_without_pyramid(kwargs: Mapping[str, Any], of_neck: Iterable[str]) -> None:
+    """Refuse arguments of a pyramid that is left out."""
+    given = [name for name in of_neck if kwargs.get(name) is not None]
+    if given and not kwargs.get("pyramid", True):
+        raise ValueError(f"{', '.join(given)}: of the pyramid, which this model has not (neck=None, or a baseline)")
 
 
 def check_num_frames(num_frames: Any) -> None:

@@ -19,6 +19,13 @@ from tpn.video.spec import IMAGENET_MEAN, IMAGENET_STD
 from tpn.zoo import hub
 from tpn.zoo.weights import UnknownModelError
 
+NOT_OF_THE_NETWORK = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights"),
+    *("features_only", "out_indices", "in_chans"),
+}
+"""Arguments of timm's and torchvision's builders that say what to load, from where, or what is ours to say. They must not come from
+a saved model's file, which may be anybody's."""
+
 TIMM, TORCHVISION = "timm/", "torchvision/"
 
 
@@ -49,8 +56,16 @@ def make_backbone(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
 
     Raises UnknownModelError; ValueError if it has no feature maps, or not these; WeightsUnavailableError.
     """
-    if list(wanted.out_indices) != sorted(set(wanted.out_indices)) and len({i < 0 for i in wanted.out_indices}) == 1:
-        raise ValueError(f"out_indices must be increasing indices of stages, from fine to coarse, got {wanted.out_indices}")
+    indices = wanted.out_indices
+    if list(indices) != sorted(set(indices)) or len({i < 0 for i in indices}) > 1:
+        raise ValueError(
+            f"out_indices must be increasing indices of stages, from fine to coarse, all of them >= 0 or all < 0, got {indices}"
+        )
+    if elsewhere := sorted(NOT_OF_THE_NETWORK & wanted.args.keys()):
+        raise ValueError(
+            f"backbone_args are arguments of the network itself, without {', '.join(elsewhere)}; out_indices, in_chans, cache_dir "
+            "and backbone_pretrained are arguments of the model"
+        )
     for prefix, make in ((TIMM, _from_timm), (TORCHVISION, _from_torchvision)):
         if name.startswith(prefix):
             return make(name.removeprefix(prefix), wanted)
@@ -90,7 +105,7 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
 def _weights_file(name: str, wanted: Wanted) -> dict[str, Any]:
     """Fetch the weights as those of the zoo are, with a word if they cannot be; return what makes timm take the file."""
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id or cfg.custom_load or "pretrained_cfg_overlay" in wanted.args:
+    if cfg is None or not cfg.hf_hub_id or cfg.custom_load:
         return {}
     file = cfg.hf_hub_filename or "model.safetensors"
     path = hub.hub_file(cfg.hf_hub_id, file, cache_dir=_cache(wanted), prefer_cached=True)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from tpn.models.classifier import TPNClassifier
 from tpn.models.neck import FlowOrder, TemporalPyramid, slack
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
-from tpn.zoo.assemble import assemble, check_num_frames, check_start, describe, register, timm_cfg
+from tpn.zoo.assemble import assemble, check_num_frames, check_start, check_without_pyramid, describe, register, timm_cfg
 from tpn.zoo.backbones import Looks, Wanted, make_backbone
 from tpn.zoo.weights import CUSTOM
 
@@ -93,6 +94,9 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: bool) -> None:
     """Refuse what cannot be, or would be without effect."""
     backbone = kwargs.get("backbone")
+    if kwargs.get("features_only"):
+        raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
+    _check_names(kwargs)
     if without_weights:
         raise ValueError(
             "there are no published weights of TPN on a backbone of your choice; backbone_pretrained=True starts from those "
@@ -104,8 +108,6 @@ def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: boo
         )
     if "num_classes" not in kwargs and not from_folder:
         raise ValueError("num_classes is needed, the number of your classes; 0 gives a model that returns features")
-    if kwargs.get("features_only"):
-        raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
     check_start(kwargs.get("backbone_pretrained"))
     spec, num_frames = kwargs.get("input_spec"), kwargs.get("num_frames")
     if spec is not None and not isinstance(spec, InputSpec):
@@ -122,6 +124,19 @@ def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: boo
             f"the model was built on a module of its maker's own, {backbone.removeprefix(OWN)}; pass such a module, "
             "create_model('local-dir:FOLDER', backbone=MODULE)"
         )
+
+
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that do not exist, and those of a pyramid that is left out."""
+    of_model, of_neck = ([*signature(function).parameters] for function in (_build, _make_neck))
+    of_model.remove("neck_args")
+    of_neck.remove("shapes")
+    if unknown := sorted(kwargs.keys() - {*of_model, *of_neck, "features_only"}):
+        raise TypeError(
+            f"unknown arguments {', '.join(unknown)}; those of the backbone go into backbone_args={{...}}, "
+            f"tpn's are {', '.join([*of_model, *of_neck])}"
+        )
+    check_without_pyramid(kwargs, of_neck)
 
 
 def _build(
@@ -245,8 +260,7 @@ def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -
 
 def _to_save(model: TPNClassifier, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that build the model again, as JSON knows them."""
-    elsewhere = ("num_classes", "input_spec", "backbone_pretrained", "cache_dir")
-    args = {name: value for name, value in kwargs.items() if name not in elsewhere}
+    args = {name: value for name, value in kwargs.items() if name not in ("input_spec", *saved.NOT_SAVED)}
     if isinstance(args["backbone"], nn.Module):
         own = type(args["backbone"])
         args["backbone"] = f"{OWN}{own.__module__}.{own.__qualname__}"

@@ -27,7 +27,7 @@ from tpn.models.resnet3d import ResNet3dSlowOnly
 from tpn.models.resnet_tsm import ResNetTSM
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
-from tpn.zoo.assemble import assemble, check_num_frames, check_start, describe, register, timm_cfg
+from tpn.zoo.assemble import assemble, check_num_frames, check_start, check_without_pyramid, describe, register, timm_cfg
 from tpn.zoo.weights import WEIGHTS, Weights, get_weights
 
 
@@ -93,6 +93,7 @@ def _create(
         spec, labels, entry_args = InputSpec.from_dict(config["input_spec"]), tuple(config.get("label_names", ())), {}
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
     check_num_frames(model_args["num_frames"])
+    check_without_pyramid({**arch, **model_args}, ("temporal_scales", "flow_order"))
     build = partial(_build, make_backbone)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **{**arch, **model_args})
     num_classes = len(labels) if config is None else config.get("num_classes", len(labels))

@@ -24,6 +24,8 @@ from tpn.zoo.hub import hub_file
 from tpn.zoo.weights import CUSTOM, get_weights
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+NOT_SAVED = {"backbone_pretrained", "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments that say what to load from where: the caller's, never those of a file, which may be anybody's."""
 INCOMPLETE = ".incomplete-"
 """How the names of folders begin in which files are being written."""
 
@@ -96,6 +98,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote, it has no {', '.join(missing)}")
     try:
+        if forbidden := sorted(NOT_SAVED & known.get("model_args", {}).keys()):
+            raise ValueError(f"model_args must not say what to load, got {', '.join(forbidden)}")
         if known["architecture"] != CUSTOM:
             get_weights(known["architecture"])
         InputSpec.from_dict(known["input_spec"])
