@@ -5,10 +5,21 @@ python examples/serve.py model.onnx video.mp4
 
 import json
 import sys
+from collections.abc import Iterator
 
 import av
 import numpy as np
 import onnxruntime
+
+
+def frames(video: str) -> Iterator[av.VideoFrame]:
+    with av.open(video) as file:
+        yield from file.decode(video=0)
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB (H, W, 3), turned as the file asks for: phones do not turn what they record."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
 def clips(spec: dict, total: int) -> np.ndarray:
@@ -26,7 +37,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     for axis, size, length in zip((1, 2), (height, width), frames.shape[1:3], strict=True):
         place = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
         low = place.astype(int)
-        weight = (place - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        weight = (place - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
         frames = frames.take(low, axis) * (1 - weight) + frames.take(np.minimum(low + 1, length - 1), axis) * weight
     return frames.round()
 
@@ -45,9 +56,9 @@ def main(model: str, video: str) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["tpn"])
     spec = about["input_spec"]
-    with av.open(video) as file:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-    views = np.concatenate([crop[clips(spec, len(frames))] for crop in crops(spec, frames)])  # (views, T, S, S, 3)
+    wanted = clips(spec, sum(1 for _ in frames(video)))
+    kept = {n: crops(spec, upright(frame)[None]) for n, frame in enumerate(frames(video)) if n in wanted}
+    views = np.array([[kept[n][i][0] for n in clip] for i in range(spec["num_crops"]) for clip in wanted])  # (views, T, S, S, 3)
     x = ((views - spec["mean"]) / spec["std"]).transpose(0, 4, 1, 2, 3).astype(np.float32)
     odds = np.exp(session.run(["logits"], {"clips": x})[0].astype(np.float64))
     probs = (odds / odds.sum(axis=1, keepdims=True)).mean(axis=0)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import zipfile
 
 import numpy as np
@@ -19,6 +20,7 @@ from videos import write_video
 
 import tpn
 from tpn import export
+from tpn.video import decode, encode, motion
 from tpn.zoo.convert import CheckpointError
 
 TINY = "tpn_slowonly_tiny_motion"
@@ -189,6 +191,14 @@ def test_options_of_the_command(tmp_path):
     exported = export.load(tmp_path / "mine.pt2")
     assert (exported.num_classes, exported.labels) == (3, None)
     assert exported(torch.zeros(2, 3, 7, 40, 40)).shape == (2, 3)
+    done = run("export", "local-dir:mine", "-o", "b.pt2", "--views", "2x1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    spec = export.load(tmp_path / "b.pt2").input_spec  # the format is that of the name
+    size = tpn.input_spec(TINY).crop_size  # not that of its three crops
+    assert (spec.num_clips, spec.num_crops, spec.crop_size) == (2, 1, size)
+    done = run("export", "local-dir:mine", "-o", "c.pt2", "-f", "onnx", cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "c.pt2").exists()) == (2, False)
+    assert "onnx is not what 'c.pt2' ends in" in done.stderr
     done = run("export", TINY, "--checkpoint", "mine/model.safetensors", "-f", "pt2", cwd=tmp_path)
     assert done.returncode == 1  # other arguments than the checkpoint's
     assert not (tmp_path / f"{TINY}.pt2").exists()
@@ -306,15 +316,29 @@ def test_the_example_crops_as_tpn_does(num_crops):
         assert np.abs(got - expected.numpy()).max() <= 1
 
 
-def test_serving_example(folder):
-    """Without PyTorch and without tpn: the same probabilities."""
-    done = run_example("serve", folder / "tiny.onnx", folder / "video.mp4")
-    expected = tpn.VideoClassifier(TINY, pretrained=True)(folder / "video.mp4").top(3)
-    got = [line.strip().split("%  ") for line in done.stdout.splitlines()]
-    assert [name for _, name in got] == [name for name, _ in expected]
-    np.testing.assert_allclose([float(p) for p, _ in got], [100 * p for _, p in expected], atol=0.2)
+def turned(video, path):
+    """A copy whose header says that it has to be turned by a quarter to be shown."""
+    content = video.read_bytes()
+    one, last = 2**16, 2**30
+    upright, quarter = (struct.pack(">9i", *rows, last) for rows in ((one, 0, 0, 0, one, 0, 0, 0), (0, one, 0, -one, 0, 0, 0, 0)))
+    place = content.index(upright, content.index(b"tkhd"))
+    path.write_bytes(content[:place] + quarter + content[place + len(quarter) :])
+    assert next(decode.iter_frames(path)).shape[1:] == next(decode.iter_frames(video)).mT.shape[1:]
+    return path
+
+
+def test_serving_example(folder, tmp_path):
+    """Without PyTorch and without tpn: the same probabilities; also of a video that a phone recorded upright."""
+    moving = motion.render(0, tempo=2.0, seed=7)[:, :, :100]
+    encode.write_video(tmp_path / "moving.mp4", moving, fps=25)
+    for video in (folder / "video.mp4", tmp_path / "moving.mp4", turned(tmp_path / "moving.mp4", tmp_path / "turned.mp4")):
+        done = run_example("serve", folder / "tiny.onnx", video)
+        expected = tpn.VideoClassifier(TINY, pretrained=True)(video).top(3)
+        got = [line.strip().split("%  ") for line in done.stdout.splitlines()]
+        assert [name for _, name in got] == [name for name, _ in expected]
+        np.testing.assert_allclose([float(p) for p, _ in got], [100 * p for _, p in expected], atol=0.2)
     text = (ROOT / "examples" / "serve.py").read_text(encoding="utf-8")
-    assert text.count("\n") < 60
+    assert text.count("\n") <= 70  # as the page says
     assert not re.search(r"import (torch|tpn)", text)
 
 

@@ -166,7 +166,7 @@ def test_several_at_one_file(folder):
     list(second)
     with np.load(out) as file:
         assert file["path"].tolist() == [str(folder / f"{i}.mp4") for i in (1, 2, 0)]
-        assert len(np.unique(file["features"], axis=0)) == 3
+        assert len(file["features"]) == 3
 
 
 @pytest.mark.parametrize("name", [None, "c4"])

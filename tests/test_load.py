@@ -8,6 +8,7 @@ import pytest
 import small
 import timm
 import torch
+from backbones import small as on_backbone
 from huggingface_hub import constants
 from recipe import fill, our_names, sketch_state_dict
 from safetensors.torch import load_file, save, save_file
@@ -419,6 +420,19 @@ def test_saved_weights_know_their_flow_order(tmp_path):
     tpn.create_model(SLOWONLY, base_channels=4, flow_order="parallel", checkpoint_path=path)
     with pytest.raises(CheckpointError, match="trained with flow_order=parallel, .* pass flow_order='parallel' to create_model"):
         tpn.create_model(SLOWONLY, base_channels=4, checkpoint_path=path)
+
+
+def test_saved_weights_know_what_no_shape_shows(tmp_path):
+    def make(**kwargs):
+        return on_backbone("timm/resnet18", num_frames=4, **kwargs)
+
+    path = tpn.save_pretrained(make(temporal_scales=(2, 4), backbone_args={"act_layer": "gelu"}), tmp_path) / "model.safetensors"
+    right = {"temporal_scales": (2, 4), "backbone_args": {"act_layer": "gelu", "drop_path_rate": 0.1}}
+    assert make(checkpoint_path=path, **right).neck.temporal_scales == (2, 4)
+    with pytest.raises(CheckpointError, match=r"temporal_scales=\(2, 4\), .* built with temporal_scales=\(4, 4\)"):
+        make(checkpoint_path=path, backbone_args=right["backbone_args"])
+    with pytest.raises(CheckpointError, match=r"backbone_args=\{'act_layer': 'gelu'\}, .* built with backbone_args=\{\}"):
+        make(checkpoint_path=path, temporal_scales=(2, 4))
 
 
 def test_several_threads_read_at_once(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import gc
 import os
 import subprocess
@@ -86,6 +87,14 @@ def test_model_is_left_as_it_was(model, video):
         classify(write_video(video.parent / "bad.mp4", 1).with_name("bad2.mp4").touch() or video.parent / "bad2.mp4")
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_gives_no_numbers(model, video):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.fc.bias[1] = torch.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite values, computing in torch\.float32: its weights are damaged, or"):
+        VideoClassifier(model)(video)
 
 
 def test_top(model, video):

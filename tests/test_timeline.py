@@ -266,6 +266,7 @@ def test_interrupted_standard_input(folder, tmp_path):
         (["-", "--fps", "24"], 2, "need --size WIDTHxHEIGHT and --fps"),
         (["-", "--fps", "24", "--size", "640"], 2, "must be WIDTHxHEIGHT, such as 640x480"),
         (["-", "--fps", "0", "--size", "4x4"], 2, "must be positive"),
+        (["both.mp4", "--fps", "inf"], 2, "must be positive"),
         (["a.mp4", "--size", "4x4"], 2, "a file has its own size"),
         (["a.mp4", "--output", "picture"], 2, "ends in .png"),
         (["a.mp4", "--output", "nowhere/a.png"], 1, "nowhere is not a folder"),

@@ -293,6 +293,11 @@ class VideoClassifier:
                 if len(first.logits) < first.count or first.last_batch > batches:
                     return
                 logits = torch.stack(first.logits).cpu()
+                if not logits.isfinite().all():
+                    raise ValueError(
+                        f"the model gives NaN or infinite values, computing in {_place(self.model).dtype}: "
+                        "its weights are damaged, or it needs precision='float32'"
+                    )
                 yield Prediction(logits.softmax(dim=1).mean(dim=0), logits, self.labels)
             else:
                 yield first

@@ -1,38 +1,49 @@
 """The command that writes models for other programs: export."""
 
-import enum
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 import tpn
 from tpn.cli.app import app, err
 
-
-class Format(str, enum.Enum):
-    onnx = "onnx"
-    pt2 = "pt2"
+Format = Literal["onnx", "pt2"]
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")],
     format: Annotated[
-        Format, typer.Option("--format", "-f", help="ONNX, for runtimes without PyTorch; or a program of torch.export.")
-    ] = Format.onnx,
+        Format | None,
+        typer.Option("--format", "-f", help="onnx, for runtimes without PyTorch, the default; pt2, a program of torch.export."),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights file, .safetensors or .pth.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the published weights, where there is no --checkpoint.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the model's name, here.")] = None,
+    views: Annotated[str | None, typer.Option(help="CLIPSxCROPS to be seen, such as 1x1. Default: as published.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the clips in pixels. Default: as published.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Of a model without --pretrained, or with a new classifier.")] = None,
 ) -> None:
     """Write a model as one file that holds all it takes to run, and check it against the model."""
     from tpn import export as exporting
+    from tpn.predict import parse_views
 
-    output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}.{format.value}")
+    named: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}
+    of_file = named.get(output.suffix) if output is not None else None
+    if format is not None and of_file not in (None, format):
+        raise typer.BadParameter(f"{format} is not what {str(output)!r} ends in", param_hint="--format")
+    format = format or of_file or "onnx"
+    try:
+        seen = None if views is None else parse_views(views)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--views") from error
+    output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}.{format}")
     built = tpn.create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
-    write = exporting.export_onnx if format is Format.onnx else exporting.export_pt2
+    if seen is not None:
+        built.input_spec = replace(built.input_spec, num_clips=seen[0], num_crops=seen[1], flip=False)
+    write = exporting.export_onnx if format == "onnx" else exporting.export_pt2
     with exporting.whole(output) as unchecked:
         write(built, unchecked, size=size)
         err.print("written; now its results are compared with the model's")

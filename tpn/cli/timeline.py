@@ -1,6 +1,7 @@
 """The command `timeline`: what happens when, in a file or live."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -116,7 +117,7 @@ def _check_usage(video: str | None, camera: str | None, size: str | None, fps: f
         raise typer.BadParameter("raw frames on standard input need --size WIDTHxHEIGHT and --fps")
     if video not in (None, "-") and size is not None:
         raise typer.BadParameter("a file has its own size", param_hint="--size")
-    if fps is not None and not fps > 0:
+    if fps is not None and not 0 < fps < math.inf:
         raise typer.BadParameter(f"must be positive, got {fps}", param_hint="--fps")
     if size is None:
         return None

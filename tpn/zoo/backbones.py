@@ -23,8 +23,8 @@ NOT_OF_THE_NETWORK = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights"),
     *("features_only", "out_indices", "in_chans"),
 }
-"""Arguments of timm's and torchvision's builders that say what to load, from where, or what is ours to say. They must not come from
-a saved model's file, which may be anybody's."""
+"""Arguments of timm's and torchvision's builders that say what to load from where, or what is ours to say. They must not come
+from a saved model's file, which may be anybody's."""
 
 TIMM, TORCHVISION = "timm/", "torchvision/"
 
@@ -63,8 +63,8 @@ def make_backbone(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
         )
     if elsewhere := sorted(NOT_OF_THE_NETWORK & wanted.args.keys()):
         raise ValueError(
-            f"backbone_args are arguments of the network itself, without {', '.join(elsewhere)}; out_indices, in_chans, cache_dir "
-            "and backbone_pretrained are arguments of the model"
+            f"backbone_args are arguments of the network itself, without {', '.join(elsewhere)}; out_indices, in_chans, "
+            "cache_dir and backbone_pretrained are arguments of the model"
         )
     for prefix, make in ((TIMM, _from_timm), (TORCHVISION, _from_torchvision)):
         if name.startswith(prefix):

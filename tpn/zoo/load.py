@@ -135,19 +135,28 @@ def _check_arguments(model: TPNClassifier, layout: Layout, metadata: Mapping[str
     ours = layout == "tpn"
     if ours and "model" not in metadata:
         return  # nothing is known of these
-    saved = _model_args(metadata)
+    saved, built_with = _model_args(metadata), model.model_args or {}
     arguments: dict[str, tuple[Any, Any]] = {}
     if isinstance(model.backbone, ResNetTSM):
         trained = saved.get("shift_shortcut", False) if ours else layout == "original"
         arguments["shift_shortcut"] = (trained, model.backbone.shift_shortcut)
     if ours and isinstance(model.neck, TemporalPyramid):
         arguments["flow_order"] = (saved.get("flow_order", "cascade"), model.neck.flow_order)
+        if "temporal_scales" in saved and saved.get("num_frames") == built_with.get("num_frames"):
+            arguments["temporal_scales"] = (tuple(saved["temporal_scales"]), model.neck.temporal_scales)
+    arguments["backbone_args"] = (_lasting(saved), _lasting(built_with))
     for name, (trained, built) in arguments.items():
         if trained != built:
             raise CheckpointError(
                 f"the weights were trained with {name}={trained}, the model was built with {name}={built}; "
                 f"pass {name}={trained!r} to create_model"
             )
+
+
+def _lasting(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a backbone that change what trained weights compute: not sizes, which weights show, nor dropout."""
+    args = model_args.get("backbone_args") or {}
+    return {name: value for name, value in args.items() if name != "img_size" and "drop" not in name}
 
 
 def _model_args(metadata: Mapping[str, str]) -> dict[str, Any]:
