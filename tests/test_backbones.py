@@ -8,6 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
+import torchvision
 from backbones import BACKBONES, WITHOUT_GRADIENT, clips, small, switch_on
 from safetensors.torch import save
 from scripts import example
@@ -109,6 +110,14 @@ def test_networks_with_residual_blocks(name, shifts):
     with torch.device("meta"):
         net = FoldedBackbone(timm.create_model(name, features_only=True, out_indices=(-2, -1)))
     assert net.add_temporal_shift(8) == shifts
+
+
+@pytest.mark.parametrize("size", [33, 36, 40, 56, 65, 100])
+def test_levels_halve_at_any_size(size):
+    """Rounded up again and again, as 5, 3, 2 pixels, they do."""
+    model = small("timm/resnet18", crop_size=size, out_indices=(2, 3, 4))
+    assert [len(modulation) for modulation in model.neck.spatial_modulation] == [2, 1, 0]
+    assert model(clips(model)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("size", [32, 48, 63, 100])
@@ -218,6 +227,39 @@ def test_backbone_starts_from_its_own_weights(hub, tmp_path):
     again = tpn.create_model(f"local-dir:{tmp_path / 'saved'}")  # asks nobody for the backbone's
     assert torch.equal(again.backbone.net.conv1.weight, published["conv1.weight"])
     assert hub.requests == []
+
+
+def last_map_to_logits(network, x):
+    """What torchvision's networks for video do after their last feature map."""
+    if hasattr(network, "fc"):
+        return network.fc(x.mean((2, 3, 4)))
+    if hasattr(network, "classifier"):
+        return network.classifier(network.avgpool(x)).mean((2, 3, 4))
+    return network.head(x.mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"])
+def test_networks_for_video_start_from_their_own_weights(name, tmp_path, monkeypatch):
+    """And their last map is the one that torchvision classifies."""
+    torch.manual_seed(1)
+    network = torchvision.models.get_model(name).eval()
+    fetched = []
+
+    def fetch(url, path, hash_prefix, progress):
+        torch.save(network.state_dict(), path)
+        fetched.append((url, hash_prefix))
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    size = 224 if name == "s3d" else 64  # its own pooling asks for that
+    frames = 16 if name == "s3d" else 8
+    model = small(f"torchvision/{name}", num_frames=frames, out_indices=(-2, -1), backbone_pretrained=True, cache_dir=tmp_path)
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    assert fetched == [(url, re.search(r"-([0-9a-f]{8})\.pth", url)[1])]
+    x = torch.randn(1, 3, frames, size, size)
+    with torch.inference_mode():
+        expected = network(x)
+        got = last_map_to_logits(network, model.backbone.eval()(x)[-1])
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_weights_of_a_backbone_that_cannot_be_fetched(hub, tmp_path):

@@ -269,7 +269,7 @@ class Thirds(nn.Module):
         ),
         ({"backbone": NoMaps()}, TypeError, "must return a sequence of feature maps .* got dict"),
         ({"backbone": Backwards()}, ValueError, "must go from fine to coarse in time and space"),
-        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the last one 75 x 75; .* power of two"),
+        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the next one 75 x 75; .* power of two"),
         (
             {"backbone": Pyramid(), "input_spec": SPEC, "temporal_scales": (3, 2, 1)},
             ValueError,

@@ -1,6 +1,8 @@
 """Frames in order: of files, from pipes and cameras, and the newest of what a thread reads."""
 
 import io
+import itertools
+import os
 import sys
 import threading
 from contextlib import closing, nullcontext
@@ -116,6 +118,21 @@ def test_camera_that_has_nothing_yet_and_one_that_fails():
     with pytest.raises(VideoError, match=r"the camera failed \(Input/output error\)"):
         seen.extend(camera)
     assert len(seen) == 3
+
+
+def test_raw_frames_without_a_buffer():
+    """A pipe gives what there is, be it less than a frame."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
+    reading, writing = os.pipe()
+    sender = threading.Thread(
+        target=lambda: [os.write(writing, frames.tobytes()[i : i + 777]) for i in range(0, frames.size, 777)]
+    )
+    sender.start()
+    with open(reading, "rb", buffering=0) as file:
+        got = itertools.islice(raw_frames(file, size=(50, 40)), 3)
+        assert np.array_equal(torch.stack(list(got)).permute(0, 2, 3, 1).numpy(), frames)
+    sender.join()
+    os.close(writing)
 
 
 def test_what_is_read_in_a_thread_ends_with_its_consumer():

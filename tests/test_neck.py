@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tpn import TemporalPyramid
+from tpn.models.neck import _same_size
 
 
 def maps(channels, frames, size=8, batch=2):
@@ -183,3 +184,17 @@ def test_levels_of_other_sizes_than_said_are_refused():
     with pytest.raises(ValueError, match="level 0 is 14 x 14 after spatial modulation, the last 7 x 7; .* spatial_scales"):
         neck([torch.randn(1, 8, 4, 28, 28), torch.randn(1, 16, 4, 7, 7)])
     assert neck([torch.randn(1, 8, 4, 17, 15), torch.randn(1, 16, 4, 8, 7)]).shape == (1, 16, 1, 8, 7)
+
+
+def test_what_a_level_has_too_much_is_cut_around_its_centre():
+    x = torch.arange(100.0).view(1, 1, 1, 10, 10)
+    cut, same = _same_size([x, torch.zeros(1, 1, 1, 8, 9)])
+    assert torch.equal(cut, x[..., 1:9, :9])
+    assert same.shape == (1, 1, 1, 8, 9)
+
+
+@pytest.mark.parametrize("name", ["groups", "mid_channels", "out_channels"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_numbers_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        TemporalPyramid((16, 32), 8, **{name: value})

@@ -12,7 +12,9 @@ import pytest
 import torch
 from videos import write_video
 
+import tpn
 from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier
+from tpn.models.features import FeatureModel
 from tpn.predict import parse_views
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, read_frames
@@ -254,6 +256,13 @@ def test_bad_arguments(model):
     bare = TPNClassifier(model.backbone, model.neck, model.head)
     with pytest.raises(ValueError, match="no input_spec"):
         VideoClassifier(bare)
+
+
+def test_a_model_in_a_wrapper_for_training(model, video):
+    wrapped = torch.nn.DataParallel(copy.deepcopy(model))
+    assert tpn.input_spec(wrapped) == model.input_spec
+    assert torch.equal(VideoClassifier(wrapped)(video).view_logits, VideoClassifier(model)(video).view_logits)
+    assert VideoClassifier(FeatureModel(wrapped))(video).view_logits.shape == (9, 64)
 
 
 def test_parse_views():

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tpn.export import ExportedClassifier
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.layers import evaluating
 from tpn.optimize import OptimizedClassifier, optimize, usable_device
@@ -108,6 +108,8 @@ class VideoClassifier:
             precision = precision or "float32"
         elif pretrained or kwargs:
             raise ValueError(f"pretrained and {sorted(kwargs)} go with a model's name; a built model was given")
+        else:
+            model = cast("Model", unwrapped(model))
         if model.input_spec is None:
             raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
         if model.in_chans != 3:

@@ -109,7 +109,7 @@ def slide(
         frame_interval: between the frames of a clip. Default: the model's own.
         live: for frames that do not wait, a camera's. They are read in a thread, each clip is classified as soon as it is
             complete, and those that are complete while the model is at work are skipped, all but the last: it never lags.
-            Otherwise clips go through the model in batches of `classifier.batch_size`; 1 gives each when it is complete.
+            Otherwise clips go through a model on a GPU in batches of `classifier.batch_size`; 1 gives each when it is complete.
 
     Raises ValueError: a model that samples segments, without `frame_interval`; no frames. TypeError, ValueError: frames of
     another type or shape. And what reading raises, on the way.

@@ -14,6 +14,13 @@ from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet import ResNet
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model that DistributedDataParallel or DataParallel wraps, or the model itself."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
 class TPNClassifier(nn.Module):
     """A video classifier made of built modules.
 
@@ -84,8 +91,8 @@ class TPNClassifier(nn.Module):
     def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what `forward_features` returns, and the maps on the way there by name.
 
-        names: those wanted; all by default. The backbone's maps are "c4" and "c5" (three levels: "c3" to "c5", and so on; without
-            pyramid only "c5"), the pyramid's are those of `TemporalPyramid.forward_intermediates`.
+        names: those wanted; all by default. The backbone's maps are "c4" and "c5" (three levels: "c3" to "c5", and so on, of
+            whichever stages; without pyramid only "c5"), the pyramid's are those of `TemporalPyramid.forward_intermediates`.
 
         Shapes for TPN-SlowOnly R50, clips (B, 3, 8, 224, 224):
 
@@ -95,7 +102,7 @@ class TPNClassifier(nn.Module):
         - "top_down_fusion", "bottom_up_fusion", "pyramid_fusion": (B, 2048, 1, 7, 7); the last is the first result
         """
         maps = self._feature_maps(x)
-        found = {f"c{6 - len(maps) + i}": each for i, each in enumerate(maps)}
+        found = {f"c{max(6 - len(maps), 1) + i}": each for i, each in enumerate(maps)}
         if isinstance(self.neck, TemporalPyramid):
             found |= self.neck.forward_intermediates(maps)
             features = found["pyramid_fusion"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import evaluating
 
 
@@ -24,6 +24,7 @@ class FeatureModel(nn.Module):
 
     def __init__(self, model: TPNClassifier, name: str | None = None) -> None:
         super().__init__()
+        model = unwrapped(model)
         self.model, self.name = model, name
         self.num_classes = 0
         self.in_chans, self.labels, self.input_spec = model.in_chans, None, model.input_spec

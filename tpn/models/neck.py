@@ -122,8 +122,11 @@ class TemporalPyramid(nn.Module):
                 f"temporal_scales {temporal} leave {tuple(lengths)} of {frames} frames; "
                 "each level's length must be a multiple of the next one's"
             )
-        out_channels = out_channels or in_channels[-1]
-        mid_channels = mid_channels or out_channels // 2
+        out_channels = in_channels[-1] if out_channels is None else out_channels
+        mid_channels = max(out_channels // 2, 1) if mid_channels is None else mid_channels
+        for name, value in (("out_channels", out_channels), ("mid_channels", mid_channels), ("groups", groups)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         groups = math.gcd(groups, out_channels, mid_channels)
         ratios = [fine // coarse for fine, coarse in pairwise(lengths)]
         fusion_scales = [length // lengths[-1] for length in lengths]

@@ -65,21 +65,29 @@ class Camera:
 def raw_frames(file: BinaryIO, *, size: tuple[int, int]) -> Generator[Tensor]:
     """Yield the frames that are written to a pipe as raw rgb24, such as by `ffmpeg -f rawvideo -pix_fmt rgb24 -`.
 
-    file: `sys.stdin.buffer`, or any binary file. size: width and height. Returns uint8 (3, H, W) each.
+    file: `sys.stdin.buffer`, or any binary file, buffered or not. size: width and height. Returns uint8 (3, H, W) each.
     Raises VideoError: there is nothing to read, or it ends within a frame.
     """
     width, height = size
     number = 0
-    while data := file.read(3 * width * height):
+    while data := _read(file, 3 * width * height):
         if len(data) < 3 * width * height:
             raise VideoError(
                 f"{_name(file)}: ends within frame {number}, {len(data)} bytes of {3 * width * height};"
                 f" are the frames rgb24 of {width}x{height}?"
             )
-        yield torch.from_numpy(np.frombuffer(bytearray(data), np.uint8).reshape(height, width, 3)).permute(2, 0, 1)
+        yield torch.from_numpy(np.frombuffer(data, np.uint8).reshape(height, width, 3)).permute(2, 0, 1)
         number += 1
     if number == 0:
         raise VideoError(f"{_name(file)}: no frame came")
+
+
+def _read(file: BinaryIO, count: int) -> bytearray:
+    """Return so many bytes, fewer at the end; a pipe without a buffer gives what there is."""
+    data = bytearray()
+    while len(data) < count and (more := file.read(count - len(data))):
+        data += more
+    return data
 
 
 def newest(items: Generator[T]) -> Generator[T]:

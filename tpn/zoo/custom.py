@@ -217,12 +217,15 @@ def _make_neck(
     flow_order: FlowOrder = "cascade",
 ) -> TemporalPyramid:
     channels, frames, *_ = zip(*shapes, strict=True)
-    sizes = [shape[2:] for shape in shapes]
+    spatial_scales = [1]
+    for level in reversed(range(len(shapes) - 1)):  # of neighbours: small maps, rounded again and again, tell no more
+        scale = _spatial_scale(level, shapes[level][2:], shapes[level + 1][2:])
+        spatial_scales.insert(0, scale * spatial_scales[0])
     return TemporalPyramid(
         channels,
         frames,
         temporal_scales=temporal_scales,
-        spatial_scales=[_spatial_scale(i, size, sizes[-1]) for i, size in enumerate(sizes)],
+        spatial_scales=spatial_scales,
         out_channels=out_channels,
         mid_channels=mid_channels,
         groups=groups,
@@ -243,7 +246,7 @@ def _default_spec(num_frames: int, looks: Looks) -> InputSpec:
 
 
 def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -> int:
-    """Return the power of two by which a map is finer than the coarsest; the neck cuts what a few pixels are too many."""
+    """Return the power of two by which a level is finer than the next one; the neck cuts what a few pixels are too many."""
     pairs = list(zip(fine, coarse, strict=True))
     scales = [2**i for i in range(max(fine).bit_length())]
     for scale in scales:
@@ -253,7 +256,7 @@ def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -
         if all(c <= -(-f // scale) <= c + slack(c) for f, c in pairs):
             return scale
     raise ValueError(
-        f"level {level} is {fine[0]} x {fine[1]}, the last one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
+        f"level {level} is {fine[0]} x {fine[1]}, the next one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
         "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in input_spec"
     )
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch.utils.flop_counter import FlopCounterMode
 
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.video.spec import InputSpec
 from tpn.zoo import factories, load, saved
 from tpn.zoo.weights import CUSTOM, UnknownModelError, Weights, get_weights
@@ -144,7 +144,7 @@ def input_spec(model: TPNClassifier | str) -> InputSpec:
     A name is anything that `create_model` takes, "hf-hub:owner/repository" and "local-dir:folder" included.
     """
     if not isinstance(model, str):
-        spec: InputSpec = model.input_spec
+        spec: InputSpec = unwrapped(model).input_spec
         return spec
     config = _saved_config(model)
     return get_weights(model).input if config is None else InputSpec.from_dict(config["input_spec"])
