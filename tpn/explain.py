@@ -24,7 +24,7 @@ from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import evaluating
 from tpn.models.neck import TemporalPyramid
 from tpn.optimize import OptimizedClassifier
-from tpn.predict import Source, VideoClassifier, _read
+from tpn.predict import Source, VideoClassifier, read_clips
 from tpn.video.encode import write_video
 
 Method = Literal["occlusion", "grad-cam"]
@@ -144,7 +144,7 @@ def explain(
     if clip is not None and clip not in range(num_clips):
         raise ValueError(f"clip must be in 0..{num_clips - 1}, got {clip}")
     spec = replace(classifier.spec, num_clips=num_clips, num_crops=1, flip=False)
-    frames, places = _read(source, spec, classifier.device)
+    frames, places = read_clips(source, spec, classifier.device)
     (crop,) = spec.crop_views(frames.to(classifier.device))
     shown = crop[places[clip or 0]]
     clips = spec.normalize(shown)[None].to(next(network.parameters()).dtype)
@@ -249,6 +249,8 @@ def _explainable(model: nn.Module) -> TPNClassifier:
 
 def _class_number(target: int | str, labels: Sequence[str]) -> int:
     if isinstance(target, str):
+        if target not in labels and target.isdecimal():
+            return _class_number(int(target), labels)
         if target not in labels:
             near = get_close_matches(target, labels, 3, 0) or labels[:3]
             raise ValueError(f"the model has no class {target!r}; the nearest are {', '.join(map(repr, near))}")

@@ -206,7 +206,7 @@ class VideoClassifier:
 
         def read(source: Source) -> Clips | Unreadable:
             try:
-                return _read(source, spec, self.device)
+                return read_clips(source, spec, self.device)
             except (VideoError, OSError) as error:
                 return error
 
@@ -219,20 +219,9 @@ class VideoClassifier:
                 yield source
 
         with closing(read_ahead(read, named(), workers=workers)) as clips:
-            for result in self._classify_each(clips, spec, progress):
+            for result in self.classify_each(clips, spec=spec, progress=progress):
                 name = names.popleft()
                 yield replace(result, source=name) if isinstance(result, Prediction) else result
-
-    def classify_each(
-        self, videos: Iterable[Clips | Unreadable], *, progress: Progress | None = None
-    ) -> Generator[Prediction | Unreadable]:
-        """Classify clips that were read already, `spec.num_crops` crops of each; hand errors on, in their place.
-
-        Args:
-            videos: for each its distinct frames, uint8 RGB (N, 3, H, W), and the clips as places among them, int64
-                (clips, T), as `VideoDataset.read` returns them; or an exception.
-        """
-        return self._classify_each(videos, self.spec, progress)
 
     def spec_for(self, num_clips: int | None = None, num_crops: int | None = None) -> InputSpec:
         """Return the views that a call with these arguments sees, as part of an input spec."""
@@ -248,9 +237,17 @@ class VideoClassifier:
         shape = (self.batch_size, 3, self.spec.num_frames, size, size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
-    def _classify_each(
-        self, videos: Iterable[Clips | Unreadable], spec: InputSpec, progress: Progress | None
+    def classify_each(
+        self, videos: Iterable[Clips | Unreadable], *, spec: InputSpec | None = None, progress: Progress | None = None
     ) -> Generator[Prediction | Unreadable]:
+        """Classify clips that were read already, `spec.num_crops` crops of each; hand errors on, in their place.
+
+        Args:
+            videos: for each its distinct frames, uint8 RGB (N, 3, H, W), and the clips as places among them, int64
+                (clips, T), as `VideoDataset.read` returns them; or an exception.
+            spec: what the clips are. Default: `self.spec`.
+        """
+        spec = self.spec if spec is None else spec
         waiting: deque[_Views | Unreadable] = deque()  # in order; the last ones may have views in the batch
         batch: list[tuple[_Views, Tensor]] = []
         batches = 0
@@ -359,18 +356,19 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-def _read(source: Source, spec: InputSpec, device: torch.device) -> Clips:
+def read_clips(source: Source, spec: InputSpec, device: torch.device) -> Clips:
+    """Return the distinct frames that the views of a source need, and each clip as places among them."""
     if isinstance(source, str | os.PathLike):
         with _side_stream(device):
             frames, place = decode.sample_frames(source, spec.indices, short_side=spec.short_side, device=device)
         return frames, torch.from_numpy(place)
-    video = _channels_first(source)
+    video = channels_first(source)
     wanted, place = np.unique(spec.indices(len(video)), return_inverse=True)
     frames = video[torch.from_numpy(wanted)]
     return frames, torch.from_numpy(place).view(spec.num_clips, spec.num_frames)
 
 
-def _channels_first(frames: np.ndarray[Any, Any] | Tensor) -> Tensor:
+def channels_first(frames: np.ndarray[Any, Any] | Tensor) -> Tensor:
     """(T, H, W, 3) or (T, 3, H, W) → (T, 3, H, W)."""
     if not isinstance(frames, np.ndarray | Tensor):
         raise TypeError(f"expected a path or an array of frames, got {type(frames).__name__}")

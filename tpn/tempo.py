@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from tpn.predict import Prediction, VideoClassifier, _channels_first
+from tpn.predict import Prediction, VideoClassifier, channels_first
 from tpn.video import decode
 from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
@@ -303,7 +303,7 @@ def _prepared(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
     if not isinstance(frame, np.ndarray | Tensor) or frame.ndim != 3:
         shape = getattr(frame, "shape", type(frame).__name__)
         raise TypeError(f"expected frames as arrays (3, H, W) or (H, W, 3), got {shape}")
-    image = _channels_first(frame[None])[0].to(device)
+    image = channels_first(frame[None])[0].to(device)
     return center_crop(resize_short_side(image, spec.short_side), spec.crop_size).clone()
 
 
@@ -323,7 +323,7 @@ def _classified(classifier: VideoClassifier, windows: Generator[Window], spec: I
             except Exception as error:  # raised below, when the clips before it, which wait for a batch, have been through
                 failures.append(error)
 
-        for result in classifier._classify_each(videos(), spec, None):
+        for result in classifier.classify_each(videos(), spec=spec):
             assert isinstance(result, Prediction)  # errors were never handed in
             yield Clip(*spans.popleft(), result.probs)
         if failures:

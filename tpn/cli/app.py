@@ -71,6 +71,18 @@ def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
         yield progress
 
 
+def read_views(views: str | None) -> tuple[int | None, int | None]:
+    """Read --views as (num_clips, num_crops), None for those that were published."""
+    from tpn.predict import parse_views
+
+    if views is None:
+        return None, None
+    try:
+        return parse_views(views)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--views") from error
+
+
 def check_picture(output: Path) -> None:
     """Refuse a picture that could not be drawn, before the work. Needs matplotlib."""
     from matplotlib.backend_bases import FigureCanvasBase

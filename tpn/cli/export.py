@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 import tpn
-from tpn.cli.app import app, err
+from tpn.cli.app import app, err, read_views
 
 Format = Literal["onnx", "pt2"]
 
@@ -28,21 +28,17 @@ def export(
 ) -> None:
     """Write a model as one file that holds all it takes to run, and check it against the model."""
     from tpn import export as exporting
-    from tpn.predict import parse_views
 
     named: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}
     of_file = named.get(output.suffix) if output is not None else None
     if format is not None and of_file not in (None, format):
         raise typer.BadParameter(f"{format} is not what {str(output)!r} ends in", param_hint="--format")
     format = format or of_file or "onnx"
-    try:
-        seen = None if views is None else parse_views(views)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--views") from error
+    num_clips, num_crops = read_views(views)
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}.{format}")
     built = tpn.create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
-    if seen is not None:
-        built.input_spec = replace(built.input_spec, num_clips=seen[0], num_crops=seen[1], flip=False)
+    if num_clips is not None and num_crops is not None:
+        built.input_spec = replace(built.input_spec, num_clips=num_clips, num_crops=num_crops, flip=False)
     write = exporting.export_onnx if format == "onnx" else exporting.export_pt2
     with exporting.whole(output) as unchecked:
         write(built, unchecked, size=size)

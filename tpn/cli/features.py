@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 import tpn
-from tpn.cli.app import app, err, one_line, progress_bars
+from tpn.cli.app import app, err, one_line, progress_bars, read_views
 
 Level = Literal["video", "clip"]
 
@@ -36,15 +36,14 @@ def features(
 
     from tpn.features import FeatureModel, check_path, extract
     from tpn.optimize import usable_device
-    from tpn.predict import VideoClassifier, parse_views
+    from tpn.predict import VideoClassifier
     from tpn.video.datasets import videos_below
 
-    try:
-        num_clips, num_crops = (None, None) if views is None else parse_views(views)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--views") from error
+    num_clips, num_crops = read_views(views)
     check_path(out)  # before the model is fetched
     paths = [path for video in videos for path in (videos_below(video) if video.is_dir() else [video])]
+    if not paths:
+        raise ValueError(f"no videos in {', '.join(map(str, videos))}")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ import tpn
 from tpn.cli.app import app, err
 from tpn.zoo import publish as publishing
 from tpn.zoo import sources
+from tpn.zoo.registry import count
 from tpn.zoo.weights import WEIGHTS, get_weights
 
 
@@ -47,15 +48,25 @@ def list_(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="A model, with or without a tag: tpn_slowonly_r50_k400.scratch")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A model, with or without a tag: tpn_slowonly_r50_k400.scratch; local-dir:FOLDER, hf-hub:OWNER/NAME."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what is known of a model and its weights."""
-    facts = _facts(name)
+    if ":" in name:
+        facts = _saved_facts(name)
+        shown = facts | {"labels": ", ".join(facts["labels"][:5]) + (", ..." if len(facts["labels"]) > 5 else "")}
+    else:
+        facts = _facts(name)
+        shown = {"model": facts["model"], **facts["shown"], **facts["details"]}
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    for key, value in {"model": facts["model"], **facts["shown"], **facts["details"]}.items():
+    for key, value in shown.items():
         typer.echo(f"{key:<18} {value}")
 
 
@@ -90,6 +101,26 @@ def publish(
         failed |= done.state == "failed"
     if failed:
         raise typer.Exit(1)
+
+
+def _saved_facts(name: str) -> dict[str, Any]:
+    """Return what `info` prints of somebody's own model."""
+    model = tpn.create_model(name)
+    spec, args = tpn.input_spec(model), dict(model.model_args or {})
+    params, gmacs = count(model)
+    return {
+        "model": name,
+        "architecture": cast("Any", model).pretrained_cfg["architecture"],
+        **{key: args[key] for key in sorted(args.keys() - {"num_frames"})},
+        "params": params,
+        "GMACs": round(gmacs, 2),
+        "num_frames": spec.num_frames,
+        "frame_interval": spec.frame_interval if spec.sampling == "dense" else None,
+        "views": f"{spec.num_clips}x{spec.num_crops}",
+        "crop_size": spec.crop_size,
+        "num_classes": model.num_classes,
+        "labels": list(model.labels or ()),
+    }
 
 
 def _facts(name: str) -> dict[str, Any]:

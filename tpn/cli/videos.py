@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import tpn
-from tpn.cli.app import app, err, one_line, progress_bars
+from tpn.cli.app import app, err, one_line, progress_bars, read_views
 
 
 @app.command()
@@ -59,12 +59,9 @@ def predict(
 ) -> None:
     """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
     from tpn.export import load as load_exported
-    from tpn.predict import VideoClassifier, parse_views
+    from tpn.predict import VideoClassifier
 
-    try:
-        num_clips, num_crops = (None, None) if views is None else parse_views(views)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--views") from error
+    num_clips, num_crops = read_views(views)
     if onnx is not None:
         if checkpoint is not None or precision != "float32" or compile:
             raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")

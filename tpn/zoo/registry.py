@@ -1,5 +1,6 @@
 """Find, build and describe models by name."""
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
@@ -128,14 +129,19 @@ class ModelInfo:
 def model_info(name: str) -> ModelInfo:
     """Describe "model" or "model.tag": its weights entry, parameters and operations (counted, on no memory)."""
     weights = get_weights(name)
-    spec = weights.input
     with torch.device("meta"):
-        model = create_model(weights.name).eval()
-        clip = torch.empty(1, 3, spec.num_frames, spec.crop_size, spec.crop_size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(clip)
-    params = sum(p.numel() for p in model.parameters())
-    return ModelInfo(weights, params, counter.get_total_flops() / 2 / 1e9)
+        model = create_model(weights.name)
+    return ModelInfo(weights, *count(model))
+
+
+def count(model: TPNClassifier) -> tuple[int, float]:
+    """Return the parameters of a model and its GMACs, as `ModelInfo` has them."""
+    spec = model.input_spec
+    shapes = copy.deepcopy(model).to("meta").eval()
+    clip = torch.empty(1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shapes(clip)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / 1e9
 
 
 def input_spec(model: TPNClassifier | str) -> InputSpec:
