@@ -120,7 +120,7 @@ def test_list_and_info(folder):
     checkpoints = run("list", "*r50*", "--weights", "--json", cwd=folder).stdout.splitlines()
     assert [json.loads(line)["model"] for line in checkpoints] == tpn.list_models("*r50*", pretrained=True)
     saved = run("info", "local-dir:model", cwd=folder).stdout
-    assert re.search(rf"^architecture +{NAME}\nbase_channels +8\nparams +\d+\n", saved, re.M)
+    assert re.search(rf"^architecture +{NAME}\nbase_channels +8\nshift_shortcut +True\nparams +\d+\n", saved, re.M)
     assert len(json.loads(run("info", "local-dir:model", "--json", cwd=folder).stdout)["labels"]) == 174
     info = run("info", "tpn_slowonly_r50_k400", cwd=folder).stdout
     for fact in ("91.5 M", "50.3", "8x8", "Kinetics-400", "76.74", "92.57", "10 clips x 3 crops of 256", "MMAction2", "scratch"):
