@@ -131,6 +131,8 @@ def test_folded_network_of_ones_own():
     assert model.neck.num_frames == (2, 2, 2)
     assert sum(isinstance(module, TemporalShift) for module in model.modules()) == 8
     assert model(clips(model)).shape == (2, 3)
+    net = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(2, 3))
+    assert tpn.build(FoldedBackbone(net), num_classes=3, num_frames=2).input_spec.mean == (127.5, 127.5, 127.5)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,17 @@ def test_sizes(num_crops, tmp_path):
     assert len(tpn.VideoClassifier(export.load(tmp_path / "b.pt2"))(video).view_logits) == 10 * num_crops
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_comparison_sees_every_batch(model, batch, folder, monkeypatch):
+    """Also one that a traced graph took for a constant."""
+    assert export.max_difference(model, folder / "tiny.onnx") < 1e-5
+    exported = export.load(folder / "tiny.onnx")
+    run = exported.run
+    exported.run = lambda x: run(x) * (2 if len(x) == batch else 1)
+    monkeypatch.setattr(export, "load", lambda path: exported)
+    assert export.max_difference(model, folder / "tiny.onnx") > 0.1
+
+
 def test_other_models(tmp_path):
     """Of one's own parts, in another precision, without classes."""
     backbone = tpn.ResNet3dSlowOnly(18, base_channels=4)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torchvision
@@ -94,12 +94,19 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
             f"timm gives no feature maps {wanted.out_indices} of {name} ({type(error).__name__}: {error}); choose other "
             "out_indices or backbone_args, another backbone, or wrap it in a module that returns maps (B, C, T, H, W)"
         ) from error
-    cfg = cast("dict[str, Any]", net.pretrained_cfg)
-    size = wanted.args.get("img_size", cfg["input_size"][-1])
+    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+    return FoldedBackbone(net, channels_last=channels_last), looks_of(net, wanted.args.get("img_size"))
+
+
+def looks_of(net: Any, img_size: int | Sequence[int] | None = None) -> Looks:
+    """Return what a network of timm says of its frames; `Looks()` of any other. img_size: that it was built for, if given."""
+    cfg = getattr(net, "pretrained_cfg", None)
+    if not cfg:
+        return Looks()
+    size = cfg["input_size"][-1] if img_size is None else img_size
     size = size if isinstance(size, int) else min(size)
     mean, std = (tuple(round(255 * v, 3) for v in cfg[key]) for key in ("mean", "std"))
-    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
-    return FoldedBackbone(net, channels_last=channels_last), Looks(size, round(size / 0.875), mean, std)
+    return Looks(size, round(size / 0.875), mean, std)
 
 
 def _weights_file(name: str, wanted: Wanted) -> dict[str, Any]:

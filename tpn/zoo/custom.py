@@ -20,7 +20,7 @@ from tpn.models.neck import FlowOrder, TemporalPyramid, slack
 from tpn.video.spec import InputSpec
 from tpn.zoo import saved, sources
 from tpn.zoo.assemble import assemble, check_num_frames, check_start, check_without_pyramid, describe, register, timm_cfg
-from tpn.zoo.backbones import Looks, Wanted, make_backbone
+from tpn.zoo.backbones import Looks, Wanted, looks_of, make_backbone
 from tpn.zoo.weights import CUSTOM
 
 _logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _build(
     if num_frames is None:
         num_frames = 8 if input_spec is None else input_spec.num_frames
     check_num_frames(num_frames)
-    looks = Looks()
+    looks = looks_of(backbone.net) if isinstance(backbone, FoldedBackbone) else Looks()
     if isinstance(backbone, str):
         indices = tuple(out_indices if pyramid else out_indices[-1:])
         folder = None if cache_dir is None else Path(cache_dir)
