@@ -27,9 +27,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to 
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # both are read when Ray is imported
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+except ImportError as error:
+    sys.exit(f'error: {error.name} is missing: pip install "tpn[ray]"')
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn

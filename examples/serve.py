@@ -3,8 +3,8 @@
 python examples/serve.py model.onnx video.mp4
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 
 import av
@@ -67,4 +67,7 @@ def main(model: str, video: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="*.onnx")
+    parser.add_argument("video")
+    main(**vars(parser.parse_args()))

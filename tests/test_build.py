@@ -179,6 +179,18 @@ def test_a_saved_model_cannot_say_what_else_to_load(change, says, create, tmp_pa
             ValueError,
             "groups, flow_order: of the pyramid, which this",
         ),
+        (
+            "tpn_tsm_r50_sthv1",
+            {"num_class": 3},
+            TypeError,
+            "unknown arguments of tpn_tsm_r50_sthv1: num_class; there are num_classes, ",
+        ),
+        (
+            "slowonly_r50_k400",
+            {"backbone": "timm/resnet18"},
+            TypeError,
+            r'create_model\("tpn", backbone=...\) takes a backbone of',
+        ),
         ("slowonly_r50_k400", {"flow_order": "parallel"}, ValueError, "flow_order: of the pyramid, which this model has not"),
         ("tpn_tsm_r50_sthv1", {"temporal_scales": (4, 4), "neck": None}, ValueError, "temporal_scales: of the pyramid"),
     ],
@@ -244,12 +256,12 @@ class Thirds(nn.Module):
         (
             {"backbone": "timm/resnet18", "out_indices": (3, 9)},
             ValueError,
-            r"timm gives no feature maps \(3, 9\) of resnet18 .* out_indices",
+            r"timm cannot build resnet18 with feature maps \(3, 9\) .* out_indices",
         ),
         (
             {"backbone": "timm/resnet18", "backbone_args": {"widht": 3}},
             ValueError,
-            r"timm gives no feature maps \(-2, -1\) of resnet18 \(.*widht",
+            r"timm cannot build resnet18 .* backbone_args=\{'widht': 3\} \(.*widht",
         ),
         ({"backbone": "timm/convnext_atto", "temporal_shift": True}, ValueError, "temporal_shift needs residual blocks"),
         (

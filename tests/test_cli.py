@@ -71,7 +71,7 @@ def test_precision(folder):
     assert exact["top"][0]["label"] == half["top"][0]["label"]
     done = run("predict", "a video.mp4", "-m", "local-dir:model", "--precision", "half", cwd=folder)
     assert done.returncode == 1
-    assert "dtype must be one of float32, float16, bfloat16, got 'half'" in done.stderr
+    assert "precision must be one of float32, float16, bfloat16 or auto, got 'half'" in done.stderr
 
 
 def test_bad_files_are_reported_and_the_rest_go_on(folder):

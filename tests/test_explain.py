@@ -315,7 +315,7 @@ def test_command(video, tmp_path):
     ("options", "code", "says"),
     [
         (["--output", "a.txt"], 2, "a picture's name ends in .png"),
-        (["--output", "nowhere/a.png"], 1, "error: nowhere is not a folder"),
+        (["--output", "nowhere/a.png"], 1, "error: nowhere: no such folder"),
         (["--video", "a.avi"], 2, "FOLDER/NAME.mp4"),
         (["--video", "nowhere/a.mp4"], 2, "FOLDER/NAME.mp4"),
     ],

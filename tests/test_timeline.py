@@ -269,12 +269,12 @@ def test_interrupted_standard_input(folder, tmp_path):
         (["both.mp4", "--fps", "inf"], 2, "must be positive"),
         (["a.mp4", "--size", "4x4"], 2, "a file has its own size"),
         (["a.mp4", "--output", "picture"], 2, "ends in .png"),
-        (["a.mp4", "--output", "nowhere/a.png"], 1, "nowhere is not a folder"),
+        (["a.mp4", "--output", "nowhere/a.png"], 1, "nowhere: no such folder"),
         (["missing.mp4"], 1, "missing.mp4: No such file"),
         (["missing.mp4", "--json", "nowhere/a.json"], 1, "missing.mp4: No such file"),
         (["text.mp4"], 1, "error: text.mp4: not a video"),
         (["--camera", "/dev/null/9"], 1, "not a camera that can be opened"),
-        (["a.mp4", "--json", "nowhere/a.json"], 1, "nowhere/.a.json.unfinished: No such file or directory"),
+        (["a.mp4", "--json", "nowhere/a.json"], 1, "nowhere: no such folder"),
     ],
 )
 def test_failures_are_one_line(tmp_path, args, code, says):

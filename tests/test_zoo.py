@@ -167,7 +167,7 @@ def test_pyramid_scales():
 
 @pytest.mark.parametrize("create", [tpn.create_model, tpn.input_spec, tpn.model_info])
 def test_unknown_names(create):
-    text = r"unknown model 'tpn_slowonly_r50'; the nearest are (\w+, ){2}\w+; tpn\.list_models\(\) lists all"
+    text = r"unknown model 'tpn_slowonly_r50'; the nearest are (\w+, ){2}\w+; tpn\.list_models\(\) and `tpn list` have all"
     with pytest.raises(tpn.UnknownModelError, match=text) as error:
         create("tpn_slowonly_r50")
     assert "tpn_slowonly_r50_k400" in str(error.value)

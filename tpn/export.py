@@ -55,7 +55,7 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
         ImportError: onnx or onnxscript is missing.
         TypeError, ValueError: not a model as above, or no positive size.
     """
-    _need("onnx", "onnxscript")
+    need_packages("onnx", "onnxscript")
     ready, clips, about = _prepare(model, size)
     program: Any = torch.onnx.export(
         ready,
@@ -215,14 +215,14 @@ def _describe(model: TPNClassifier, spec: InputSpec) -> str:
     return json.dumps(about, ensure_ascii=False)
 
 
-def _need(*packages: str) -> None:
+def need_packages(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f'{" and ".join(missing)} missing: pip install "tpn[export]"')
 
 
 def _load_onnx(path: Path, providers: Sequence[str]) -> ExportedClassifier:
-    _need("onnxruntime")
+    need_packages("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

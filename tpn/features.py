@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -110,7 +110,7 @@ class FeatureFile:
         except Exception as error:  # of whichever library
             raise ValueError(f"{self.path}: not a file of features that tpn wrote ({error}); choose another") from error
         ours = json.loads(json.dumps(asdict(self.about)))
-        other = [f"{key} {about.get(key)!r}, not {ours[key]!r}" for key in ours if about.get(key) != ours[key]]
+        other = list(_differences(about, ours))
         if other:
             raise ValueError(f"{self.path} holds features of something else ({'; '.join(other)}); choose another file")
         starts = [i for i, path in enumerate(paths) if i == 0 or path != paths[i - 1]]
@@ -136,7 +136,7 @@ def extract(
     level: Level = "video",
     num_clips: int | None = None,
     num_crops: int | None = None,
-) -> Iterator[tuple[str, Unreadable | None]]:
+) -> Generator[tuple[str, Unreadable | None]]:
     """Put the features of videos into a file, and yield each video when it is done, with the error if it cannot be read.
 
     Videos that the file has already are passed over. It is written every minute, at the end, and when the work is broken off;
@@ -189,6 +189,16 @@ def check_path(path: str | PathLike[str]) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder")
     if path.suffix == ".parquet":
         _pyarrow()
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Say what differs, of dictionaries in dictionaries their entries."""
+    for key, value in ours.items():
+        found = theirs.get(key)
+        if isinstance(found, dict) and isinstance(value, dict):
+            yield from _differences(found, value, f"{key}.")
+        elif found != value:
+            yield f"{within}{key} {found!r}, not {value!r}"
 
 
 def _text(path: str) -> str:

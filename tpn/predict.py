@@ -16,7 +16,7 @@ from tpn.export import ExportedClassifier
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.layers import evaluating
-from tpn.optimize import OptimizedClassifier, optimize, usable_device
+from tpn.optimize import DTYPES, OptimizedClassifier, optimize, usable_device
 from tpn.video import decode
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
@@ -129,6 +129,8 @@ class VideoClassifier:
         self._mix_videos = not on_cpu
         compiled = compile or (isinstance(model, OptimizedClassifier) and model.report.compiled)
         self._whole_batches = compiled  # it is compiled anew for every size
+        if precision not in (None, "auto", *DTYPES):
+            raise ValueError(f"precision must be one of {', '.join(DTYPES)} or auto, got {precision!r}")
         if precision is None and not compile:
             self.model: Model = model.to(self.device)
         elif not isinstance(model, TPNClassifier):

@@ -1,5 +1,6 @@
 """The program itself: what all commands share, and how it ends."""
 
+import errno
 import io
 import os
 import sys
@@ -44,9 +45,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        from tpn.video.decode import VideoError
+
         if os.environ.get("TPN_DEBUG"):
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError)
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError | VideoError)
         kind = "" if expected else f"{type(error).__name__}: "
         err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
         sys.exit(1)
@@ -71,6 +74,20 @@ def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
         yield progress
 
 
+def check_there(*files: str | Path) -> None:
+    """Refuse files of which none is there, before a model is fetched. One of several that is missing does not stop the others."""
+    if files and not any(Path(file).exists() for file in files):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files[0]))
+
+
+def check_folder(output: Path) -> None:
+    """Refuse a file whose folder is not there, before the work."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent}: no such folder")
+    if output.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
+
+
 def read_views(views: str | None) -> tuple[int | None, int | None]:
     """Read --views as (num_clips, num_crops), None for those that were published."""
     from tpn.predict import parse_views
@@ -90,8 +107,7 @@ def check_picture(output: Path) -> None:
     formats = FigureCanvasBase.get_supported_filetypes()
     if output.suffix.removeprefix(".").lower() not in formats:
         raise typer.BadParameter(f"a picture's name ends in .png, .svg, ..., got {str(output)!r}", param_hint="--output")
-    if not output.parent.is_dir():
-        raise NotADirectoryError(f"{output.parent} is not a folder")
+    check_folder(output)
 
 
 def one_line(error: BaseException) -> str:

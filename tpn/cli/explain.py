@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tpn.cli.app import app, check_picture, err
+from tpn.cli.app import app, check_picture, check_there, err
 
 
 @app.command()
@@ -34,6 +34,7 @@ def explain(
 
     if not can_draw():
         raise ModuleNotFoundError('pictures need matplotlib: pip install "tpn[explain]"')
+    check_there(video)
     check_picture(output)
     if movie is not None and (movie.suffix.lower() != ".mp4" or not movie.parent.is_dir()):
         raise typer.BadParameter(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 import tpn
-from tpn.cli.app import app, err, one_line, progress_bars, read_views
+from tpn.cli.app import app, check_there, err, one_line, progress_bars, read_views
 
 Level = Literal["video", "clip"]
 
@@ -41,21 +41,29 @@ def features(
 
     num_clips, num_crops = read_views(views)
     check_path(out)  # before the model is fetched
-    paths = [path for video in videos for path in (videos_below(video) if video.is_dir() else [video])]
-    if not paths:
-        raise ValueError(f"no videos in {', '.join(map(str, videos))}")
+    found = [videos_below(video) if video.is_dir() else [video] for video in videos]
+    for video, inside in zip(videos, found, strict=True):
+        if not inside:
+            raise ValueError(f"{video}: no videos in it")
+    paths = [path for inside in found for path in inside]
+    check_there(*paths)
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)
     done = failed = 0
     with progress_bars() as progress:
         results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
-        for _, problem in progress.track(results, total=None, description="files"):
-            if problem is None:
-                done += 1
-            else:
-                failed += 1
-                err.print(f"error: {one_line(problem)}")
+        try:
+            for _, problem in progress.track(results, total=None, description="files"):
+                if problem is None:
+                    done += 1
+                else:
+                    failed += 1
+                    err.print(f"error: {one_line(problem)}")
+        except KeyboardInterrupt:
+            results.close()
+            err.print(f"interrupted; {done} videos were added to {out}, and the same command goes on from there")
+            raise
     before = len(set(paths)) - done - failed
     typer.echo(f"{out}: {done} videos added, {before} were there already, {failed} cannot be read")
     if failed:

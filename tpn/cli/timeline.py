@@ -18,7 +18,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from tpn.cli.app import app, check_picture, err, one_line, progress_bars
+from tpn.cli.app import app, check_folder, check_picture, check_there, err, one_line, progress_bars
 
 if TYPE_CHECKING:
     from tpn.tempo import Clip, Segment
@@ -78,6 +78,10 @@ def timeline(
     from tpn.video.decode import VideoError
 
     width_height = _check_usage(video, camera, size, fps)
+    if video not in (None, "-"):
+        check_there(video)
+    for file in filter(None, (as_json, output if demo.can_draw() else None)):
+        check_folder(file)
     if demo.can_draw():
         check_picture(output)
     else:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 
 import tpn
-from tpn.cli.app import app, err, one_line, progress_bars, read_views
+from tpn.cli.app import app, check_folder, check_picture, check_there, err, one_line, progress_bars, read_views
+
+DEFAULT = "tpn_slowonly_r50_k400"
 
 
 @app.command()
@@ -22,6 +24,12 @@ def demo(
     from tpn import demo as drawing
     from tpn.predict import VideoClassifier
 
+    if video is not None:
+        check_there(video)
+    if drawing.can_draw():
+        check_picture(output)
+    else:
+        check_folder(output)
     classifier = VideoClassifier(model, pretrained=True)
     if video is None:
         video = output.with_name("tpn-demo.mp4")
@@ -41,7 +49,7 @@ def predict(
     videos: Annotated[list[Path], typer.Argument(help="Video files.", metavar="VIDEO...")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
-    ] = "tpn_slowonly_r50_k400",
+    ] = DEFAULT,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights file, .safetensors or .pth, ours, MMAction2's or the original TPN's.")
     ] = None,
@@ -62,9 +70,12 @@ def predict(
     from tpn.predict import VideoClassifier
 
     num_clips, num_crops = read_views(views)
+    check_there(*videos)
     if onnx is not None:
         if checkpoint is not None or precision != "float32" or compile:
             raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")
+        if model != DEFAULT:
+            err.print(f"{onnx} is run, not {model}")
         classifier = VideoClassifier(load_exported(onnx), device=device)
     else:
         classifier = VideoClassifier(

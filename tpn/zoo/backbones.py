@@ -91,8 +91,9 @@ def _from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Looks]:
         raise
     except Exception as error:  # each family of networks has its own way to say so
         raise ValueError(
-            f"timm gives no feature maps {wanted.out_indices} of {name} ({type(error).__name__}: {error}); choose other "
-            "out_indices or backbone_args, another backbone, or wrap it in a module that returns maps (B, C, T, H, W)"
+            f"timm cannot build {name} with feature maps {wanted.out_indices} and backbone_args={dict(wanted.args)} "
+            f"({type(error).__name__}: {error}); choose other out_indices or backbone_args, another backbone, or wrap it in a "
+            "module that returns maps (B, C, T, H, W)"
         ) from error
     channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     return FoldedBackbone(net, channels_last=channels_last), looks_of(net, wanted.args.get("img_size"))

@@ -109,6 +109,8 @@ def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: boo
     if "num_classes" not in kwargs and not from_folder:
         raise ValueError("num_classes is needed, the number of your classes; 0 gives a model that returns features")
     check_start(kwargs.get("backbone_pretrained"))
+    if not isinstance(kwargs.get("temporal_shift", False), bool):
+        raise TypeError(f"temporal_shift must be True or False, got {kwargs['temporal_shift']!r}")
     spec, num_frames = kwargs.get("input_spec"), kwargs.get("num_frames")
     if spec is not None and not isinstance(spec, InputSpec):
         raise TypeError(f"input_spec must be a tpn.InputSpec, got {type(spec).__name__}")

@@ -11,6 +11,7 @@ Each takes `pretrained` and, by keyword,
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from timm.models import (
@@ -93,6 +94,7 @@ def _create(
         spec, labels, entry_args = InputSpec.from_dict(config["input_spec"]), tuple(config.get("label_names", ())), {}
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
     check_num_frames(model_args["num_frames"])
+    _check_names(name, make_backbone, args)
     check_without_pyramid({**arch, **model_args}, ("temporal_scales", "flow_order"))
     build = partial(_build, make_backbone)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **{**arch, **model_args})
@@ -103,6 +105,15 @@ def _create(
     elif backbone_pretrained:
         sources.load_imagenet(model, cache_dir)
     return model
+
+
+def _check_names(name: str, make_backbone: Callable[..., ResNet], args: dict[str, Any]) -> None:
+    """Refuse arguments that do not exist."""
+    known = [*signature(_build).parameters, *signature(make_backbone).parameters]
+    known = [each for each in known if each not in ("make_backbone", "lengths", "backbone_args", "depth", "out_indices")]
+    if unknown := sorted(args.keys() - known):
+        hint = '; create_model("tpn", backbone=...) takes a backbone of your choice' if "backbone" in unknown else ""
+        raise TypeError(f"unknown arguments of {name}: {', '.join(unknown)}; there are {', '.join(known)}{hint}")
 
 
 _R50, _R101, _TSM = partial(ResNet3dSlowOnly, 50), partial(ResNet3dSlowOnly, 101), partial(ResNetTSM, 50)

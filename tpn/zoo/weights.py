@@ -258,7 +258,9 @@ def get_weights(name: str) -> Weights:
         raise UnknownModelError(f"{model} has no weights {tag!r}; it has {', '.join(entry.tag for entry in tags)}")
     models = list(dict.fromkeys(entry.model for entry in WEIGHTS.values()))
     near = difflib.get_close_matches(model, models, n=3, cutoff=0.0)
-    raise UnknownModelError(f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn.list_models() lists all")
+    raise UnknownModelError(
+        f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn.list_models() and `tpn list` have all"
+    )
 
 
 @cache
