@@ -218,6 +218,7 @@ def test_backbone_starts_from_its_own_weights(hub, tmp_path):
     published = timm.create_model("resnet18").state_dict()
     hub.add("timm/resnet18.a1_in1k", weights=save(published))
     model = small("timm/resnet18", backbone_pretrained=True, cache_dir=tmp_path / "cache")
+    assert any((tmp_path / "cache").rglob("model.safetensors"))
     names = {name.removeprefix("net."): tensor for name, tensor in model.backbone.state_dict().items()}
     assert names.keys() == published.keys() - {"fc.weight", "fc.bias"}
     assert all(torch.equal(tensor, published[name]) for name, tensor in names.items())
@@ -255,6 +256,7 @@ def test_networks_for_video_start_from_their_own_weights(name, tmp_path, monkeyp
     model = small(f"torchvision/{name}", num_frames=frames, out_indices=(-2, -1), backbone_pretrained=True, cache_dir=tmp_path)
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     assert fetched == [(url, re.search(r"-([0-9a-f]{8})\.pth", url)[1])]
+    assert [path.name for path in tmp_path.iterdir()] == [url.rpartition("/")[2]]
     x = torch.randn(1, 3, frames, size, size)
     with torch.inference_mode():
         expected = network(x)

@@ -223,7 +223,7 @@ def test_video_classifier_optimizes_what_it_builds(tmp_path):
     nn.init.zeros_(model.head.fc.bias)
     assert given(frames).probs.tolist() == pytest.approx([1 / 7] * 7)
     assert torch.equal(half(frames).probs, before)
-    with pytest.raises(ValueError, match="dtype must be one of"):
+    with pytest.raises(ValueError, match="precision must be one of"):
         tpn.VideoClassifier(model, precision="half")
 
 

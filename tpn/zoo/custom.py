@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -72,7 +73,7 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """
     cfg = resolve_pretrained_cfg(CUSTOM, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
     kwargs.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `kwargs` as well
-    cache_dir = kwargs.get("cache_dir")
+    cache_dir = kwargs.pop("cache_dir", None)
     config = saved.saved_config(cfg, cache_dir)
     _check(pretrained and config is None and not (cfg.state_dict or cfg.file), kwargs, from_folder=config is not None)
     num_classes, labels = kwargs.get("num_classes", cfg.num_classes), []
@@ -83,7 +84,8 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             raise ValueError(f"the saved model takes {len(spec.mean)} channels, got in_chans={kwargs.get('in_chans', 3)}")
         kwargs.setdefault("input_spec", replace(spec, num_frames=kwargs.get("num_frames", spec.num_frames)))
     cfg_dict = {name: value for name, value in cfg.to_dict().items() if name != "state_dict"}
-    model: TPNClassifier = build_model_with_cfg(_build, CUSTOM, False, pretrained_cfg=cfg_dict, **kwargs)
+    make = partial(_build, cache_dir=cache_dir)  # timm keeps an argument of that name for itself
+    model: TPNClassifier = build_model_with_cfg(make, CUSTOM, False, pretrained_cfg=cfg_dict, **kwargs)
     cast("Any", model).pretrained_cfg.update(timm_cfg(model.input_spec))
     describe(model, _to_save(model, kwargs), spec=model.input_spec, labels=labels, num_classes=num_classes)
     if pretrained:
