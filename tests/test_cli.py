@@ -87,6 +87,30 @@ def test_bad_files_are_reported_and_the_rest_go_on(folder):
     assert [line.split(": ")[:2] for line in errors] == [["error", name] for name in videos[1:5]]
 
 
+def test_missing_files_are_said_before_a_model_is_fetched(folder):
+    """All of them, as ever; where one is there, the model is."""
+    done = run("predict", "no.mp4", "none.mp4", "--model", "nonsense", "--json", cwd=folder)
+    assert done.returncode == 1
+    assert [json.loads(line)["error"] for line in done.stdout.splitlines()] == [
+        "no.mp4: No such file or directory",
+        "none.mp4: No such file or directory",
+    ]
+    assert done.stderr == "error: no.mp4: No such file or directory\nerror: none.mp4: No such file or directory\n"
+    for command in (["explain"], ["timeline"], ["demo"], ["features", "--out", "a.npz"]):
+        done = run(*command, "no.mp4", "--model", "nonsense", cwd=folder)
+        assert (done.returncode, done.stderr) == (1, "error: no.mp4: No such file or directory\n")
+    for path, says in (
+        ("nowhere/a.onnx", "error: nowhere: no such folder\n"),
+        ("folder.onnx", "error: folder.onnx: Is a directory\n"),
+    ):
+        (folder / "folder.onnx").mkdir(exist_ok=True)
+        done = run("export", "nonsense", "--output", path, cwd=folder)
+        assert (done.returncode, done.stderr) == (1, says)
+    assert "ends in .onnx or .pt2, got 'a.txt'" in run("export", "nonsense", "--output", "a.txt", cwd=folder).stderr
+    done = run("explain", "text.mp4", "--model", "tpn_slowonly_tiny_motion", cwd=folder)
+    assert done.stderr.startswith("error: text.mp4: not a video")
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [

@@ -1,6 +1,8 @@
 """Commands about videos: demo, predict, check."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +72,10 @@ def predict(
     from tpn.predict import VideoClassifier
 
     num_clips, num_crops = read_views(views)
-    check_there(*videos)
+    if not any(video.exists() for video in videos):  # before a model is fetched
+        for video in videos:
+            _print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
+        raise typer.Exit(1)
     if onnx is not None:
         if checkpoint is not None or precision != "float32" or compile:
             raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")
@@ -103,9 +108,7 @@ def predict(
                 _print_prediction(video, result, top, as_json)
                 continue
             failed += 1
-            if as_json:
-                typer.echo(json.dumps({"file": str(video), "error": one_line(result)}))
-            err.print(f"error: {one_line(result)}")
+            _print_failure(video, result, as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -140,6 +143,12 @@ def check(
     if num_bad:
         err.print(f"error: all of them, with their reasons, are in {report}")
         raise typer.Exit(1)
+
+
+def _print_failure(video: Path, error: Exception, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"file": str(video), "error": one_line(error)}))
+    err.print(f"error: {one_line(error)}")
 
 
 def _print_prediction(video: Path, result: Any, top: int, as_json: bool) -> None:
