@@ -116,6 +116,46 @@ def test_weights_with_a_pyramid_need_one(tmp_path):
     assert tpn.create_model(f"local-dir:{tmp_path}/baseline").neck is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [
+        ([56, 28, 14, 7], [3, 2, 1, 0]),
+        ([5, 3, 2], [2, 1, 0]),  # rounded up again and again
+        ([9, 5, 3], [2, 1, 0]),
+        ([12, 5, 2], [2, 1, 0]),  # without padding
+        ([20, 8, 3], [3, 1, 0]),
+        ([20, 9, 7, 4], [2, 1, 1, 0]),
+        ([8, 8], [0, 0]),
+        ([25, 12, 5], None),
+        ([27, 9], None),
+    ],
+)
+def test_what_is_built_fits(sizes, steps):
+    """Whatever sizes a backbone's maps have: they pass through the pyramid, or the model is not built."""
+
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return [nn.functional.adaptive_avg_pool3d(x, (2, size, size)) for size in sizes]
+
+    spec = tpn.InputSpec(2, crop_size=64, three_crop_size=64)
+    if steps is None:
+        with pytest.raises(ValueError, match="needs sizes that differ by a power of two"):
+            tpn.build(Sizes(), num_classes=3, input_spec=spec)
+        return
+    model = tpn.build(Sizes(), num_classes=3, input_spec=spec)
+    assert [len(modulation) for modulation in model.neck.spatial_modulation] == steps
+    assert model(clips(model)).shape == (2, 3)
+
+
+def test_a_baseline_from_the_folder_of_a_pyramid(tmp_path):
+    """Its arguments are the file's, not the caller's."""
+    model = small("timm/resnet18", groups=8, flow_order="parallel")
+    tpn.save_pretrained(model, tmp_path / "tpn")
+    tpn.save_pretrained(small("timm/resnet18", neck=None), tmp_path / "baseline")
+    again = tpn.create_model(f"local-dir:{tmp_path}/tpn", neck=None, checkpoint_path=tmp_path / "baseline" / "model.safetensors")
+    assert again.neck is None
+
+
 def test_saved_with_other_arguments(tmp_path):
     tpn.save_pretrained(small("torchvision/r3d_18"), tmp_path)
     longer = tpn.create_model(f"local-dir:{tmp_path}", num_frames=16)
@@ -283,7 +323,7 @@ class Thirds(nn.Module):
         ),
         ({"backbone": NoMaps()}, TypeError, "must return a sequence of feature maps .* got dict"),
         ({"backbone": Backwards()}, ValueError, "must go from fine to coarse in time and space"),
-        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the next one 75 x 75; .* power of two"),
+        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the last one 75 x 75; .* power of two"),
         (
             {"backbone": Pyramid(), "input_spec": SPEC, "temporal_scales": (3, 2, 1)},
             ValueError,

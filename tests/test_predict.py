@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +94,15 @@ def test_model_is_left_as_it_was(model, video):
 
 def test_a_model_that_gives_no_numbers(model, video):
     model = copy.deepcopy(model)
-    with torch.no_grad():
-        model.head.fc.bias[1] = torch.inf
-    with pytest.raises(ValueError, match=r"NaN or infinite values, computing in torch\.float32: its weights are damaged, or"):
-        VideoClassifier(model)(video)
+    for value, dtype, says in (
+        (-torch.inf, torch.float32, None),  # a class that cannot be
+        (torch.inf, torch.float32, "values that are NaN or infinite; its weights are damaged$"),
+        (torch.nan, torch.bfloat16, "damaged, or it needs precision='float32'$"),
+    ):
+        with torch.no_grad():
+            model.head.fc.bias[1] = value
+        with pytest.raises(ValueError, match=says) if says else nullcontext():
+            assert VideoClassifier(model.to(dtype))(video).probs[1] == 0
 
 
 def test_top(model, video):

@@ -294,12 +294,12 @@ class VideoClassifier:
                 if len(first.logits) < first.count or first.last_batch > batches:
                     return
                 logits = torch.stack(first.logits).cpu()
-                if not logits.isfinite().all():
-                    raise ValueError(
-                        f"the model gives NaN or infinite values, computing in {_place(self.model).dtype}: "
-                        "its weights are damaged, or it needs precision='float32'"
-                    )
-                yield Prediction(logits.softmax(dim=1).mean(dim=0), logits, self.labels)
+                probs = logits.softmax(dim=1).mean(dim=0)
+                if not probs.isfinite().all():  # minus infinity, for classes that cannot be, is a logit
+                    half = _place(self.model).dtype != torch.float32
+                    remedy = ", or it needs precision='float32'" if half else ""
+                    raise ValueError(f"the model gives values that are NaN or infinite; its weights are damaged{remedy}")
+                yield Prediction(probs, logits, self.labels)
             else:
                 yield first
             waiting.popleft()

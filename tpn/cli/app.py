@@ -45,11 +45,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        from tpn.video.decode import VideoError
-
         if os.environ.get("TPN_DEBUG"):
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError | VideoError)
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError)
+        decode = sys.modules.get("tpn.video.decode")  # not loaded: not its error
+        expected |= decode is not None and isinstance(error, decode.VideoError)
         kind = "" if expected else f"{type(error).__name__}: "
         err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
         sys.exit(1)

@@ -41,12 +41,15 @@ def features(
 
     num_clips, num_crops = read_views(views)
     check_path(out)  # before the model is fetched
-    found = [videos_below(video) if video.is_dir() else [video] for video in videos]
-    for video, inside in zip(videos, found, strict=True):
-        if not inside:
-            raise ValueError(f"{video}: no videos in it")
-    paths = [path for inside in found for path in inside]
-    check_there(*paths)
+    found = {video: videos_below(video) if video.is_dir() else [video] for video in videos}
+    paths = [path for inside in found.values() for path in inside]
+    empty = [video for video, inside in found.items() if not inside]
+    for video in empty:
+        err.print(f"error: {video}: no videos in it")
+    if not paths:
+        raise typer.Exit(1)
+    if not out.exists():  # which may hold what is gone
+        check_there(*paths)
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)
@@ -66,5 +69,5 @@ def features(
             raise
     before = len(set(paths)) - done - failed
     typer.echo(f"{out}: {done} videos added, {before} were there already, {failed} cannot be read")
-    if failed:
+    if failed or empty:
         raise typer.Exit(1)

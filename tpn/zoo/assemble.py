@@ -58,9 +58,9 @@ def check_start(backbone_pretrained: Any) -> None:
         raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
 
 
-def check_without_pyramid(kwargs: Mapping[str, Any], of_neck: Iterable[str]) -> None:
-    """Refuse arguments of a pyramid that is left out."""
-    given = [name for name in of_neck if kwargs.get(name) is not None]
+def check_without_pyramid(kwargs: Mapping[str, Any], of_neck: Iterable[str], from_file: Mapping[str, Any]) -> None:
+    """Refuse arguments of a pyramid that is left out. from_file: arguments of a saved model, which are not the caller's."""
+    given = [name for name in of_neck if kwargs.get(name) is not None and name not in from_file]
     if given and not kwargs.get("pyramid", True):
         raise ValueError(f"{', '.join(given)}: of the pyramid, which this model has not (neck=None, or a baseline)")
 

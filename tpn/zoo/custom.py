@@ -75,7 +75,7 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     kwargs.pop("pretrained_model_args", None)  # what timm read from a config.json; it is in `kwargs` as well
     cache_dir = kwargs.pop("cache_dir", None)
     config = saved.saved_config(cfg, cache_dir)
-    _check(pretrained and config is None and not (cfg.state_dict or cfg.file), kwargs, from_folder=config is not None)
+    _check(pretrained and config is None and not (cfg.state_dict or cfg.file), kwargs, config)
     num_classes, labels = kwargs.get("num_classes", cfg.num_classes), []
     if config is not None:
         num_classes, labels = cfg.num_classes, config.get("label_names", [])
@@ -93,12 +93,12 @@ def tpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: bool) -> None:
-    """Refuse what cannot be, or would be without effect."""
-    backbone = kwargs.get("backbone")
+def _check(without_weights: bool, kwargs: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
+    """Refuse what cannot be, or would be without effect. config: of a saved model."""
+    backbone, from_folder = kwargs.get("backbone"), config is not None
     if kwargs.get("features_only"):
         raise ValueError("features_only is timm's wrapper for images; model.backbone(x) returns the feature maps")
-    _check_names(kwargs)
+    _check_names(kwargs, {} if config is None else config.get("model_args", {}))
     if without_weights:
         raise ValueError(
             "there are no published weights of TPN on a backbone of your choice; backbone_pretrained=True starts from those "
@@ -130,17 +130,17 @@ def _check(without_weights: bool, kwargs: Mapping[str, Any], *, from_folder: boo
         )
 
 
-def _check_names(kwargs: Mapping[str, Any]) -> None:
+def _check_names(kwargs: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
     """Refuse arguments that do not exist, and those of a pyramid that is left out."""
     of_model, of_neck = ([*signature(function).parameters] for function in (_build, _make_neck))
     of_model.remove("neck_args")
     of_neck.remove("shapes")
-    if unknown := sorted(kwargs.keys() - {*of_model, *of_neck, "features_only"}):
+    if unknown := sorted(kwargs.keys() - {*of_model, *of_neck, *signature(build_model_with_cfg).parameters}):
         raise TypeError(
             f"unknown arguments {', '.join(unknown)}; those of the backbone go into backbone_args={{...}}, "
             f"tpn's are {', '.join([*of_model, *of_neck])}"
         )
-    check_without_pyramid(kwargs, of_neck)
+    check_without_pyramid(kwargs, of_neck, from_file)
 
 
 def _build(
@@ -162,7 +162,10 @@ def _build(
     if num_frames is None:
         num_frames = 8 if input_spec is None else input_spec.num_frames
     check_num_frames(num_frames)
-    looks = looks_of(backbone.net) if isinstance(backbone, FoldedBackbone) else Looks()
+    looks = Looks()
+    if isinstance(backbone, FoldedBackbone):
+        own = looks_of(backbone.net)  # but for its size, which may have been changed
+        looks = Looks(mean=own.mean, std=own.std)
     if isinstance(backbone, str):
         indices = tuple(out_indices if pyramid else out_indices[-1:])
         folder = None if cache_dir is None else Path(cache_dir)
@@ -221,15 +224,11 @@ def _make_neck(
     flow_order: FlowOrder = "cascade",
 ) -> TemporalPyramid:
     channels, frames, *_ = zip(*shapes, strict=True)
-    spatial_scales = [1]
-    for level in reversed(range(len(shapes) - 1)):  # of neighbours: small maps, rounded again and again, tell no more
-        scale = _spatial_scale(level, shapes[level][2:], shapes[level + 1][2:])
-        spatial_scales.insert(0, scale * spatial_scales[0])
     return TemporalPyramid(
         channels,
         frames,
         temporal_scales=temporal_scales,
-        spatial_scales=spatial_scales,
+        spatial_scales=_spatial_scales([shape[2:] for shape in shapes]),
         out_channels=out_channels,
         mid_channels=mid_channels,
         groups=groups,
@@ -249,8 +248,26 @@ def _default_spec(num_frames: int, looks: Looks) -> InputSpec:
     )
 
 
-def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -> int:
-    """Return the power of two by which a level is finer than the next one; the neck cuts what a few pixels are too many."""
+def _spatial_scales(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the powers of two by which the levels, (H, W) each, are finer than the last; the neck cuts a little."""
+    scales, last = [1], sizes[-1]
+    for level in reversed(range(len(sizes) - 1)):
+        fine = sizes[level]
+        # Of a map and the next one, since small sizes, rounded again and again, say less and less; without padding, the last may.
+        candidates = (_ratio(fine, sizes[level + 1]) * scales[0], _ratio(fine, last))
+        scale = next((scale for scale in candidates if scale and _fits(fine, last, scale)), None)
+        if scale is None:
+            raise ValueError(
+                f"level {level} is {fine[0]} x {fine[1]}, the last one {last[0]} x {last[1]}; the pyramid needs sizes that "
+                "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in "
+                "input_spec"
+            )
+        scales.insert(0, scale)
+    return scales
+
+
+def _ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+    """Return the power of two by which one map is larger than another, rounded either way, else with `slack`; 0 for none."""
     pairs = list(zip(fine, coarse, strict=True))
     scales = [2**i for i in range(max(fine).bit_length())]
     for scale in scales:
@@ -259,10 +276,12 @@ def _spatial_scale(level: int, fine: tuple[int, int], coarse: tuple[int, int]) -
     for scale in scales:  # networks without padding lose more
         if all(c <= -(-f // scale) <= c + slack(c) for f, c in pairs):
             return scale
-    raise ValueError(
-        f"level {level} is {fine[0]} x {fine[1]}, the next one {coarse[0]} x {coarse[1]}; the pyramid needs sizes that "
-        "differ by a power of two, a pixel or so aside: choose other levels (out_indices), or another crop_size in input_spec"
-    )
+    return 0
+
+
+def _fits(fine: tuple[int, int], coarse: tuple[int, int], scale: int) -> bool:
+    """Whether the neck can make a map as large as the coarsest, by halving, rounded up, and cutting."""
+    return all(c <= -(-f // scale) <= c + slack(c) for f, c in zip(fine, coarse, strict=True))
 
 
 def _to_save(model: TPNClassifier, kwargs: Mapping[str, Any]) -> dict[str, Any]:

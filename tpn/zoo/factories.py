@@ -95,7 +95,8 @@ def _create(
     model_args = {"num_frames": spec.num_frames, **entry_args, **args}
     check_num_frames(model_args["num_frames"])
     _check_names(name, make_backbone, args)
-    check_without_pyramid({**arch, **model_args}, ("temporal_scales", "flow_order"))
+    from_file = {} if config is None else config.get("model_args", {})
+    check_without_pyramid({**arch, **model_args}, ("temporal_scales", "flow_order"), from_file)
     build = partial(_build, make_backbone)
     model: TPNClassifier = build_model_with_cfg(build, name, False, pretrained_cfg=cfg.to_dict(), **{**arch, **model_args})
     num_classes = len(labels) if config is None else config.get("num_classes", len(labels))
@@ -111,7 +112,7 @@ def _check_names(name: str, make_backbone: Callable[..., ResNet], args: dict[str
     """Refuse arguments that do not exist."""
     known = [*signature(_build).parameters, *signature(make_backbone).parameters]
     known = [each for each in known if each not in ("make_backbone", "lengths", "backbone_args", "depth", "out_indices")]
-    if unknown := sorted(args.keys() - known):
+    if unknown := sorted(args.keys() - {*known, *signature(build_model_with_cfg).parameters}):
         hint = '; create_model("tpn", backbone=...) takes a backbone of your choice' if "backbone" in unknown else ""
         raise TypeError(f"unknown arguments of {name}: {', '.join(unknown)}; there are {', '.join(known)}{hint}")
 

@@ -56,6 +56,7 @@ def load_state_dict(
     try:
         renamed, layout = convert_state_dict(tensors)
         _check_arguments(model, layout, metadata or {})
+        _warn_of_backbone_args(_model_args(metadata or {}), model.model_args or {}, name)
         classes = num_classes_of(renamed, metadata or {})
         other_classes = classes is not None and classes != model.num_classes
         stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
@@ -142,9 +143,9 @@ def _check_arguments(model: TPNClassifier, layout: Layout, metadata: Mapping[str
         arguments["shift_shortcut"] = (trained, model.backbone.shift_shortcut)
     if ours and isinstance(model.neck, TemporalPyramid):
         arguments["flow_order"] = (saved.get("flow_order", "cascade"), model.neck.flow_order)
-        if "temporal_scales" in saved and saved.get("num_frames") == built_with.get("num_frames"):
+        # Where training kept to the default, other scales are the caller's wish.
+        if saved.get("temporal_scales") and saved.get("num_frames") == built_with.get("num_frames"):
             arguments["temporal_scales"] = (tuple(saved["temporal_scales"]), model.neck.temporal_scales)
-    arguments["backbone_args"] = (_lasting(saved), _lasting(built_with))
     for name, (trained, built) in arguments.items():
         if trained != built:
             raise CheckpointError(
@@ -153,10 +154,13 @@ def _check_arguments(model: TPNClassifier, layout: Layout, metadata: Mapping[str
             )
 
 
-def _lasting(model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a backbone that change what trained weights compute: not sizes, which weights show, nor dropout."""
-    args = model_args.get("backbone_args") or {}
-    return {name: value for name, value in args.items() if name != "img_size" and "drop" not in name}
+def _warn_of_backbone_args(saved: Mapping[str, Any], built_with: Mapping[str, Any], name: str) -> None:
+    """Some arguments of other people's networks change what weights compute, others do not; no name tells which."""
+    if saved.get("backbone") != built_with.get("backbone"):
+        return
+    trained, built = (json.loads(json.dumps(args.get("backbone_args") or {})) for args in (saved, built_with))
+    if trained != built:
+        _logger.warning("%s was trained with backbone_args=%s, the model was built with %s", name, trained, built)
 
 
 def _model_args(metadata: Mapping[str, str]) -> dict[str, Any]:
