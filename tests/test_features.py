@@ -169,6 +169,24 @@ def test_several_at_one_file(folder):
         assert len(file["features"]) == 3
 
 
+def test_another_kind_of_file_that_appears_meanwhile_stays(folder, monkeypatch):
+    """However often it is tried to write: while the videos come, and when the work is broken off by that."""
+    monkeypatch.setattr(features, "SAVE_EVERY", 0.0)
+    out = folder / "out.npz"
+    run = extract(classifier(), [folder / "0.mp4", folder / "1.mp4"], out, name=TINY)
+    take(classifier(), [folder / "2.mp4"], folder / "clips.npz", level="clip")
+    file = FeatureFile(out, features.About(TINY, "", None, "video", None, {}))
+    (folder / "clips.npz").rename(out)
+    before = out.read_bytes()
+    file.add("0.mp4", np.zeros((1, 8), np.float32))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds features of something else"):
+            file.write()
+    with pytest.raises(ValueError, match="holds features of something else"):
+        list(run)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", [None, "c4"])
 def test_a_probe_of_a_model_that_trains_on(folder, name):
     """It is evaluated in evaluation mode, whatever was switched to training mode after the probe was made, and left as it is."""

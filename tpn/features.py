@@ -102,7 +102,6 @@ class FeatureFile:
         state = self._state()
         if state is None or state == self._seen:
             return
-        self._seen = state
         try:
             about, paths, features = self._columns()
         except ImportError:
@@ -116,6 +115,7 @@ class FeatureFile:
         starts = [i for i, path in enumerate(paths) if i == 0 or path != paths[i - 1]]
         for start, end in zip(starts, [*starts[1:], len(paths)], strict=True):
             self.rows.setdefault(paths[start], features[start:end])
+        self._seen = state  # not of a file that was refused, which must stay as it is
 
     def _columns(self) -> tuple[dict[str, Any], list[str], NDArray[np.float32]]:
         if self.path.suffix == ".npz":
