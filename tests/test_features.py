@@ -187,11 +187,11 @@ def test_another_kind_of_file_that_appears_meanwhile_stays(folder, monkeypatch):
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", [None, "c4"])
-def test_a_probe_of_a_model_that_trains_on(folder, name):
+@pytest.mark.parametrize("probe", [FeatureModel, lambda model: FeatureModel(model, "c4"), lambda model: model])
+def test_a_probe_of_a_model_that_trains_on(folder, probe):
     """It is evaluated in evaluation mode, whatever was switched to training mode after the probe was made, and left as it is."""
     model = tpn.create_model(TINY, pretrained=True).eval()
-    classify, video = tpn.VideoClassifier(FeatureModel(model, name)), folder / "0.mp4"
+    classify, video = tpn.VideoClassifier(probe(model)), folder / "0.mp4"
     expected = classify(video, num_clips=1, num_crops=1).view_logits
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for part in (model, model.backbone.layer2):

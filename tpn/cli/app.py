@@ -77,7 +77,11 @@ def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
 def check_there(*files: str | Path) -> None:
     """Refuse files of which none is there, before a model is fetched. One of several that is missing does not stop the others."""
     if files and not any(Path(file).exists() for file in files):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files[0]))
+        raise not_there(files[0])
+
+
+def not_there(file: str | Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
 
 
 def check_folder(output: Path) -> None:

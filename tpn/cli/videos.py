@@ -1,15 +1,13 @@
 """Commands about videos: demo, predict, check."""
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import tpn
-from tpn.cli.app import app, check_folder, check_picture, check_there, err, one_line, progress_bars, read_views
+from tpn.cli.app import app, check_folder, check_picture, check_there, err, not_there, one_line, progress_bars, read_views
 
 DEFAULT = "tpn_slowonly_r50_k400"
 
@@ -74,7 +72,7 @@ def predict(
     num_clips, num_crops = read_views(views)
     if not any(video.exists() for video in videos):  # before a model is fetched
         for video in videos:
-            _print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
+            _print_failure(video, not_there(video), as_json)
         raise typer.Exit(1)
     if onnx is not None:
         if checkpoint is not None or precision != "float32" or compile:

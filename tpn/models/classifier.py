@@ -14,11 +14,15 @@ from tpn.models.neck import TemporalPyramid
 from tpn.models.resnet import ResNet
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """Return the model that DistributedDataParallel or DataParallel wraps, or the model itself."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
+def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:
+    """Return the model inside DistributedDataParallel or DataParallel, with `compiled` also that inside torch.compile."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif compiled and hasattr(model, "_orig_mod"):
+            model = cast("nn.Module", model._orig_mod)
+        else:
+            return model
 
 
 class TPNClassifier(nn.Module):

@@ -56,7 +56,7 @@ def load_state_dict(
     try:
         renamed, layout = convert_state_dict(tensors)
         _check_arguments(model, layout, metadata or {})
-        _warn_of_backbone_args(_model_args(metadata or {}), model.model_args or {}, name)
+        _warn_of_backbone_args(model, metadata or {}, name)
         classes = num_classes_of(renamed, metadata or {})
         other_classes = classes is not None and classes != model.num_classes
         stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
@@ -154,8 +154,9 @@ def _check_arguments(model: TPNClassifier, layout: Layout, metadata: Mapping[str
             )
 
 
-def _warn_of_backbone_args(saved: Mapping[str, Any], built_with: Mapping[str, Any], name: str) -> None:
+def _warn_of_backbone_args(model: TPNClassifier, metadata: Mapping[str, str], name: str) -> None:
     """Some arguments of other people's networks change what weights compute, others do not; no name tells which."""
+    saved, built_with = _model_args(metadata), model.model_args or {}
     if saved.get("backbone") != built_with.get("backbone"):
         return
     trained, built = (json.loads(json.dumps(args.get("backbone_args") or {})) for args in (saved, built_with))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg
 from torch import nn
 
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.video.spec import InputSpec
 from tpn.zoo.assemble import timm_cfg
 from tpn.zoo.convert import CheckpointError
@@ -37,7 +37,9 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
 
     Each file appears under its name only when it is complete. Returns the folder, created if need be.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model, compiled=True)
+    if not isinstance(model, TPNClassifier):
+        raise TypeError(f"only a TPNClassifier can be saved, got {type(model).__name__}")
     if model.labels is not None and len(model.labels) != model.num_classes:
         raise ValueError(f"model.labels has {len(model.labels)} names, the model has {model.num_classes} classes")
     if model.model_args is None:
@@ -64,16 +66,6 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             os.replace(Path(temporary, name), folder / name)
     return folder
-
-
-def _unwrapped(model: nn.Module) -> TPNClassifier:
-    """Return the model inside torch.compile or DistributedDataParallel."""
-    while not isinstance(model, TPNClassifier):
-        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
-        if inner is None:
-            raise TypeError(f"only a TPNClassifier can be saved, got {type(model).__name__}")
-        model = inner
-    return model
 
 
 def saved_config(cfg: PretrainedCfg, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:
