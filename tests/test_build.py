@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import timm
@@ -165,6 +166,15 @@ def test_saved_with_other_arguments(tmp_path):
         tpn.create_model(f"local-dir:{tmp_path}", in_chans=1)
 
 
+def test_views_that_a_network_of_a_fixed_size_cannot_take(caplog):
+    """Said when it is built, not when somebody has trained it."""
+    for fits in ({"three_crop_size": 64}, {"three_crop_size": 72, "num_crops": 1}):
+        tpn.create_model("tpn", **FIXED_SIZE, input_spec=tpn.InputSpec(2, short_side=72, crop_size=64, **fits))
+    assert not caplog.records
+    tpn.create_model("tpn", **FIXED_SIZE, input_spec=tpn.InputSpec(2, short_side=72, crop_size=64, three_crop_size=72))
+    assert re.search(r"crops of three_crop_size=72, but .*; give it three_crop_size=64, or num_crops=1", caplog.text)
+
+
 def test_folded_network_of_ones_own():
     net = timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))
     model = tpn.build(FoldedBackbone(net), num_classes=3, input_spec=SMALL, temporal_shift=True)
@@ -239,6 +249,14 @@ def test_arguments_without_effect(name, kwargs, error, says):
     backbone = {"backbone": "timm/resnet18", "num_classes": 3} if name == "tpn" else {}
     with pytest.raises(error, match=says):
         tpn.create_model(name, **backbone, **kwargs)
+
+
+FIXED_SIZE = {
+    "backbone": "timm/vit_tiny_patch16_224",
+    "backbone_args": {"img_size": 64, "depth": 2},
+    "out_indices": (0, 1),
+    "num_classes": 3,
+}
 
 
 class OneMap(nn.Module):
