@@ -268,6 +268,8 @@ def test_of_an_optimized_model(classifier, video):
 def test_errors(classifier, video, monkeypatch):
     with pytest.raises(ValueError, match="no class 'growin'; the nearest are 'growing', '"):
         explain(classifier, video, target="growin")
+    with pytest.raises(ValueError, match=r"a number in 0\.\.13, got 14"):
+        explain(classifier, video, target="14")
     for target in (14, -1, True):
         with pytest.raises(ValueError, match=rf"target must be a name or a number in 0\.\.13, got {target}"):
             explain(classifier, video, target=target)

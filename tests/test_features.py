@@ -288,9 +288,18 @@ def test_interrupted_command(folder, monkeypatch):
     done = run("features", "0.mp4", "1.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted; 1 videos were added to a.npz, and the same command goes on from there\n"
+
+
+def test_folders_without_videos_and_videos_that_are_gone(folder):
     (folder / "nothing").mkdir()
     done = run("features", "nothing", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in it\n")
+    done = run("features", "nothing", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in it\n")
+    assert done.stdout == "a.npz: 1 videos added, 0 were there already, 0 cannot be read\n"
+    (folder / "0.mp4").unlink()  # its row is there
+    done = run("features", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
+    assert (done.returncode, done.stdout) == (0, "a.npz: 0 videos added, 1 were there already, 0 cannot be read\n")
 
 
 @pytest.mark.parametrize("command", ["predict", "timeline"])
