@@ -127,6 +127,7 @@ def test_weights_with_a_pyramid_need_one(tmp_path):
         ([20, 8, 3], [3, 1, 0]),
         ([20, 9, 7, 4], [2, 1, 1, 0]),
         ([8, 8], [0, 0]),
+        ([64, 32, 16, 8, 4, 2, 1], [6, 5, 4, 3, 2, 1, 0]),
         ([25, 12, 5], None),
         ([27, 9], None),
     ],
@@ -145,7 +146,10 @@ def test_what_is_built_fits(sizes, steps):
         return
     model = tpn.build(Sizes(), num_classes=3, input_spec=spec)
     assert [len(modulation) for modulation in model.neck.spatial_modulation] == steps
-    assert model(clips(model)).shape == (2, 3)
+    features, found = model.forward_intermediates(clips(model))
+    assert features.shape == (2, 3, 1, sizes[-1], sizes[-1])
+    first = max(6 - len(sizes), 1)
+    assert [name for name in found if name[0] == "c"] == [f"c{first + i}" for i in range(len(sizes))]
 
 
 def test_a_baseline_from_the_folder_of_a_pyramid(tmp_path):
@@ -327,6 +331,7 @@ class Thirds(nn.Module):
             ValueError,
             "temporal_shift is for networks that see one frame",
         ),
+        ({"backbone": "timm/resnet18", "temporal_shift": "yes"}, TypeError, "temporal_shift must be True or False, got 'yes'"),
         ({"backbone": "timm/resnet18", "num_frames": 0}, ValueError, "num_frames must be an integer >= 1, got 0"),
         (
             {"backbone": "timm/resnet18", "pretrained": True},
