@@ -1,0 +1,84 @@
+"""Files that are complete or absent."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tpn.files import ABANDONED, atomic_write
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with atomic_write(path) as unfinished:
+        unfinished.write_text("one")
+        (unfinished.parent / "beside.txt").write_text("two")
+        assert not path.exists()
+    assert {file.name: file.read_text() for file in path.parent.iterdir()} == {"a.txt": "one", "beside.txt": "two"}
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def interrupted():
+        with atomic_write(path) as unfinished:
+            unfinished.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a.txt") as unfinished:
+            unfinished.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_move_only_when_all_are_written(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("old")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    def write():
+        with atomic_write(tmp_path / "a.txt") as unfinished:
+            for name in ("a.txt", "b.txt"):
+                (unfinished.parent / name).write_text("new")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old", "b.txt": "old"}
+
+
+def test_many_writers(tmp_path):
+    def write(number):
+        for _ in range(100):
+            with atomic_write(tmp_path / "a.txt") as unfinished:
+                unfinished.write_text(str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, range(4))) == [None] * 4
+    assert (tmp_path / "a.txt").read_text() in "0123"
+
+
+def test_leftovers_of_killed_processes_are_removed_later(tmp_path):
+    young, old = tmp_path / ".incomplete-a.txt-1", tmp_path / ".incomplete-a.txt-2"
+    for folder in (young, old):
+        folder.mkdir()
+    os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
+    with atomic_write(tmp_path / "a.txt") as unfinished:
+        unfinished.touch()
+    assert young.exists()
+    assert not old.exists()
