@@ -1,4 +1,4 @@
-"""Small models on other people's networks, for tests."""
+"""Small models on networks of timm and torchvision, and on modules, for tests."""
 
 import torch
 from torch import nn
@@ -12,18 +12,34 @@ BACKBONES = {
     "timm/resnet18": {},
     "timm/seresnet18": {"temporal_shift": True},
     "timm/resnetv2_50": {"temporal_shift": True, "backbone_args": {"width_factor": 0.25}},
-    "timm/resnest14d": {},
-    "timm/res2net50_14w_8s": {},
     "timm/regnety_002": {"temporal_shift": True},
     "timm/convnext_atto": {},
-    "timm/convnextv2_atto": {},
     "timm/mobilenetv3_small_050": {},
+    "timm/rexnet_100": {},  # 185 channels
+    "timm/hrnet_w18_small": {},
+    "timm/mambaout_femto": {},  # channels last
+    "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
+    "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
+    "timm/vit_tiny_patch16_224": {"backbone_args": FIXED, "out_indices": (5, 11)},
+    "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
+    "timm/xcit_nano_12_p8_224": {},
+    "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
+    "torchvision/r3d_18": {"num_frames": 4},
+    "torchvision/mc3_18": {"num_frames": 4},
+    "torchvision/r2plus1d_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
+    "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
+    "torchvision/swin3d_t": {"num_frames": 4},
+}
+"""One small network of each family, with arguments that make it cheap."""
+
+MORE_BACKBONES = {
+    "timm/resnest14d": {},
+    "timm/res2net50_14w_8s": {},
+    "timm/convnextv2_atto": {},
     "timm/mobilenetv4_conv_small": {},
     "timm/efficientnet_b0": {},
-    "timm/rexnet_100": {},  # 185 channels
     "timm/ghostnet_050": {},
     "timm/densenet121": {},
-    "timm/hrnet_w18_small": {},
     "timm/repvgg_a0": {},
     "timm/dla46_c": {},
     "timm/poolformer_s12": {},
@@ -33,33 +49,21 @@ BACKBONES = {
     "timm/fastvit_t8": {},
     "timm/inception_next_atto": {},
     "timm/starnet_s1": {},
-    "timm/mambaout_femto": {},  # channels last
-    "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
-    "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
-    "timm/vit_tiny_patch16_224": {"backbone_args": FIXED, "out_indices": (5, 11)},
-    "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
-    "timm/xcit_nano_12_p8_224": {},
     "timm/mixer_s32_224": {"backbone_args": FIXED},
-    "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
-    "torchvision/r3d_18": {"num_frames": 4},
-    "torchvision/mc3_18": {"num_frames": 4},
-    "torchvision/r2plus1d_18": {"num_frames": 8, "out_indices": (0, 1, 2, 3)},
-    "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
-    "torchvision/swin3d_t": {"num_frames": 4},
 }
-"""Families, each by a small member, with what makes it small and cheap."""
+"""Families whose feature maps are like those of the ones above."""
 
 WITHOUT_GRADIENT = {
     "timm/xcit_nano_12_p8_224": r"backbone\.net\.model\.cls_token$",  # timm 1.0.16 keeps it
     "timm/hrnet_w18_small": r"backbone\.net\.(stage4\.0\.fuse_layers\.[01]\.|incre_modules\.[01]\.)",
 }
-"""Parameters that only finer maps than those asked for depend on."""
+"""Parameters that only finer maps depend on."""
 
 
 def small(name, **kwargs):
     """A model on a backbone of the table, for clips of 64 x 64."""
     torch.manual_seed(0)
-    args = {**BACKBONES.get(name, {}), **kwargs}
+    args = {**(BACKBONES | MORE_BACKBONES).get(name, {}), **kwargs}
     size = args.pop("crop_size", 64)
     frames = args.get("num_frames", 2)
     spec = tpn.InputSpec(frames, 4, short_side=size, crop_size=size, three_crop_size=size)
@@ -72,7 +76,7 @@ def clips(model, batch=2):
 
 
 def switch_on(model):
-    """Many networks begin with branches that are switched off, by a scale of zero."""
+    """Fill parameters that start at zero: many networks start with branches switched off."""
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -80,7 +84,7 @@ def switch_on(model):
 
 
 class Pyramid(nn.Module):
-    """Maps of a clip at three places and times."""
+    """A backbone that returns three maps, each half as long and wide as the one before."""
 
     def __init__(self, channels=(6, 10, 9), as_dict=False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""No test reaches the internet: the Hub that the client knows is a server of our own, set before the client is imported."""
+"""No test reaches the internet: the client's Hub is a loopback server, set before the client is imported."""
 
 import atexit
 import os
@@ -25,6 +25,9 @@ os.environ |= {
 }
 
 
+os.fsync = lambda file: None  # no test cuts the power
+
+
 @pytest.fixture
 def hub():
     """The Hub, empty."""
@@ -43,17 +46,19 @@ def server():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of weights; downloads do not wait long before they try again."""
-    from tpn.zoo import download
+    """An empty cache of weights. Failed requests are retried without a pause."""
+    from tpn import hub
+    from tpn.zoo import fetch
 
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    monkeypatch.setattr(fetch, "PAUSES", (0.001,) * len(fetch.PAUSES))
+    monkeypatch.setattr(hub, "PAUSES", (0.001,) * len(hub.PAUSES))
     monkeypatch.setenv("TPN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def published(server, monkeypatch):
-    """Serve a narrow checkpoint in the place of a direct link; return its entry."""
+    """Serve a narrow checkpoint from loopback instead of its direct link; return its entry."""
     import small
 
     return small.serve(server, small.SLOWONLY, monkeypatch.setattr)

@@ -1,4 +1,4 @@
-"""Weights and clips that both sides of a comparison can make for themselves, from names, shapes and a seed."""
+"""Deterministic weights and clips, from names, shapes and a seed, for comparisons with other implementations."""
 
 import json
 import zlib
@@ -26,7 +26,7 @@ MODEL_OF = {
     "original_tpn_tsm_r50_sthv2": "tpn_tsm_r50_sthv2",
     "original_tsm_r50_sthv2": "tsm_r50_sthv2",
 }
-"""The zoo's name of each upstream network, by the name of its manifest."""
+"""Model name of each upstream network, by the name of its manifest."""
 
 
 def _rng(key, seed):
@@ -34,7 +34,7 @@ def _rng(key, seed):
 
 
 def fill(name, shape, seed=0):
-    """The values of the upstream tensor `name`: float32, or int64 zeros for a batch counter."""
+    """Return the values of the upstream tensor `name`: float32, or int64 zeros for a batch counter."""
     rng, shape = _rng(name, seed), tuple(shape)
     kind = name.split(".")[-1]
     if kind == "num_batches_tracked":
@@ -51,7 +51,7 @@ def fill(name, shape, seed=0):
 
 
 def clip(shape, seed=0):
-    """A batch of clips (B, C, T, H, W), float32: drifting plane waves under noise, of about unit variance."""
+    """Return a batch of clips (B, C, T, H, W), float32: moving plane waves and noise with a variance of about 1."""
     batch, channels, frames, height, width = shape
     rng = _rng("clip", seed)
     y, x = (axis.astype(np.float32) for axis in np.mgrid[0:height, 0:width])
@@ -69,7 +69,7 @@ def clip(shape, seed=0):
 
 
 def manifest(name):
-    """Shapes of an upstream state dict, by parameter name."""
+    """Return the shapes of an upstream state dict by parameter name."""
     shapes = json.loads((FIXTURES / "manifests" / f"{name}.json").read_text())
     return {key: tuple(shape) for key, shape in shapes.items()}
 
@@ -79,17 +79,17 @@ def manifest_names():
 
 
 def upstream_state_dict(manifest_name, seed=0):
-    """A state dict in its upstream layout, filled by the recipe."""
+    """Return a state dict in its upstream layout with values from `fill`."""
     return dict(_filled(tuple(manifest(manifest_name).items()), seed))
 
 
-@lru_cache(maxsize=1)  # several networks in a row have the same names and shapes
+@lru_cache(maxsize=1)  # consecutive networks often have the same names and shapes
 def _filled(shapes, seed):
     return {name: torch.from_numpy(fill(name, shape, seed)) for name, shape in shapes}
 
 
 def sketch_state_dict(manifest_name, dtype=torch.float32):
-    """A state dict in its upstream layout that takes no space: every tensor repeats one value, each its own."""
+    """Return a state dict in its upstream layout that takes no memory: each tensor repeats one value, unique to it."""
     state = {}
     for i, (name, shape) in enumerate(manifest(manifest_name).items()):
         counter = name.endswith("num_batches_tracked")
@@ -98,7 +98,7 @@ def sketch_state_dict(manifest_name, dtype=torch.float32):
 
 
 def our_names(manifest_name):
-    """{upstream name: our name} of a manifest."""
+    """Return the name in tpn of each upstream tensor of a manifest."""
     source = sketch_state_dict(manifest_name)
     ours = {id(tensor): name for name, tensor in convert_state_dict(source)[0].items()}
     return {name: ours[id(tensor)] for name, tensor in source.items()}

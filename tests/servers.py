@@ -1,4 +1,4 @@
-"""Servers on loopback: a file server that can misbehave, and a Hugging Face Hub that stores what it is sent."""
+"""Servers on loopback: a file server that can misbehave, and a Hugging Face Hub that stores uploads."""
 
 import base64
 import hashlib
@@ -15,11 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-FAULTLESS = {"status": 200, "cut": None, "headers": {}, "body": None, "hang": 0, "redirect": None}
-
 
 class QuietServer(ThreadingHTTPServer):
-    """Clients that are killed, or stop reading, are part of the tests."""
+    """Ignores clients that are killed or stop reading, which are part of the tests."""
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -27,15 +25,15 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class Server:
-    """Serves `files` ({path: bytes}) with ranges, and logs `requests` as (method, path, Range).
+    """Serves `files` ({path: bytes}), with ranges, and logs `requests` as (method, path).
 
-    `faults` is a list of dicts, one used up by each GET (the last one for ever with `forever`): status, headers, body; `cut`,
-    the share of the body after which the connection breaks; `hang`, seconds before anything is sent; `redirect`, a path.
+    `faults` is a list of dicts, one used up by each GET (the last one forever with `forever`): `status` instead of 200; `body`
+    instead of the file; `cut`, the share of the body after which the connection breaks; `hang`, seconds of silence before the
+    response, or with `cut` before the break.
     """
 
     def __init__(self):
         self.files, self.requests, self.faults, self.forever = {}, [], [], False
-        self.ranges = True
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,29 +57,26 @@ class Server:
         self.http.server_close()
 
     def handle(self, request):
-        self.requests.append((request.command, request.path, request.headers.get("Range")))
-        fault = FAULTLESS
-        if request.command == "GET" and self.faults:
-            fault = FAULTLESS | (self.faults[0] if self.forever and len(self.faults) == 1 else self.faults.pop(0))
-        time.sleep(fault["hang"])
-        if fault["redirect"]:
-            return self.reply(request, 302, b"", {"Location": fault["redirect"]})
-        if fault["status"] != 200:
-            return self.reply(request, fault["status"], fault["body"] or b"no", fault["headers"])
-        data = fault["body"] if fault["body"] is not None else self.files.get(request.path)
-        if data is None:
-            return self.reply(request, 404, b"not here", {})
-        status, headers = 200, {"Content-Type": "application/octet-stream", **fault["headers"]}
-        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")) if self.ranges else None
-        if wanted:
-            start = int(wanted[1])
-            if start >= len(data):
-                return self.reply(request, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            status, data = 206, data[start:]
-        self.reply(request, status, data, headers, cut=fault["cut"])
+        self.requests.append((request.command, request.path))
+        self.send(request, self.files.get(request.path))
 
-    def reply(self, request, status, data, headers, cut=None):
+    def send(self, request, data, headers=None):
+        """Respond with `data` (None: 404), or with the next fault."""
+        headers, fault = dict(headers or {}), {}
+        if request.command == "GET" and self.faults:
+            fault = self.faults[0] if self.forever and len(self.faults) == 1 else self.faults.pop(0)
+        data, cut, hang = fault.get("body", data), fault.get("cut"), fault.get("hang")
+        if hang and cut is None:
+            time.sleep(hang)
+        if "status" in fault or data is None:
+            return self.reply(request, fault.get("status", 404), b"no", {})
+        status = 200
+        if match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")):
+            start = int(match[1])
+            status, headers["Content-Range"], data = 206, f"bytes {start}-{len(data) - 1}/{len(data)}", data[start:]
+        self.reply(request, status, data, headers, cut, hang)
+
+    def reply(self, request, status, data, headers, cut=None, hang=None):
         request.send_response(status)
         request.send_header("Content-Length", str(len(data)))
         for name, value in headers.items():
@@ -93,18 +88,25 @@ class Server:
             request.wfile.write(data if cut is None else data[: int(len(data) * cut)])
             if cut is not None:
                 request.wfile.flush()
+                if hang:
+                    time.sleep(hang)
                 request.connection.shutdown(socket.SHUT_RDWR)
                 request.close_connection = True
-        except OSError:  # the other side hung up first
+        except OSError:  # the client closed the connection first
             request.close_connection = True
 
 
 class Hub(Server):
-    """The part of a Hub that creating, uploading and reading model repositories needs.
+    """The parts of the Hub that creating, uploading, and downloading model repositories need.
 
-    `repos`: {"owner/name": [{file: bytes}, ...]}, one dict per commit, the last one is main. `down`: answer this status
-    to everything; `hang`: only after so many seconds. `deny`: {"owner/name": (status, X-Error-Code)}. `token`: what uploads
-    and downloads of `private` repositories must be signed with.
+    Attributes:
+        repos: {"owner/name": [{file: bytes}, ...]}, one dict per commit; the last one is main.
+        branches: {"name": index of the commit}, of every repository.
+        down: respond to everything with this status; or statuses for the next requests, one each.
+        hang: seconds before each response.
+        deny: {"owner/name": (status, X-Error-Code)}.
+        private: repositories that only requests with `token` may read. Uploads always need it.
+        before_reply: called with the number of requests so far, when a response is ready but not yet sent.
     """
 
     def __init__(self):
@@ -113,30 +115,32 @@ class Hub(Server):
         self.clear()
 
     def clear(self):
-        self.repos, self.lfs, self.deny, self.private, self.down, self.hang = {}, {}, {}, set(), None, 0
-        self.faults, self.forever, self.requests = [], False, []
+        self.repos, self.branches, self.lfs, self.deny, self.private, self.down, self.hang = {}, {}, {}, {}, set(), None, 0
+        self.faults, self.forever, self.requests, self.before_reply = [], False, [], lambda count: None
 
     @staticmethod
     def commit_of(index):
         return hashlib.sha1(str(index).encode()).hexdigest()
 
     def add(self, repo_id, **files):
-        """Commit files, given as name_ext=bytes."""
+        """Commit files, given as weights=BYTES and config=BYTES; return the hash of the commit."""
+        names = {"weights": "model.safetensors", "config": "config.json"}
         commits = self.repos.setdefault(repo_id, [{}])
-        commits.append(commits[-1] | {"model.safetensors" if k == "weights" else "config.json": v for k, v in files.items()})
+        commits.append(commits[-1] | {names[key]: data for key, data in files.items()})
         return self.commit_of(len(commits) - 1)
 
     def handle(self, request):
         path = request.path.partition("?")[0]
-        time.sleep(self.hang)
-        if self.down:
-            self.requests.append((request.command, path, None))
-            return self.reply(request, self.down, b"down", {})
-        if request.command in ("GET", "HEAD") and (match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)):
-            return self.resolve(request, *match.groups())
-        self.requests.append((request.command, path, None))
+        self.requests.append((request.command, path))
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        if request.headers.get("Authorization") != f"Bearer {self.token}" and not path.startswith("/lfs/"):
+        time.sleep(self.hang)
+        status = self.down.pop(0) if isinstance(self.down, list) and self.down else self.down
+        if status:
+            return self.reply(request, status, b"down", {})
+        signed = request.headers.get("Authorization") == f"Bearer {self.token}"
+        if request.command in ("GET", "HEAD") and (match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)):
+            return self.resolve(request, signed, *match.groups())
+        if not signed and not path.startswith("/lfs/"):
             return self.reply(request, 401, b"{}", {})
         if match := re.fullmatch(r"/lfs/(\w+)", path):
             if hashlib.sha256(body).hexdigest() != match[1]:
@@ -146,28 +150,24 @@ class Hub(Server):
         answer = self.api(request.command, path, body)
         self.reply(request, 200 if answer is not None else 404, json.dumps(answer or {}).encode(), {})
 
-    def resolve(self, request, repo_id, revision, name):
+    def resolve(self, request, signed, repo_id, revision, name):
         commits = self.repos.get(repo_id)
-        known = {self.commit_of(i): i for i in range(len(commits or ()))} | {"main": len(commits or ()) - 1}
-        status, code = 200, None
+        known = {self.commit_of(i): i for i in range(len(commits or ()))} | self.branches | {"main": len(commits or ()) - 1}
+        denial = None
         if repo_id in self.deny:
-            status, code = self.deny[repo_id]
-        elif commits is None or (repo_id in self.private and request.headers.get("Authorization") != f"Bearer {self.token}"):
-            status, code = 401, "RepoNotFound"
+            denial = self.deny[repo_id]
+        elif commits is None or (repo_id in self.private and not signed):
+            denial = 401, "RepoNotFound"
         elif revision not in known:
-            status, code = 404, "RevisionNotFound"
+            denial = 404, "RevisionNotFound"
         elif name not in commits[known[revision]]:
-            status, code = 404, "EntryNotFound"
-        if status != 200:
-            self.requests.append((request.command, request.path, None))
-            return self.reply(request, status, b"", {"X-Error-Code": code} if code else {})
+            denial = 404, "EntryNotFound"
+        if denial:
+            return self.reply(request, denial[0], b"", {"X-Error-Code": denial[1]} if denial[1] else {})
         data = commits[known[revision]][name]
+        self.before_reply(len(self.requests))
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": self.commit_of(known[revision])}
-        if request.command == "HEAD":
-            self.requests.append(("HEAD", request.path, None))
-            return self.reply(request, 200, data, headers)
-        self.files[request.path] = data
-        super().handle(request)
+        self.send(request, data, headers)
 
     def api(self, method, path, body):
         if path == "/api/repos/create":
@@ -203,7 +203,7 @@ class Hub(Server):
 
 
 def start_python(script, cwd, **env):
-    """Start a fresh process that sees this checkout and the loopback Hub."""
+    """Start a new process with this checkout and the loopback Hub."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | env
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -211,8 +211,8 @@ def start_python(script, cwd, **env):
 
 
 def run_python(script, cwd, **env):
-    """Run it to its end; return (what it printed, what it complained). It must not fail."""
+    """Run a script to its end; return its output (stdout, stderr). It must not fail."""
     process = start_python(script, cwd, **env)
-    out, complaints = process.communicate(timeout=300)
-    assert process.returncode == 0, complaints
-    return out, complaints
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out, errors

@@ -1,16 +1,18 @@
-"""Published checkpoints of a few megabytes: entries of the weights table with narrow networks, served from loopback."""
+"""Published checkpoints of a few megabytes: entries of the table with narrow networks, served from loopback."""
 
 import hashlib
 import io
 import tempfile
 from dataclasses import replace
+from functools import cache
 
 import torch
 from recipe import our_names
 from safetensors.torch import save
 
 import tpn
-from tpn.zoo import publish, sources, weights
+from tpn.zoo import checkpoints
+from tpn.zoo.checkpoints import Link
 
 SLOWONLY, TSM, BY_HAND = "tpn_slowonly_r50_k400.in1k", "tpn_tsm_r50_sthv1.in1k", "tsm_r50_sthv2.original"
 MANIFESTS = {
@@ -21,29 +23,34 @@ MANIFESTS = {
 }
 
 
-def change_entry(name, setattr=setattr, **changes):
-    """Replace an entry of the table, for this process or this test; its network becomes narrow."""
-    entry = weights.WEIGHTS[name]
-    entry = replace(entry, model_args={**entry.model_args, "base_channels": 4}, **changes)
-    table = {**weights.WEIGHTS, name: entry}
-    for module in (weights, publish, sources):
-        setattr(module, "WEIGHTS", table)
+def change_entry(_name, setattr=setattr, **changes):
+    """Replace an entry of the table, or with `name` add another, for this process or this test; its network becomes narrow."""
+    entry = checkpoints.CHECKPOINTS[_name]
+    backbone = replace(entry.config.backbone, args={**entry.config.backbone.args, "base_channels": 4})
+    entry = replace(entry, config=replace(entry.config, backbone=backbone), **changes)
+    setattr(checkpoints, "CHECKPOINTS", {**checkpoints.CHECKPOINTS, entry.name: entry})
     return entry
 
 
-def upstream_file(name, seed=0, dtype=torch.float32):
+def script_of(entry):
+    """Python code that puts a changed entry in the table of another process."""
+    return f"import small\nfrom tpn.zoo.checkpoints import *\nsmall.change_entry({entry.name!r}, source={entry.source!r})\n"
+
+
+@cache
+def upstream_file(name, seed=0, dtype=torch.float32, **kwargs):
     """(bytes, hash) of a checkpoint as its publisher would write it, for the narrow network of an entry."""
     torch.manual_seed(seed)
-    state = random_model(name).state_dict()
+    state = random_model(name, **kwargs).state_dict()
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     buffer = io.BytesIO()
     torch.save({"meta": {}, "state_dict": {up: state[ours] for up, ours in our_names(MANIFESTS[name]).items()}}, buffer)
     return buffer.getvalue(), hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def random_model(name):
-    """The narrow network of an entry, with random weights, also where training starts from constants."""
-    model = tpn.create_model(name, base_channels=4).eval()
+def random_model(name, **kwargs):
+    """The narrow network of an entry, with random values also in tensors that training starts from constants."""
+    model = tpn.create_model(name, base_channels=4, **kwargs).eval()
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5) if tensor.ndim == 1 else tensor.normal_(0, 0.1)
@@ -55,13 +62,14 @@ def serve(server, name, setattr=setattr, **kwargs):
     data, sha256 = upstream_file(name, **kwargs)
     path = f"/weights/{MANIFESTS[name]}-{sha256[:8]}.pth"
     server.files[path] = data
-    return change_entry(name, setattr, url=server.url + path, sha256=sha256[:8])
+    return change_entry(name, setattr, source=Link(server.url + path, sha256[:8]))
 
 
 def put_on_hub(hub, repo_id, seed=5):
+    """Commit the weights of a narrow network; return (its state dict, the hash of the commit)."""
     torch.manual_seed(seed)
-    model = random_model(SLOWONLY)
-    return model.state_dict(), hub.add(repo_id, weights=save(model.state_dict()))
+    tensors = random_model(SLOWONLY).state_dict()
+    return tensors, hub.add(repo_id, weights=save(tensors))
 
 
 def wanted(server):

@@ -1,4 +1,4 @@
-"""The pyramid on modules of one's own, and what cannot be."""
+"""The pyramid on your own modules, and invalid arguments."""
 
 import copy
 import json
@@ -11,15 +11,15 @@ from backbones import SMALL, SPEC, Pyramid, clips, small
 from torch import nn
 
 import tpn
-from tpn.models.backbones import FoldedBackbone, TemporalShift
-from tpn.zoo.convert import CheckpointError
+from tpn.errors import CheckpointError
+from tpn.models.backbones import FoldedBackbone
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_module_of_ones_own(as_dict, tmp_path):
-    model = tpn.build(Pyramid(as_dict=as_dict), num_classes=4, input_spec=SPEC)
+def test_module(as_dict, tmp_path):
+    model = tpn.build(Pyramid(as_dict=as_dict), num_classes=4, input_spec=SPEC, temporal_scales=(2, 2, 1))
     assert model.neck.in_channels == (6, 10, 9)
-    assert model.neck.num_frames == model.neck.temporal_scales == (8, 4, 2)
+    assert model.neck.num_frames == (8, 4, 2)
     assert model.training
     x = clips(model)
     logits, aux_logits = model.forward_with_aux(x)
@@ -34,17 +34,16 @@ def test_module_of_ones_own(as_dict, tmp_path):
     tpn.save_pretrained(model, tmp_path)
     again = tpn.create_model(f"local-dir:{tmp_path}", backbone=Pyramid(as_dict=as_dict)).eval()
     assert torch.equal(again(x), model(x))
-    fresh = tpn.build(
-        Pyramid(as_dict=as_dict),
-        num_classes=4,
-        input_spec=SPEC,
-        pretrained_cfg={"state_dict": model.state_dict()},
-        pretrained=True,
-    )
+    args = {"num_classes": 4, "input_spec": SPEC, "temporal_scales": (2, 2, 1)}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": model.state_dict()}}
+    fresh = tpn.build(Pyramid(as_dict=as_dict), **args, **overlay)
     assert torch.equal(fresh.eval()(x), model(x))
-    with pytest.raises(ValueError, match=r"built on a module of its maker's own, \w*\.?Pyramid; pass such a module"):
+    longer = tpn.create_model(f"local-dir:{tmp_path}", backbone=Pyramid(as_dict=as_dict), num_frames=32)
+    assert longer.input_spec.num_frames == 32
+    assert (longer.neck.num_frames, longer.neck.temporal_scales) == ((16, 8, 4), (4, 4, 2))
+    with pytest.raises(ValueError, match=r"Pyramid.*backbone=MODULE"):
         tpn.create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(CheckpointError, match=r"backbone.stages.1.weight \(10, 6, 3, 3, 3\) instead of \(12, 6, 3, 3, 3\)"):
+    with pytest.raises(CheckpointError, match=r"backbone.stages.1.weight \(10, 6, .* \(12, 6, "):
         tpn.create_model(f"local-dir:{tmp_path}", backbone=Pyramid((6, 12, 9)))
 
 
@@ -54,7 +53,7 @@ def test_module_of_ones_own(as_dict, tmp_path):
 )
 @pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
 def test_levels_that_differ_in_time(scales, lengths, flow_order):
-    """The paper's general form: each level keeps a tempo of its own until the levels are fused."""
+    """Each level keeps its own tempo until the levels are fused."""
     model = tpn.build(Pyramid(), num_classes=4, input_spec=SPEC, temporal_scales=scales, flow_order=flow_order, drop_rate=0.0)
     features, found = model.forward_intermediates(clips(model))
     assert [found[f"temporal_modulation.{i}"].shape[2] for i in range(3)] == lengths
@@ -65,7 +64,7 @@ def test_levels_that_differ_in_time(scales, lengths, flow_order):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_backbone_is_left_as_it_is():
+def test_backbone_is_not_changed():
     backbone = small("timm/resnet18").backbone
     backbone.net.bn1.eval()  # frozen by its owner
     before = copy.deepcopy(backbone.state_dict())
@@ -84,15 +83,21 @@ def test_neck_and_heads_go_where_the_backbone_is(device, dtype):
     assert model(clips(model).to(device, dtype)).shape == (2, 2)
 
 
-def test_a_failed_build_leaves_the_module_as_it_was():
-    backbone = FoldedBackbone(timm.create_model("resnet18", features_only=True, out_indices=(3, 4)))
-    with pytest.raises(ValueError, match="flow_order must be one of"):
-        tpn.build(backbone, num_classes=3, input_spec=SMALL, temporal_shift=True, flow_order="nope")
-    assert backbone.num_frames is None
-    backbone.add_temporal_shift(2)
-    assert tpn.build(backbone, num_classes=3, input_spec=SMALL)(torch.randn(1, 3, 2, 64, 64)).shape == (1, 3)
-    with pytest.raises(ValueError, match="the blocks shift frames already, for clips of 2"):
+def test_folded_network_with_temporal_shifts():
+    """Also after a build that failed."""
+    backbone = FoldedBackbone(timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4)))
+    assert backbone.add_temporal_shift(2) == 8
+    with pytest.raises(ValueError, match="flow_order.*'nope'"):
+        tpn.build(backbone, num_classes=3, input_spec=SMALL, flow_order="nope")
+    with pytest.raises(ValueError, match="num_frames must be 2.*4"):
+        tpn.build(backbone, num_classes=3, num_frames=4)
+    model = tpn.build(backbone, num_classes=3, input_spec=SMALL)
+    assert model.neck.num_frames == (2, 2, 2)
+    assert model(clips(model)).shape == (2, 3)
+    with pytest.raises(ValueError, match="2"):
         backbone.add_temporal_shift(2)
+    net = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(2, 3))
+    assert tpn.build(FoldedBackbone(net), num_classes=3, num_frames=2).input_spec.mean == (127.5, 127.5, 127.5)
 
 
 def test_backbone_without_parameters():
@@ -106,22 +111,23 @@ def test_backbone_without_parameters():
     assert model(clips(model)).shape == (2, 4)
 
 
-def test_weights_with_a_pyramid_need_one(tmp_path):
-    tpn.save_pretrained(small("timm/resnet18"), tmp_path / "tpn")
+def test_weights_with_a_neck_need_one(tmp_path):
+    tpn.save_pretrained(small("timm/resnet18", groups=8, flow_order="parallel"), tmp_path / "tpn")
     tpn.save_pretrained(small("timm/resnet18", neck=None), tmp_path / "baseline")
-    with pytest.raises(ValueError, match="these weights have a pyramid, which neck=None leaves out; use start without them"):
-        tpn.create_model(f"local-dir:{tmp_path}/tpn", neck=None)
-    with pytest.raises(ValueError, match=r"use create_model\('slowonly_r50_k400'\), or start without them"):
-        tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, neck=None)
+    for name in (f"local-dir:{tmp_path}/tpn", "tpn_slowonly_r50_k400"):
+        with pytest.raises(ValueError, match="neck=None"):
+            tpn.create_model(name, pretrained=True, neck=None)
     assert tpn.create_model(f"local-dir:{tmp_path}/baseline", neck=None).neck is None
     assert tpn.create_model(f"local-dir:{tmp_path}/baseline").neck is None
+    baseline = tmp_path / "baseline" / "model.safetensors"
+    assert tpn.create_model(f"local-dir:{tmp_path}/tpn", neck=None, checkpoint_path=baseline).neck is None
 
 
 @pytest.mark.parametrize(
     ("sizes", "steps"),
     [
         ([56, 28, 14, 7], [3, 2, 1, 0]),
-        ([5, 3, 2], [2, 1, 0]),  # rounded up again and again
+        ([5, 3, 2], [2, 1, 0]),  # each rounded up
         ([9, 5, 3], [2, 1, 0]),
         ([12, 5, 2], [2, 1, 0]),  # without padding
         ([20, 8, 3], [3, 1, 0]),
@@ -132,8 +138,8 @@ def test_weights_with_a_pyramid_need_one(tmp_path):
         ([27, 9], None),
     ],
 )
-def test_what_is_built_fits(sizes, steps):
-    """Whatever sizes a backbone's maps have: they pass through the pyramid, or the model is not built."""
+def test_sizes_of_maps(sizes, steps):
+    """Maps of any size pass through the pyramid, or the model is not built."""
 
     class Sizes(nn.Module):
         def forward(self, x):
@@ -141,7 +147,7 @@ def test_what_is_built_fits(sizes, steps):
 
     spec = tpn.InputSpec(2, crop_size=64, three_crop_size=64)
     if steps is None:
-        with pytest.raises(ValueError, match="needs sizes that differ by a power of two"):
+        with pytest.raises(ValueError, match="power of two"):
             tpn.build(Sizes(), num_classes=3, input_spec=spec)
         return
     model = tpn.build(Sizes(), num_classes=3, input_spec=spec)
@@ -152,64 +158,37 @@ def test_what_is_built_fits(sizes, steps):
     assert [name for name in found if name[0] == "c"] == [f"c{first + i}" for i in range(len(sizes))]
 
 
-def test_a_baseline_from_the_folder_of_a_pyramid(tmp_path):
-    """Its arguments are the file's, not the caller's."""
-    model = small("timm/resnet18", groups=8, flow_order="parallel")
-    tpn.save_pretrained(model, tmp_path / "tpn")
-    tpn.save_pretrained(small("timm/resnet18", neck=None), tmp_path / "baseline")
-    again = tpn.create_model(f"local-dir:{tmp_path}/tpn", neck=None, checkpoint_path=tmp_path / "baseline" / "model.safetensors")
-    assert again.neck is None
-
-
-def test_saved_with_other_arguments(tmp_path):
-    tpn.save_pretrained(small("torchvision/r3d_18"), tmp_path)
-    longer = tpn.create_model(f"local-dir:{tmp_path}", num_frames=16)
-    assert longer.input_spec.num_frames == longer.model_args["num_frames"] == 16
-    assert longer.neck.num_frames == (4, 2)
-    with pytest.raises(ValueError, match="the saved model takes 3 channels, got in_chans=1"):
-        tpn.create_model(f"local-dir:{tmp_path}", in_chans=1)
-
-
-def test_views_that_a_network_of_a_fixed_size_cannot_take(caplog):
-    """Said when it is built, not when somebody has trained it."""
+def test_views_that_do_not_fit_a_network_of_a_fixed_size(caplog):
+    """The warning comes when the model is built, not after training."""
     for fits in ({"three_crop_size": 64}, {"three_crop_size": 72, "num_crops": 1}):
         tpn.create_model("tpn", **FIXED_SIZE, input_spec=tpn.InputSpec(2, short_side=72, crop_size=64, **fits))
     assert not caplog.records
     tpn.create_model("tpn", **FIXED_SIZE, input_spec=tpn.InputSpec(2, short_side=72, crop_size=64, three_crop_size=72))
-    assert re.search(r"crops of three_crop_size=72, but .*; give it three_crop_size=64, or num_crops=1", caplog.text)
-
-
-def test_folded_network_of_ones_own():
-    net = timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))
-    model = tpn.build(FoldedBackbone(net), num_classes=3, input_spec=SMALL, temporal_shift=True)
-    assert model.neck.num_frames == (2, 2, 2)
-    assert sum(isinstance(module, TemporalShift) for module in model.modules()) == 8
-    assert model(clips(model)).shape == (2, 3)
-    net = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(2, 3))
-    assert tpn.build(FoldedBackbone(net), num_classes=3, num_frames=2).input_spec.mean == (127.5, 127.5, 127.5)
+    assert re.search(r"three_crop_size=72.* three_crop_size=64", caplog.text)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"backbone_pretrained": True}, "model_args must not say what to load, got backbone_pretrained"),
-        ({"checkpoint_path": "evil.pth"}, "must not say what to load, got checkpoint_path"),
-        (
-            {"backbone_args": {"checkpoint_path": "evil.pth"}},
-            "backbone_args are arguments of the network itself, without checkpoint_path",
-        ),
-        ({"backbone_args": {"pretrained": True}}, "without pretrained;"),
-        ({"backbone_args": {"pretrained_cfg_overlay": {"file": "evil.pth"}}}, "without pretrained_cfg_overlay"),
+        ({"args": {"pretrained": True}}, "pretrained"),
+        ({"args": {"cache_dir": "/tmp"}}, "cache_dir"),
+        ({"args": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
+        ({"args": {"pretrained_cfg_overlay": {"file": "evil.pth"}}}, "pretrained_cfg_overlay"),
+        ({"name": "timm/hf-hub:evil/model"}, "hf-hub:evil/model"),
+        ({"name": "torchvision/r3d_18", "args": {"weights": "DEFAULT"}}, "weights"),
+        ({"name": "module:shutil.rmtree"}, "backbone=MODULE"),
     ],
 )
 @pytest.mark.parametrize("create", [tpn.create_model, timm.create_model])
-def test_a_saved_model_cannot_say_what_else_to_load(change, says, create, tmp_path):
-    """A folder may be anybody's: it must not lead to other files, nor to the network."""
+def test_saved_model_cannot_choose_other_files_to_load(change, says, create, hub, tmp_path, monkeypatch):
+    """A folder may come from anybody: it must not lead to other files, nor to the network."""
     config = json.loads((tpn.save_pretrained(small("timm/resnet18"), tmp_path) / "config.json").read_text())
-    config["model_args"] |= change
+    config["model"]["backbone"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail(f"timm got {args} {kwargs}"))
     with pytest.raises(ValueError, match=says):
         create(f"local-dir:{tmp_path}", pretrained=True)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -219,37 +198,37 @@ def test_a_saved_model_cannot_say_what_else_to_load(change, says, create, tmp_pa
             "tpn",
             {"drop_path_rate": 0.1},
             TypeError,
-            r"unknown arguments drop_path_rate; those of the backbone go into backbone_args=",
+            "drop_path_rate.*backbone_args",
         ),
         (
             "tpn",
             {"inchans": 1, "neck": None},
             TypeError,
-            "unknown arguments inchans; .* tpn's are backbone, num_classes, num_frames, ",
+            "inchans.*out_indices",
         ),
         (
             "tpn",
             {"groups": 8, "flow_order": "cascade", "neck": None},
             ValueError,
-            "groups, flow_order: of the pyramid, which this",
+            "flow_order, groups.*neck=None",
         ),
         (
             "tpn_tsm_r50_sthv1",
             {"num_class": 3},
             TypeError,
-            "unknown arguments of tpn_tsm_r50_sthv1: num_class; there are num_classes, ",
+            "num_class;.*shift_shortcut.*flow_order",
         ),
         (
             "slowonly_r50_k400",
             {"backbone": "timm/resnet18"},
             TypeError,
-            r'create_model\("tpn", backbone=...\) takes a backbone of',
+            r"backbone.*create_model\('tpn', backbone=...\)",
         ),
-        ("slowonly_r50_k400", {"flow_order": "parallel"}, ValueError, "flow_order: of the pyramid, which this model has not"),
-        ("tpn_tsm_r50_sthv1", {"temporal_scales": (4, 4), "neck": None}, ValueError, "temporal_scales: of the pyramid"),
+        ("slowonly_r50_k400", {"flow_order": "parallel"}, ValueError, "flow_order.*no neck"),
+        ("tpn_tsm_r50_sthv1", {"temporal_scales": (4, 4), "neck": None}, ValueError, "temporal_scales.*no neck"),
     ],
 )
-def test_arguments_without_effect(name, kwargs, error, says):
+def test_unknown_arguments(name, kwargs, error, says):
     backbone = {"backbone": "timm/resnet18", "num_classes": 3} if name == "tpn" else {}
     with pytest.raises(error, match=says):
         tpn.create_model(name, **backbone, **kwargs)
@@ -294,77 +273,74 @@ class Thirds(nn.Module):
         (
             {"backbone": "resnet50"},
             tpn.UnknownModelError,
-            "backbone must be 'timm/NAME' .* 'torchvision/NAME' of r3d_18, .* got 'resnet50'",
+            "'resnet50'.*register",
         ),
-        ({"backbone": "timm/resnet51"}, tpn.UnknownModelError, "timm has no model 'resnet51'; the nearest are resnet5"),
+        ({"backbone": "timm/resnet51"}, tpn.UnknownModelError, "'resnet51'.* resnet5"),
         (
             {"backbone": "torchvision/mvit_v2_s"},
             tpn.UnknownModelError,
-            "of torchvision's models, r3d_18, .* can be backbones, got 'mvit_v2_s'",
+            "mvit_v2_s.*r3d_18",
         ),
-        ({"backbone": "torchvision/r3d_18", "in_chans": 1}, ValueError, "takes 3 channels, got in_chans=1"),
+        ({"backbone": "torchvision/r3d_18", "in_chans": 1}, ValueError, "in_chans.*3.*1"),
         (
             {"backbone": "torchvision/r3d_18", "out_indices": (3, 2)},
             ValueError,
-            r"out_indices must be increasing indices of stages, .* got \(3, 2\)",
+            r"out_indices.*\(3, 2\)",
         ),
-        ({"backbone": "timm/resnet18", "out_indices": (-1, 2)}, ValueError, r"all of them >= 0 or all < 0, got \(-1, 2\)"),
-        ({"backbone": "torchvision/r3d_18", "out_indices": (3,)}, ValueError, "a pyramid needs two levels or more"),
+        ({"backbone": "timm/resnet18", "out_indices": (-1, 2)}, ValueError, r"out_indices.*\(-1, 2\)"),
+        ({"backbone": "torchvision/r3d_18", "out_indices": (3,)}, ValueError, "two levels"),
         (
             {"backbone": "torchvision/s3d", "num_frames": 4},
             ValueError,
-            r"does not take a clip \(1, 3, 4, 224, 224\) .*Output size is too small.* num_frames",
+            r"\(1, 3, 4, 224, 224\).*Output size is too small.* num_frames",
         ),
         (
             {"backbone": "timm/resnet18", "out_indices": (3, 9)},
             ValueError,
-            r"timm cannot build resnet18 with feature maps \(3, 9\) .* out_indices",
+            r"resnet18.*out_indices=\(3, 9\)",
         ),
         (
             {"backbone": "timm/resnet18", "backbone_args": {"widht": 3}},
             ValueError,
-            r"timm cannot build resnet18 .* backbone_args=\{'widht': 3\} \(.*widht",
+            r"resnet18.*backbone_args=\{'widht': 3\}",
         ),
-        ({"backbone": "timm/convnext_atto", "temporal_shift": True}, ValueError, "temporal_shift needs residual blocks"),
-        (
-            {"backbone": "torchvision/r3d_18", "temporal_shift": True},
-            ValueError,
-            "temporal_shift is for networks that see one frame",
-        ),
-        ({"backbone": "timm/resnet18", "temporal_shift": "yes"}, TypeError, "temporal_shift must be True or False, got 'yes'"),
-        ({"backbone": "timm/resnet18", "num_frames": 0}, ValueError, "num_frames must be an integer >= 1, got 0"),
+        ({"backbone": "timm/convnext_atto", "temporal_shift": True}, ValueError, "residual blocks"),
+        ({"backbone": "torchvision/r3d_18", "temporal_shift": True}, TypeError, "temporal_shift.*torchvision/r3d_18"),
+        ({"backbone": Pyramid(), "temporal_shift": True}, TypeError, "temporal_shift"),
+        ({"backbone": "timm/resnet18", "temporal_shift": "yes"}, TypeError, "temporal_shift.*'yes'"),
+        ({"backbone": "timm/resnet18", "num_frames": 0}, ValueError, "num_frames.*0"),
         (
             {"backbone": "timm/resnet18", "pretrained": True},
             ValueError,
-            "backbone_pretrained=True starts from those of the backbone",
+            "pretrained.*backbone_pretrained=True",
         ),
-        ({"backbone": OneMap()}, ValueError, "a pyramid needs two levels or more"),
+        ({"backbone": OneMap()}, ValueError, "two levels"),
         (
             {"backbone": Flat()},
             ValueError,
-            r"must give float feature maps \(B, C, T, H, W\); of a clip \(1, 3, 8, 224, 224\) .* torch.float32 \(1, 3, 401408\)",
+            r"\(B, C, T, H, W\).*torch.float32 \(1, 3, 401408\)",
         ),
-        ({"backbone": NoMaps()}, TypeError, "must return a sequence of feature maps .* got dict"),
-        ({"backbone": Backwards()}, ValueError, "must go from fine to coarse in time and space"),
-        ({"backbone": Thirds()}, ValueError, "level 0 is 224 x 224, the last one 75 x 75; .* power of two"),
+        ({"backbone": NoMaps()}, TypeError, "feature maps.* dict"),
+        ({"backbone": Backwards()}, ValueError, r"fine to coarse.*\(3, 4, 224, 224\).*\(3, 8, "),
+        ({"backbone": Thirds()}, ValueError, "224 x 224.*75 x 75.*power of two"),
         (
             {"backbone": Pyramid(), "input_spec": SPEC, "temporal_scales": (3, 2, 1)},
             ValueError,
-            "each level's length must be a multiple of the next one's",
+            r"temporal_scales.*\(3, 2, 1\)",
         ),
     ],
 )
-def test_what_cannot_be(kwargs, error, says):
+def test_invalid_arguments(kwargs, error, says):
     with pytest.raises(error, match=says):
         tpn.create_model("tpn", num_classes=3, **kwargs)
 
 
-def test_what_is_missing():
-    with pytest.raises(ValueError, match="backbone is needed: 'timm/NAME', 'torchvision/NAME' or a module"):
+def test_missing_arguments():
+    with pytest.raises(ValueError, match="backbone is needed"):
         tpn.create_model("tpn", num_classes=3)
     with pytest.raises(ValueError, match="num_classes is needed"):
         tpn.create_model("tpn", backbone="timm/resnet18")
-    with pytest.raises(TypeError, match="build puts the pyramid on a module, got 'timm/resnet18'"):
+    with pytest.raises(TypeError, match="backbone.*'timm/resnet18'"):
         tpn.build("timm/resnet18", num_classes=3)
-    with pytest.raises(tpn.UnknownModelError, match=r"create_model\('tpn', backbone='timm/resnet50', num_classes=K\)"):
+    with pytest.raises(tpn.UnknownModelError, match="'tpn'.*backbone="):
         tpn.model_info("tpn")

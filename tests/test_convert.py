@@ -3,7 +3,6 @@
 import os
 import pathlib
 import pickle
-import subprocess
 import sys
 import types
 
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 
 import tpn
 from tpn import CheckpointError
-from tpn.zoo.checkpoint import read_checkpoint
 from tpn.zoo.convert import convert_state_dict, detect_layout
+from tpn.zoo.reader import read_checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 TSM = "original_tsm_r50_sthv2"
@@ -25,13 +24,6 @@ TSM = "original_tsm_r50_sthv2"
 def save(obj, path, zipped=True, **kwargs):
     torch.save(obj, path, _use_new_zipfile_serialization=zipped, **kwargs)
     return path
-
-
-@pytest.fixture(scope="module")
-def tsm():
-    """A TSM baseline on no memory: for checkpoints that are refused before anything is copied."""
-    with torch.device("meta"):
-        return tpn.create_model("tsm_r50_sthv2")
 
 
 @pytest.fixture
@@ -68,13 +60,13 @@ def test_names_of_the_flows():
 
 def test_unknown_names():
     source = sketch_state_dict(TSM)
-    with pytest.raises(CheckpointError, match=r"2 tensors have no place in tpn's original conversion: optimiser\.x, ema"):
-        convert_state_dict({**source, "optimiser.x": torch.ones(1), "ema": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"fit neither .*; 2 tensors, the first are a, b"):
+    with pytest.raises(CheckpointError, match=r"2 tensors.* original .*: optimizer\.x, ema"):
+        convert_state_dict({**source, "optimizer.x": torch.ones(1), "ema": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="2 tensors.* a, b"):
         detect_layout({"a": torch.ones(1), "b": torch.ones(1)})
     mm = sketch_state_dict("mmaction2_tpn_tsm_r50_sthv1")
     twice = {**mm, "backbone.layer1.0.conv1.conv.weight": mm["backbone.layer1.0.conv1.conv.net.weight"]}
-    with pytest.raises(CheckpointError, match=r"two tensors .* would both become backbone\.layer1\.0\.conv1\.weight"):
+    with pytest.raises(CheckpointError, match=r"two tensors.* become backbone\.layer1\.0\.conv1\.weight"):
         convert_state_dict(twice)
 
 
@@ -99,25 +91,15 @@ def test_wrappings(wrap, zipped, small, tmp_path):
     assert metadata == {}
 
 
-def test_module_prefix_of_some_names_stays(small, tmp_path):
-    tensors, _ = read_checkpoint(save({**small, "module.x": torch.ones(1)}, tmp_path / "a.pth"))
-    assert tensors.keys() == {*small, "module.x"}
-
-
-def test_safetensors(small, tmp_path):
-    save_file(small, tmp_path / "a.safetensors", metadata={"format": "pt", "x": "y"})
-    tensors, metadata = read_checkpoint(str(tmp_path / "a.safetensors"))
-    assert all(torch.equal(tensors[k], small[k]) for k in small)
-    assert metadata == {"format": "pt", "x": "y"}
-
-
 @FORMATS
 def test_the_name_of_the_file_does_not_matter(zipped, small, tmp_path):
-    save_file(small, tmp_path / "a.pth")
-    save(small, tmp_path / "a.safetensors", zipped)
-    for name in ("a.pth", "a.safetensors"):
-        tensors, _ = read_checkpoint(tmp_path / name)
+    save_file(small, tmp_path / "a.pth", metadata={"format": "pt", "x": "y"})
+    save({**small, "module.x": small["head.fc.bias"]}, tmp_path / "a.safetensors", zipped)  # one prefix of several stays
+    for name, extra, expected in (("a.pth", set(), {"format": "pt", "x": "y"}), ("a.safetensors", {"module.x"}, {})):
+        tensors, metadata = read_checkpoint(str(tmp_path / name))
+        assert tensors.keys() == small.keys() | extra
         assert all(torch.equal(tensors[k], small[k]) for k in small)
+        assert metadata == expected
 
 
 @FORMATS
@@ -160,9 +142,6 @@ class Call:
 CALLS = {
     "os.system": lambda marker: Call(os.system, f"touch {marker}"),
     "eval": lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"),
-    "exec": lambda marker: Call(exec, f"open({str(marker)!r}, 'w')"),
-    "open": lambda marker: Call(open, str(marker), "w"),
-    "subprocess.Popen": lambda marker: Call(subprocess.Popen, ["touch", str(marker)]),
     "pathlib.Path.touch": lambda marker: Call(pathlib.Path.touch, pathlib.Path(marker)),
     "builtins.getattr": lambda marker: Call(getattr, pathlib.Path(marker), "touch"),
 }
@@ -191,26 +170,14 @@ def test_the_calls_above_do_something(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
-@FORMATS
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
-def test_truncated(keep, zipped, small, tmp_path):
-    path = save({**small, "more": torch.randn(1000)}, tmp_path / "a.pth", zipped)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(CheckpointError, match=r"truncated or damaged|refused") as error:
+@pytest.mark.parametrize("keep", [0.01, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated(keep, kind, small, tmp_path):
+    path, tensors = tmp_path / "a", {**small, "more": torch.randn(1000)}
+    save_file(tensors, path) if kind == "safetensors" else save(tensors, path, kind == "zip")
+    os.truncate(path, int(path.stat().st_size * keep))
+    with pytest.raises(CheckpointError, match=rf"^{path}: (truncated or damaged|refused|neither|web|the file)"):
         read_checkpoint(path)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-@pytest.mark.parametrize("keep", [0.01, 0.5, 0.99])
-def test_truncated_safetensors(keep, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file({f"x{i}": torch.randn(10) for i in range(20)}, path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(CheckpointError, match="truncated or damaged safetensors file") as error:
-        read_checkpoint(path)
-    assert str(error.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(
@@ -222,39 +189,27 @@ def test_truncated_safetensors(keep, tmp_path):
         (b"\x00\x01\x02", "neither a safetensors nor a PyTorch file"),
         (b"PK\x03\x04 not a zip", "truncated or damaged PyTorch file"),
         (b"\x80\x02not a pickle", r"truncated or damaged PyTorch file|refused"),
+        (np.ones(3), "PyTorch file, or another zip file"),
+        ({}, "no tensors.* dict"),
+        ([torch.ones(1)], "no tensors.* list"),
+        (torch.ones(1), "no tensors.* Tensor"),
+        ({"state_dict": {}}, "no tensors"),
+        ({"epoch": 3, "lr": 0.1}, "2 .*not tensors.* 'epoch'"),
+        ({3: torch.ones(1)}, "1 .*not tensors.* 3"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_not_a_checkpoint(content, text, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=text) as error:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, np.ndarray):
+        with path.open("wb") as file:
+            np.savez(file, x=content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"^{path}: .*({text})"):
         tpn.create_model("tsm_r50_sthv2", checkpoint_path=path, base_channels=8)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-def test_another_zip_file(tmp_path):
-    np.savez(tmp_path / "a.npz", x=np.ones(3))
-    with pytest.raises(CheckpointError, match=r"a zip file, but not one that torch\.save wrote"):
-        read_checkpoint(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ({}, "no tensors in it, but a dict"),
-        ([torch.ones(1)], "no tensors in it, but a list"),
-        (torch.ones(1), "no tensors in it, but a Tensor"),
-        ({"state_dict": {}}, "no tensors in it"),
-        ({"epoch": 3, "lr": 0.1}, "2 of its entries are not tensors, the first is 'epoch'"),
-        ({3: torch.ones(1)}, "1 of its entries are not tensors, the first is 3"),
-    ],
-)
-def test_no_tensors(content, text, tmp_path):
-    path = save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=text) as error:
-        read_checkpoint(path)
-    assert str(error.value).startswith(f"{path}: ")
 
 
 def test_no_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Models as files: the same logits in onnxruntime and PyTorch's exported programs, whatever the batch; and what can go wrong."""
+"""Exported models: the same logits in onnxruntime and PyTorch's exported programs for any batch size; errors."""
 
 import importlib.util
 import json
@@ -14,14 +14,14 @@ import pytest
 import torch
 from scripts import ROOT, example, run_example
 from test_cli import run
-from test_models import randomise_norms, relative_error
+from test_models import randomize_norms, relative_error
 from torch import nn
 from videos import write_video
 
 import tpn
 from tpn import export
+from tpn.errors import CheckpointError
 from tpn.video import decode, encode, motion
-from tpn.zoo.convert import CheckpointError
 
 TINY = "tpn_slowonly_tiny_motion"
 SPEC = tpn.InputSpec(4, 2, short_side=72, crop_size=64, three_crop_size=64)
@@ -40,7 +40,7 @@ MODELS = {
     "timm, shifted": ("tpn", {"backbone": "timm/regnety_002", "temporal_shift": True, "num_classes": 5, "input_spec": SPEC}),
     "torchvision": ("tpn", {"backbone": "torchvision/r3d_18", "num_classes": 5, "input_spec": SPEC}),
 }
-"""Name and arguments, by what they stand for."""
+"""Name and arguments of each model."""
 QUICK = "levels of other lengths"
 each_model = pytest.mark.parametrize(
     "which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != QUICK)]
@@ -51,13 +51,13 @@ def build(which):
     """A narrow network with the batch norms and the logits of a trained one, in training mode."""
     torch.manual_seed(0)
     name, kwargs = MODELS[which]
-    model = randomise_norms(tpn.create_model(name, **{"base_channels": 8} | kwargs if name != "tpn" else kwargs))
+    model = randomize_norms(tpn.create_model(name, **{"base_channels": 8} | kwargs if name != "tpn" else kwargs))
     nn.init.normal_(model.head.fc.weight)
     return model
 
 
 def differences(model, exported, size):
-    """Of logits, for batches that were not traced."""
+    """Yield the relative errors of logits, for batch sizes that were not traced."""
     spec = model.input_spec
     model.eval()
     for batch in (1, 3):
@@ -97,7 +97,7 @@ def test_pt2(which, tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The model that comes with tpn, written by the command, and a video."""
+    """The model that ships with tpn, exported by the command, and a video."""
     folder = tmp_path_factory.mktemp("export")
     write_video(folder / "video.mp4", num_frames=40)
     for suffix in ("onnx", "pt2"):
@@ -123,10 +123,7 @@ def test_what_a_file_says_of_itself(folder, model, suffix):
     for name in ("num_classes", "num_features", "in_chans", "labels", "input_spec"):
         assert getattr(exported, name) == getattr(model, name), name
     assert exported.about["tpn_version"] == tpn.__version__
-    assert exported.about["architecture"] == TINY
-    assert exported.about["model_args"] == model.model_args
-    rebuilt = tpn.create_model(exported.about["architecture"], **exported.about["model_args"])
-    assert rebuilt.model_args == model.model_args
+    assert tpn.ModelConfig.from_dict(exported.about["model"]) == model.config
 
 
 def test_metadata_need_no_tpn(folder, model):
@@ -142,13 +139,11 @@ def test_video_classifier_runs_it(folder, model, suffix):
     torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=0, atol=1e-4)
     assert len(got.view_logits) == 3
     assert got.labels == expected.labels
-    with pytest.raises(ValueError, match="precision and compile are for"):
+    with pytest.raises(ValueError, match="precision and compile.*ExportedClassifier"):
         tpn.VideoClassifier(exported, precision="float32")
-    with pytest.raises(RuntimeError, match="for inference only"):
+    with pytest.raises(RuntimeError, match="inference only"):
         exported.train()
-    with pytest.raises(
-        ValueError, match=r"exported for float clips \(B, 3, 16, 64, 64\), got torch.float32 \(1, 3, 16, 32, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(B, 3, 16, 64, 64\).*torch.float32 \(1, 3, 16, 32, 32\)"):
         exported(torch.zeros(1, 3, 16, 32, 32))
 
 
@@ -164,7 +159,7 @@ def test_predict_command(folder):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     done = run("predict", "video.mp4", "--onnx", "tiny.onnx", "--precision", "bfloat16", cwd=folder)
     assert done.returncode == 2
-    assert "a file runs as it is" in done.stderr
+    assert "--onnx" in done.stderr
 
 
 def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
@@ -179,7 +174,7 @@ def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
         monkeypatch.setattr(export, "max_difference", lambda model, path, found=difference: found)
         done = run("export", TINY, "-f", "pt2", "--output", path, cwd=tmp_path)
         assert done.returncode == 1
-        assert "error: no file: what it computes differs from the model by" in done.stderr
+        assert re.search(r"^error: .*tiny\.pt2 was not written: .* (2\.0e-04|nan)", done.stderr, re.MULTILINE)
         assert [file.name for file in tmp_path.iterdir()] == ["tiny.pt2"]
         assert (tmp_path / "tiny.pt2").read_bytes() == before
 
@@ -198,7 +193,7 @@ def test_options_of_the_command(tmp_path):
     assert (spec.num_clips, spec.num_crops, spec.crop_size) == (2, 1, size)
     done = run("export", "local-dir:mine", "-o", "c.pt2", "-f", "onnx", cwd=tmp_path)
     assert (done.returncode, (tmp_path / "c.pt2").exists()) == (2, False)
-    assert "onnx is not what 'c.pt2' ends in" in done.stderr
+    assert "c.pt2" in done.stderr
     done = run("export", TINY, "--checkpoint", "mine/model.safetensors", "-f", "pt2", cwd=tmp_path)
     assert done.returncode == 1  # other arguments than the checkpoint's
     assert not (tmp_path / f"{TINY}.pt2").exists()
@@ -206,7 +201,7 @@ def test_options_of_the_command(tmp_path):
 
 @pytest.mark.parametrize("num_crops", [1, 3])
 def test_sizes(num_crops, tmp_path):
-    """By default that of the published views; with another one, as much of the picture is seen."""
+    """Default: that of the published views; with another size, a clip shows the same part of the picture."""
     model = build("one flow")
     model.input_spec = tpn.InputSpec(7, num_crops=num_crops, short_side=48, crop_size=40, three_crop_size=48)
     published = 48 if num_crops == 3 else 40
@@ -220,7 +215,7 @@ def test_sizes(num_crops, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_comparison_sees_every_batch(model, batch, folder, monkeypatch):
-    """Also one that a traced graph took for a constant."""
+    """Also one that a traced graph treats as a constant."""
     assert export.max_difference(model, folder / "tiny.onnx") < 1e-5
     exported = export.load(folder / "tiny.onnx")
     run = exported.run
@@ -230,25 +225,25 @@ def test_the_comparison_sees_every_batch(model, batch, folder, monkeypatch):
 
 
 def test_other_models(tmp_path):
-    """Of one's own parts, in another precision, without classes."""
+    """Made of your own parts, in another precision, without classes."""
     backbone = tpn.ResNet3dSlowOnly(18, base_channels=4)
     model = tpn.TPNClassifier(backbone, None, tpn.ClassificationHead(backbone.out_channels[-1], 0)).bfloat16()
-    with pytest.raises(ValueError, match="the model has no input_spec; set model.input_spec = "):
+    with pytest.raises(ValueError, match="input_spec"):
         export.export_pt2(model, tmp_path / "a.pt2")
     model.input_spec = tpn.InputSpec(2, crop_size=32, num_crops=1)
     exported = export.load(export.export_pt2(model, tmp_path / "a.pt2"))
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert (exported.about["architecture"], exported.about["model_args"], exported.num_classes) == (None, None, 0)
+    assert (exported.about["model"], exported.num_classes) == (None, 0)
     assert exported(torch.zeros(1, 3, 2, 32, 32)).shape == (1, exported.num_features)
 
 
 def test_not_exported(model, tmp_path):
-    with pytest.raises(ValueError, match="an optimized model is made for one device; export the one that it was made of"):
+    with pytest.raises(ValueError, match="optimized"):
         export.export_onnx(tpn.optimize(model, torch.float32), tmp_path / "x.onnx")
-    with pytest.raises(TypeError, match="only a TPNClassifier can be exported, got Linear"):
+    with pytest.raises(TypeError, match="TPNClassifier.*Linear"):
         export.export_pt2(nn.Linear(2, 2), tmp_path / "x.pt2")
     for size in (0, -32, 1.5, True):
-        with pytest.raises(ValueError, match="size must be a positive number of pixels, got"):
+        with pytest.raises((TypeError, ValueError), match=f"size.*{size}"):
             export.export_pt2(model, tmp_path / "x.pt2", size=size)
     assert not list(tmp_path.iterdir())
 
@@ -270,15 +265,15 @@ def test_other_files(folder, tmp_path):
         (tmp_path / f"half.{suffix}").write_bytes(data[: len(data) // 2])
     data[len(data) // 2] ^= 1
     (tmp_path / "changed.pt2").write_bytes(data)
-    unsaid = "not a model that tpn exported, it does not say how to feed it; write one with tpn export"
+    foreign = "not a model that tpn exported"
     for name, says in {
-        "foreign.onnx": unsaid,
-        "weights.pth": unsaid,
-        "empty.onnx": "damaged, or neither ONNX nor .pt2",
-        "text.onnx": "damaged, or neither ONNX nor .pt2",
-        "half.onnx": "damaged, or neither ONNX nor .pt2",
-        "half.pt2": "the file is damaged",
-        "changed.pt2": r"the file is damaged \(checksum of ",
+        "foreign.onnx": foreign,
+        "weights.pth": foreign,
+        "empty.onnx": "damaged",
+        "text.onnx": "damaged",
+        "half.onnx": "damaged",
+        "half.pt2": ".*damaged",
+        "changed.pt2": ".*damaged.*checksum",
     }.items():
         with pytest.raises(CheckpointError, match=f"{name}: {says}"):
             export.load(tmp_path / name)
@@ -295,7 +290,7 @@ def test_metadata_of_another_version(folder, tmp_path):
         for name in old.namelist():
             data = old.read(name)
             new.writestr(name, b'{"tpn_version": "9", "input_spec": {}}' if name.endswith("/tpn") else data)
-    with pytest.raises(CheckpointError, match="new.pt2: its metadata are not those of tpn .*: 'num_classes'"):
+    with pytest.raises(CheckpointError, match="new.pt2: .*metadata.*'num_classes'"):
         export.load(tmp_path / "new.pt2")
 
 
@@ -318,7 +313,7 @@ def test_the_example_samples_as_tpn_does(name):
 
 @pytest.mark.parametrize("num_crops", [1, 3])
 def test_the_example_crops_as_tpn_does(num_crops):
-    """Within a level, by which fixed-point and floating-point resizing differ."""
+    """Up to one level: fixed-point and floating-point resizing differ by so much."""
     spec = tpn.InputSpec(2, num_crops=num_crops, short_side=40 if num_crops == 1 else 32, crop_size=32, three_crop_size=32)
     for height, width in ((61, 90), (90, 61), (40, 71)):
         frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
@@ -328,7 +323,7 @@ def test_the_example_crops_as_tpn_does(num_crops):
 
 
 def turned(video, path):
-    """A copy whose header says that it has to be turned by a quarter to be shown."""
+    """Return a copy whose header says that players must rotate it by 90 degrees."""
     content = video.read_bytes()
     one, last = 2**16, 2**30
     upright, quarter = (struct.pack(">9i", *rows, last) for rows in ((one, 0, 0, 0, one, 0, 0, 0), (0, one, 0, -one, 0, 0, 0, 0)))
@@ -339,7 +334,7 @@ def turned(video, path):
 
 
 def test_serving_example(folder, tmp_path):
-    """Without PyTorch and without tpn: the same probabilities; also of a video that a phone recorded upright."""
+    """Without PyTorch and tpn, the probabilities are the same, also for a rotated video of a phone."""
     moving = motion.render(0, tempo=2.0, seed=7)[:, :, :100]
     encode.write_video(tmp_path / "moving.mp4", moving, fps=25)
     for video in (folder / "video.mp4", tmp_path / "moving.mp4", turned(tmp_path / "moving.mp4", tmp_path / "turned.mp4")):
@@ -356,5 +351,5 @@ def test_serving_example(folder, tmp_path):
 def test_example(folder, tmp_path):
     done = run_example("export", folder / "video.mp4", "--output", tmp_path / "model.onnx")
     first, *rest = done.stdout.splitlines()
-    assert re.fullmatch(r"largest difference of a logit: \de-\d\d of the largest", first)
+    assert re.fullmatch(r"largest .*difference.*: \de-\d\d", first)
     assert rest[0] == rest[1]

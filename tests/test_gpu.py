@@ -1,4 +1,4 @@
-"""What differs on a GPU: precision, CUDA graphs, uploads by reading threads, training in half precision."""
+"""GPU only: half precision, CUDA graphs, uploads by reading threads, mixed-precision training."""
 
 import json
 
@@ -48,23 +48,23 @@ def test_compiled_with_and_without_graphs(name):
     small, large = clips_of(model, 1), clips_of(model, 8)
     fast = tpn.optimize(model, compile=True, sample=small)
     first = fast(small)
-    other = fast(-small)  # where a graph writes, it writes again
+    other = fast(-small)  # a graph writes to the same memory again
     for x, got in ((small, first), (-small, other), (large, fast(large)), (small, fast(small))):
         assert (got.softmax(dim=1) - plain(x).softmax(dim=1)).abs().max() < 5e-3
     assert torch.equal(fast(small), first)
 
 
-def test_pixels_are_those_of_the_cpu():
+def test_resized_pixels_equal_those_of_the_cpu():
     x = torch.randint(0, 256, (8, 3, 90, 121), dtype=torch.uint8)
     assert torch.equal(resize_short_side(x.to(DEVICE), 64).cpu(), resize_short_side(x, 64))
 
 
-def test_many_videos_as_on_the_cpu(motion):
+def test_many_videos_equal_the_cpu(motion):
     """Several threads upload, batches hold views of several videos."""
     videos = [*sorted(motion.rglob("*.mp4")), motion / "missing.mp4"]
-    on_cpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, device="cpu")
+    on_cpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", device="cpu")
     for options in ({}, {"precision": "auto"}, {"precision": "auto", "compile": True}):
-        on_gpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, device=DEVICE, workers=4, **options)
+        on_gpu = tpn.VideoClassifier("tpn_slowonly_tiny_motion", device=DEVICE, workers=4, **options)
         for expected, got in zip(on_cpu.predict_each(videos), on_gpu.predict_each(videos), strict=True):
             assert type(expected) is type(got)
             if isinstance(expected, tpn.Prediction):
@@ -72,10 +72,10 @@ def test_many_videos_as_on_the_cpu(motion):
                 assert expected.top(1)[0][0] == got.top(1)[0][0]
 
 
-def test_larger_frames_are_resized_there(tmp_path):
+def test_larger_frames_are_resized_on_the_gpu(tmp_path):
     video = write_video(tmp_path / "v.mp4", 40, size=(200, 136))
     model = "tpn_slowonly_tiny_motion"
-    on_cpu, on_gpu = (tpn.VideoClassifier(model, pretrained=True, device=device)(video) for device in ("cpu", DEVICE))
+    on_cpu, on_gpu = (tpn.VideoClassifier(model, device=device)(video) for device in ("cpu", DEVICE))
     assert (on_cpu.probs - on_gpu.probs).abs().max() < 5e-3
 
 

@@ -1,234 +1,365 @@
-"""The zoo's weights on the Hub: when it is asked, and what its answers mean."""
+"""Models on the Hub: requests, revisions, caches, failures; and entries of the table with their weights there."""
 
+import copy
 import hashlib
 import logging
 import os
 import re
-import threading
-import time
 
 import pytest
 import small
 import timm
 from huggingface_hub import constants
+from servers import run_python
 from small import BY_HAND, SLOWONLY, one_line, put_on_hub, same, wanted
+from test_fetch import max_file_size
 
 import tpn
 from tpn import WeightsUnavailableError
-from tpn.zoo.weights import HUB_NAMESPACE
+from tpn.errors import HubUnreachableError, NoRepositoryError
+from tpn.zoo.checkpoints import HubFiles
+from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE
 
 pytestmark = pytest.mark.usefixtures("hub", "cache")
 
-
-@pytest.fixture(autouse=True)
-def _trusted(monkeypatch):
-    """The user chose the namespace; without that, it is asked for known files only."""
-    monkeypatch.setenv("TPN_HUB_NAMESPACE", HUB_NAMESPACE)
+REPO = "me/x"
+MIRROR = f"us/{SLOWONLY}"
 
 
-def test_hub_comes_first(server, published, hub, caplog, monkeypatch):
-    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
-    expected, _ = put_on_hub(hub, repo_id)
-    caplog.set_level(logging.INFO, logger="tpn")
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    assert server.requests == []
-    assert one_line(caplog).endswith(f"from the Hub, {repo_id}")
+@pytest.fixture
+def commit(hub, tmp_path):
+    """Commit a model to REPO; its label says which one it is. Return the hash of the commit."""
+
+    def commit(label, config=None):
+        model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=1)
+        model.labels = (label,)
+        model.head.fc.bias.data.fill_(ord(label))
+        folder = tpn.save_pretrained(model, tmp_path / "saved")
+        return hub.add(REPO, weights=(folder / WEIGHTS_FILE).read_bytes(), config=(folder / CONFIG_FILE).read_bytes())
+
+    return commit
+
+
+def load(name=f"hf-hub:{REPO}", create_model=tpn.create_model, **kwargs):
+    """Load a model that `commit` made; return its label. Its config and its weights are of the same commit."""
+    model = create_model(name, **kwargs)
+    (label,) = model.labels
+    assert chr(int(model.head.fc.bias.item())) == label
+    return label
+
+
+# hf-hub: names
+
+
+def test_requests(hub, commit, cache):
+    newest = commit("a")
+    assert load() == "a"
+    assert len(hub.requests) <= 5
     hub.requests.clear()
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    assert hub.requests == []
-    hub.down = 500
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
-
-
-def test_hub_namespace(server, published, hub, monkeypatch, cache):
-    expected, _ = put_on_hub(hub, f"somebody/{SLOWONLY}")
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), wanted(server))
-    monkeypatch.setenv("TPN_HUB_NAMESPACE", "somebody")
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "2"), expected)
-    monkeypatch.setenv("TPN_HUB_NAMESPACE", "")
+    assert load() == "a"
+    assert len(hub.requests) == 1
     hub.requests.clear()
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "3"), wanted(server))
+    assert load(f"hf-hub:{REPO}@{newest}") == "a"
+    assert hub.requests == []
+    assert tpn.input_spec(f"hf-hub:{REPO}@{newest}").num_frames == 8
     assert hub.requests == []
 
 
-def test_revision_is_pinned(hub, monkeypatch, cache):
-    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
-    first, commit = put_on_hub(hub, repo_id, seed=1)
-    second, _ = put_on_hub(hub, repo_id, seed=2)
-    small.change_entry(SLOWONLY, monkeypatch.setattr, revision=commit)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), first)
-    overlay = {"hf_hub_id": repo_id}
-    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache / "2"), second)
-    overlay = {"hf_hub_id": f"{repo_id}@{commit}"}
-    assert same(timm.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache / "2"), first)
-    small.change_entry(SLOWONLY, monkeypatch.setattr, revision="v2")
-    with pytest.raises(WeightsUnavailableError, match=rf"{repo_id}@v2 on the Hub \(http://127.*\) has no such revision"):
-        tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "3")
+def test_revisions(hub, commit, cache):
+    first = commit("a")
+    second = commit("b")
+    commit("c")
+    hub.branches["v2"] = 2
+    for create_model, kwargs in ((tpn.create_model, {}), (timm.create_model, {"pretrained": True})):
+        names = {f"{REPO}@{first}": "a", f"{REPO}@{second}": "b", f"{REPO}@v2": "b", f"{REPO}@main": "c", REPO: "c"}
+        for name, label in names.items():
+            assert load(f"hf-hub:{name}", create_model, cache_dir=cache / create_model.__module__, **kwargs) == label
+    hub.branches["v2"] = 1
+    assert load(f"hf-hub:{REPO}@v2") == "a"
+    with pytest.raises(WeightsUnavailableError, match=f"revision.*{REPO}@v3"):
+        load(f"hf-hub:{REPO}@v3")
 
 
-def test_hub_is_not_asked_for_another_link(server, published, hub):
-    put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
-    (path,) = server.files
-    server.files[f"/mirror{path}"] = server.files.pop(path)
-    overlay = {"url": f"{server.url}/mirror{path}"}
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay), wanted(server))
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("count", range(1, 6))
+def test_main_moves_between_two_requests(hub, commit, count, warm):
+    """After any of the requests; files of the two commits have equal lengths."""
+    commit("a")
+    if warm:
+        assert load() == "a"
+        hub.requests.clear()
+        commit("b")
+    hub.before_reply = lambda sent: commit("c") if sent == count else None
+    assert load() in "abc"
+    assert load() == "c"
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
+def test_incomplete_repository(hub, commit, missing):
+    commit("a")
+    del hub.repos[REPO][-1][missing]
+    with pytest.raises(WeightsUnavailableError, match=f"{missing}.*{REPO}"):
+        load()
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "me/x--y"])
+def test_malformed_name(hub, name):
+    with pytest.raises(ValueError, match=name):
+        tpn.create_model(f"hf-hub:{name}")
     assert hub.requests == []
 
 
-def test_nobody_can_take_the_projects_place(server, published, hub, monkeypatch, caplog):
-    """Unless the user chose a namespace, only files with a known hash come from the Hub."""
-    monkeypatch.delenv("TPN_HUB_NAMESPACE")
-    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
-    expected, _ = put_on_hub(hub, repo_id)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+def test_caches(hub, commit, tmp_path, monkeypatch):
+    """HF_HOME, TPN_CACHE and cache_dir each determine where both files are, and other processes need no network."""
+    commit("a")
+    (hf_home, tpn_cache, cache_dir) = places = [tmp_path / name for name in ("HF_HOME", "TPN_CACHE", "cache_dir")]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hf_home / "hub"))
+
+    def load_from(place):
+        monkeypatch.setenv("TPN_CACHE", "" if place == hf_home else str(tpn_cache))
+        return load(cache_dir=cache_dir if place == cache_dir else None)
+
+    for number, place in enumerate(places, start=1):
+        assert load_from(place) == "a"
+        assert len(list(tmp_path.rglob("snapshots"))) == number
+        assert sorted(path.name for path in place.rglob("snapshots/*/*")) == [CONFIG_FILE, WEIGHTS_FILE]
+
+    commit("b")
+    hub.requests.clear()
+    script = f"""
+import os, shutil, tpn
+from pathlib import Path
+for damaged in (False, True):
+    if damaged:
+        os.truncate(next(Path("HF_HOME").rglob("snapshots/*/{WEIGHTS_FILE}")), 1000)
+        next(Path("TPN_CACHE").rglob("snapshots/*/{CONFIG_FILE}")).unlink()
+        shutil.rmtree("cache_dir")
+    for variable, cache_dir in (("", None), ("TPN_CACHE", None), ("TPN_CACHE", "cache_dir")):
+        os.environ["TPN_CACHE"] = variable
+        try:
+            print(*tpn.create_model("hf-hub:{REPO}", cache_dir=cache_dir).labels)
+        except tpn.WeightsUnavailableError as error:
+            print(error)
+"""
+    output, errors = run_python(script, tmp_path, HF_HOME=str(hf_home), HF_HUB_OFFLINE="1")
+    labels, messages = output.splitlines()[:3], output.splitlines()[3:]
+    assert labels == ["a"] * 3
+    assert len(messages) == 3
+    assert all(re.search(rf"{REPO}.*HF_HUB_OFFLINE", message) for message in messages)
+    assert errors == ""
     assert hub.requests == []
-    monkeypatch.setenv("TPN_CACHE", f"{os.environ['TPN_CACHE']}-2")
-    known = hashlib.sha256(hub.repos[repo_id][-1]["model.safetensors"]).hexdigest()
-    small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256=known)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    small.change_entry(SLOWONLY, monkeypatch.setattr, converted_sha256="0" * 64)
-    with pytest.raises(WeightsUnavailableError, match="is not the file that this version of tpn knows.*remove it"):
-        tpn.create_model(SLOWONLY, pretrained=True)
 
 
-def test_errors_that_were_being_handled_already_do_not_matter(server, published, hub, monkeypatch):
-    """What the caller was busy with when it asked for weights is not what went wrong with the Hub."""
-    monkeypatch.setattr("tpn.zoo.hub.PAUSES", ())
-    hub.down = 500
-    unrelated = OSError(28, "No space left on device", "/somewhere/else")
-    try:
-        raise unrelated
-    except OSError:
-        with pytest.raises(WeightsUnavailableError, match=r"could not be reached \(status 500\)"):
-            tpn.create_model("hf-hub:me/x")
-        assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
-
-
-def test_malformed_name():
-    with pytest.raises(ValueError, match="Repo id must be in the form"):
-        tpn.create_model("hf-hub:a/b/c")
-
-
-def test_hub_that_is_down_is_named(server, published, hub, caplog, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    hub.down = 500
-    model = tpn.create_model(SLOWONLY, pretrained=True)
-    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("tpn") and r.levelname == "WARNING"]
-    assert re.fullmatch(
-        rf"{HUB_NAMESPACE}/{SLOWONLY} on the Hub \({hub.url}\) could not be reached \(status 500\); check the network, and HF_ENDPOINT if set. Turning to the publisher's own "
-        rf"file, which holds the same weights: {published.url}",
-        warning,
-    )
-    assert same(model, wanted(server))
-
-
-def test_hub_that_is_down_and_nobody_else_to_ask(hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_hub_is_down(hub, commit, caplog):
+    """The cached pair is used, with a warning."""
+    commit("a")
     hub.down = 503
-    with pytest.raises(
-        WeightsUnavailableError, match=r"could not be reached \(status 503\).* if set\. The weights of .* by hand: open https"
+    with pytest.raises(HubUnreachableError, match=rf"{REPO}.*{hub.url}.*503.*HF_ENDPOINT"):
+        load()
+    hub.down = None
+    assert load() == "a"
+    commit("b")
+    hub.down = 500
+    assert load() == "a"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.search(rf"{REPO}.*{hub.url}.*500.*cache", warning)
+    hub.down = None
+    assert load() == "b"
+
+
+@pytest.mark.parametrize("fault", [{"down": [429, 503]}, {"down": [500, 500]}, {"faults": [{"cut": 0.5}, {"cut": 0.5}]}], ids=str)
+def test_passing_failures_are_retried(hub, commit, fault):
+    commit("a")
+    vars(hub).update(copy.deepcopy(fault))
+    assert load() == "a"
+
+
+def test_hub_that_hangs(hub, commit, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    commit("a")
+    hub.hang = 0.5
+    with pytest.raises(HubUnreachableError, match=rf"{REPO}.*timed out"):
+        load()
+    assert len(hub.requests) == 1
+
+
+def test_damaged_copy(commit, cache, caplog):
+    commit("a")
+    load()
+    (path,) = cache.glob(f"models--*/snapshots/*/{WEIGHTS_FILE}")
+    os.truncate(path, path.stat().st_size // 2)
+    assert load() == "a"
+    assert f"{path} is truncated or damaged" in caplog.text
+
+
+def test_cache_that_cannot_be_written(commit, tmp_path):
+    commit("a")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(WeightsUnavailableError, match=rf"{REPO}: {tmp_path}/file.*HF_HOME, TPN_CACHE or cache_dir"):
+        load(cache_dir=tmp_path / "file")
+    with (
+        max_file_size(100_000),
+        pytest.raises(WeightsUnavailableError, match=rf"{REPO}.*too large.*HF_HOME, TPN_CACHE or cache_dir"),
     ):
-        tpn.create_model(BY_HAND, pretrained=True)
+        load()
+    assert load() == "a"
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("status", "code", "token", "error", "says"),
     [
-        ((403, None), "no access to .*hf auth login"),
-        ((403, "GatedRepo"), "no access to .*hf auth login"),
-        ((404, "EntryNotFound"), "has no model.safetensors"),
-        ((404, "RevisionNotFound"), "no such revision"),
+        (401, "RepoNotFound", None, NoRepositoryError, "hf auth login"),
+        (401, None, None, NoRepositoryError, "hf auth login"),
+        (401, None, "hf_expired", WeightsUnavailableError, "token.*hf auth login"),
+        (403, None, None, WeightsUnavailableError, "access.*hf auth login"),
+        (403, "GatedRepo", None, WeightsUnavailableError, "access.*hf auth login"),
+        (404, "RepoNotFound", None, NoRepositoryError, "no repository"),
+        (404, None, None, NoRepositoryError, CONFIG_FILE),
+        (404, "RevisionNotFound", None, WeightsUnavailableError, "revision"),
+        (404, "EntryNotFound", None, WeightsUnavailableError, CONFIG_FILE),
     ],
 )
-def test_hub_that_says_no_is_not_passed_over(server, published, hub, answer, says):
-    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = answer
-    with pytest.raises(WeightsUnavailableError, match=says):
-        tpn.create_model(SLOWONLY, pretrained=True)
-    assert server.requests == []
+def test_refusals_are_final(hub, monkeypatch, status, code, token, error, says):
+    hub.deny[REPO] = status, code
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(error, match=says) as caught:
+        load()
+    assert type(caught.value) is error
+    assert f"{REPO} on the Hub ({hub.url})" in str(caught.value)
+    assert len(hub.requests) == 1
 
 
-@pytest.mark.parametrize("answer", [(404, "RepoNotFound"), (401, "RepoNotFound"), (401, None), (404, None)])
-def test_repository_that_does_not_exist_is(server, published, hub, answer, caplog):
-    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = answer
+def test_private_repository(hub, commit, monkeypatch):
+    commit("a")
+    hub.private.add(REPO)
+    with pytest.raises(NoRepositoryError, match="private"):
+        load()
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert load() == "a"
+
+
+def test_errors_that_the_caller_handles_do_not_matter(hub, commit):
+    hub.down = 500
+    try:
+        raise OSError(28, "No space left on device", "/somewhere/else")
+    except OSError:
+        with pytest.raises(HubUnreachableError, match="500"):
+            load()
+
+
+# Entries of the table
+
+
+@pytest.fixture
+def on_hub(hub, monkeypatch):
+    """Add an entry with weights on the Hub to the table, each call another one; return its name."""
+
+    def on_hub(tag, **source):
+        name = f"tpn_slowonly_r50_k400.{tag}"
+        small.change_entry(SLOWONLY, monkeypatch.setattr, name=name, source=HubFiles(REPO, **source))
+        return name
+
+    return on_hub
+
+
+def test_entry(hub, on_hub, cache, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="tpn")
+    expected, first = put_on_hub(hub, REPO, seed=1)
+    put_on_hub(hub, REPO, seed=2)
+    name = on_hub("pinned", commit=first, sha256=hashlib.sha256(hub.repos[REPO][1][WEIGHTS_FILE]).hexdigest())
+    model = tpn.create_model(name, pretrained=True)
+    assert same(model, expected)
+    assert model.labels == tpn.create_model(SLOWONLY).labels
+    assert REPO in one_line(caplog)
+    hub.requests.clear()
+    assert same(tpn.create_model(name, pretrained=True, num_classes=3), {k: v for k, v in expected.items() if "fc." not in k})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(tpn.create_model(name, pretrained=True), expected)
+    assert hub.requests == []
+
+
+def test_entry_with_another_hash(hub, on_hub, cache):
+    _, first = put_on_hub(hub, REPO)
+    name = on_hub("wrong", commit=first, sha256="0" * 64)
+    for _ in range(2):
+        with pytest.raises(WeightsUnavailableError, match=rf"{cache}.*{REPO}@{first}.*{'0' * 64}"):
+            tpn.create_model(name, pretrained=True)
+
+
+def test_entry_without_a_commit(hub, on_hub):
+    with pytest.raises(NoRepositoryError, match=REPO):
+        tpn.create_model(on_hub("missing"), pretrained=True)
+    put_on_hub(hub, REPO, seed=1)
+    expected, _ = put_on_hub(hub, REPO, seed=2)
+    assert same(tpn.create_model(on_hub("newest"), pretrained=True), expected)
+
+
+def test_overlay(hub, cache, monkeypatch):
+    small.change_entry(SLOWONLY, monkeypatch.setattr)
+    first, commit = put_on_hub(hub, REPO, seed=1)
+    second, _ = put_on_hub(hub, REPO, seed=2)
+    for repo, expected in ((REPO, second), (f"{REPO}@{commit}", first)):
+        for create_model in (tpn.create_model, timm.create_model):
+            assert same(create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": repo}), expected)
+
+
+# Mirrors
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    monkeypatch.setenv("TPN_HUB_NAMESPACE", "us")
+
+
+def test_mirror_comes_first(server, published, hub, mirror, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="tpn")
+    expected, _ = put_on_hub(hub, MIRROR)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert MIRROR in one_line(caplog)
+    hub.requests.clear()
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
+    assert hub.requests == server.requests == []
+
+
+def test_mirror_is_not_asked(server, published, hub, mirror, monkeypatch, tmp_path):
+    """For another link, or unless the user names one."""
+    mirrored, _ = put_on_hub(hub, MIRROR)
+    (path,) = server.files
+    server.files[f"/other{path}"] = server.files[path]
+    overlay = {"url": f"{server.url}/other{path}"}
+    model = tpn.create_model(SLOWONLY, pretrained=True, pretrained_cfg_overlay=overlay)
+    del server.files[f"/other{path}"]
+    assert same(model, wanted(server))
+    monkeypatch.setenv("TPN_HUB_NAMESPACE", "")
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=tmp_path / "1"), wanted(server))
+    assert hub.requests == []
+    monkeypatch.setenv("TPN_HUB_NAMESPACE", MIRROR.partition("/")[0])  # the table's own link is not another one
+    own = {"url": published.source.url}
+    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=tmp_path / "2", pretrained_cfg_overlay=own), mirrored)
+
+
+@pytest.mark.parametrize("denial", [(404, "RepoNotFound"), (401, "RepoNotFound"), (401, None), (404, None)])
+def test_mirror_without_this_entry(server, published, hub, mirror, denial, caplog):
+    hub.deny[MIRROR] = denial
     assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
     assert not [r for r in caplog.records if r.name.startswith("tpn") and r.levelname == "WARNING"]
 
 
-def test_hub_connection_that_breaks(hub, published):
-    repo_id = f"{HUB_NAMESPACE}/{SLOWONLY}"
-    expected, _ = put_on_hub(hub, repo_id)
-    hub.faults = [{"cut": 0.5}]
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-
-
-def test_damaged_copy_of_the_hub(hub, published, cache, caplog):
-    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
-    tpn.create_model(SLOWONLY, pretrained=True)
-    (blob,) = cache.glob("models--*/blobs/*")
-    os.truncate(blob, blob.stat().st_size // 2)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    assert "truncated or damaged: fetching it again" in caplog.text
-
-
-def test_token_that_is_refused(server, published, hub, monkeypatch):
-    hub.deny[f"{HUB_NAMESPACE}/{SLOWONLY}"] = (401, None)
-    monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(WeightsUnavailableError, match="does not accept the token that was sent: log in with"):
+@pytest.mark.parametrize("denial", [(403, None), (404, "EntryNotFound"), (404, "RevisionNotFound")])
+def test_mirror_that_refuses_is_not_passed_over(server, published, hub, mirror, denial):
+    hub.deny[MIRROR] = denial
+    with pytest.raises(WeightsUnavailableError, match=MIRROR):
         tpn.create_model(SLOWONLY, pretrained=True)
     assert server.requests == []
 
 
-def test_hf_hub_names_that_fail(hub, monkeypatch):
-    with pytest.raises(WeightsUnavailableError, match=r"there is no repository me/nothing on the Hub \(http.*hf auth login"):
-        tpn.create_model("hf-hub:me/nothing")
-    hub.repos["me/empty"] = [{}]
-    with pytest.raises(WeightsUnavailableError, match=r"has no config.json: it is not a model that tpn saved"):
-        tpn.create_model("hf-hub:me/empty")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsUnavailableError, match="HF_HUB_OFFLINE"):
-        tpn.create_model("hf-hub:me/nothing")
-
-
-def test_hub_that_hangs(server, published, hub, caplog, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    hub.hang = 0.5
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
-    assert re.search(
-        r"on the Hub \(http.*\) could not be reached \(.*timed out.*\).* Turning to the publisher's own file", caplog.text
-    )
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_passing_answers_of_the_hub(hub, published, monkeypatch, status):
-    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
-    monkeypatch.setattr("tpn.zoo.hub.PAUSES", (0.3, 0.3))
-    hub.down = status
-    threading.Timer(0.2, lambda: setattr(hub, "down", None)).start()
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-
-
-def test_copy_in_the_cache_when_the_hub_does_not_answer(hub, cache, caplog, monkeypatch):
-    model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=3)
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    tpn.push_to_hub(model, "me/tsm")
-    tpn.create_model("hf-hub:me/tsm", cache_dir=cache)
-    monkeypatch.setattr("tpn.zoo.hub.PAUSES", ())
+def test_mirror_that_is_down(server, published, hub, mirror, caplog):
     hub.down = 500
-    assert same(tpn.create_model("hf-hub:me/tsm", cache_dir=cache), model.state_dict())
-    assert (
-        "could not be reached (status 500); check the network, and HF_ENDPOINT if set; taking the copy in the cache"
-        in caplog.text
-    )
-    hub.down = None
-    newer = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=3)
-    tpn.push_to_hub(newer, "me/tsm")
-    assert same(tpn.create_model("hf-hub:me/tsm", cache_dir=cache), newer.state_dict())
-
-
-def test_private_repository(server, published, hub, monkeypatch, cache):
-    expected, _ = put_on_hub(hub, f"{HUB_NAMESPACE}/{SLOWONLY}")
-    hub.private.add(f"{HUB_NAMESPACE}/{SLOWONLY}")
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "1"), wanted(server))
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True, cache_dir=cache / "2"), expected)
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("tpn") and r.levelname == "WARNING"]
+    assert re.search(rf"{MIRROR}.*500.*publisher", warning)
+    with pytest.raises(WeightsUnavailableError, match=rf"500.*tpn convert FILE --model {BY_HAND}"):
+        tpn.create_model(BY_HAND, pretrained=True)

@@ -1,6 +1,8 @@
-"""Imports run one way: each part of the package knows those before it, and none after it."""
+"""Imports run one way: each part of the package imports parts before it, and none imports `tpn` itself."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,37 +11,54 @@ import tpn
 
 ROOT = Path(tpn.__file__).parent
 ORDER = (
+    ["version", "errors", "files", "video.sampling", "video.transforms"],
+    ["video.augment"],
+    ["config", "hub"],
     ["models"],
     ["video"],
     ["zoo"],
-    ["optimize", "export"],
+    ["optimization"],
+    ["export"],
     ["training", "predict"],
     ["features", "tempo", "explain", "demo"],
     ["cli"],
 )
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in PLACE)
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.stem not in ("__init__", "__main__") or path.parent != ROOT)
+
+
+def place_of(module):
+    """The place of a dotted name below tpn, None for tpn itself."""
+    parts = module.split(".")
+    names = (".".join(parts[:n]) for n in (2, 1))
+    return next((PLACE[name] for name in names if name in PLACE), None)
 
 
 def imported(path):
-    """The parts of tpn that a file imports, within functions, too."""
+    """The dotted names below tpn that a file imports, within functions, too; "" for tpn itself."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tpn."))
+            yield from (alias.name[4:] for alias in node.names if alias.name.split(".")[0] == "tpn")
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tpn":
-            parts = node.module.split(".")[1:]
-            yield from parts[:1] or (alias.name for alias in node.names)
+            prefix = node.module[4:]
+            yield from (f"{prefix}.{alias.name}".removeprefix(".") for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    later = {name for name in imported(path) if name != own and PLACE.get(name, -1) > PLACE[own]}
-    assert not later, f"{own} comes before {', '.join(later)}"
-    if own == "models":
-        assert not {name for name in imported(path) if name != "models"}
+    own = place_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert own is not None, "the part has no place in the order"
+    names = set(imported(path))
+    assert "" not in names
+    assert not {name for name in names if place_of(name) is None or place_of(name) > own}
 
 
-def test_every_part_has_its_place():
-    parts = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert parts == {*PLACE, "__init__", "__main__"}
+def test_modules_and_public_functions_do_not_share_names():
+    modules = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert not modules & {*tpn.__all__, *tpn.list_models()}
+
+
+def test_import_of_tpn_needs_no_decoder_and_no_matplotlib():
+    script = "import sys, tpn; print(*{'av', 'matplotlib', 'requests', 'onnx', 'captum'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.strip() == ""

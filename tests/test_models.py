@@ -6,13 +6,9 @@ from timm.models import group_parameters
 from torch import nn
 
 import tpn
-from tpn.models.classifier import TPNClassifier
-from tpn.models.heads import AuxHead, ClassificationHead
+from tpn import AuxHead, ClassificationHead, ResNet3dSlowOnly, ResNetTSM, TemporalPyramid, TPNClassifier
+from tpn.models.backbones.tsm import temporal_shift
 from tpn.models.layers import channels_last, freeze_batch_norm
-from tpn.models.neck import TemporalPyramid
-from tpn.models.resnet3d import ResNet3dSlowOnly
-from tpn.models.resnet_tsm import ResNetTSM, temporal_shift
-from tpn.zoo import factories
 
 FAMILIES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "slowonly_r50_k400", "tsm_r50_sthv1"]
 
@@ -22,7 +18,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-def randomise_norms(model):
+def randomize_norms(model):
     """Give batch norms the statistics and scales of a trained network; fresh ones are the identity in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
@@ -35,7 +31,7 @@ def randomise_norms(model):
 
 def small_tsm_tpn(**kwargs):
     """A TPN on a narrow TSM ResNet-50: half a million parameters."""
-    return randomise_norms(tpn.create_model("tpn_tsm_r50_sthv1", base_channels=8, **kwargs))
+    return randomize_norms(tpn.create_model("tpn_tsm_r50_sthv1", base_channels=8, **kwargs))
 
 
 def relative_error(got, expected):
@@ -45,9 +41,8 @@ def relative_error(got, expected):
 @pytest.mark.parametrize("name", tpn.list_models())
 def test_model(name):
     spec = tpn.input_spec(name)
-    width = {} if name in (*FAMILIES, "tpn_slowonly_r101_k400") else {"base_channels": 16}  # of each kind one in full size
-    model = tpn.create_model(name, drop_rate=0.0, **width)
-    k = tpn.model_info(name).weights.dataset.num_classes
+    model = tpn.create_model(name, drop_rate=0.0, base_channels=16)
+    k = tpn.model_info(name).checkpoint.config.num_classes
     x = torch.randn(2, 3, spec.num_frames, 33, 47)
     assert model.training
 
@@ -74,7 +69,7 @@ def test_model(name):
         assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
 
         with torch.device("meta"):
-            fresh = tpn.create_model(name, **width)
+            fresh = tpn.create_model(name, base_channels=16)
         fresh.load_state_dict(model.state_dict(), assign=True)
         assert torch.equal(fresh.eval()(x), expected)
 
@@ -89,15 +84,6 @@ def test_model(name):
             logits, aux = model.forward_with_aux(x[:, :, :, :32, :32])
             assert logits.shape == (2, classes)
             assert aux is None or aux.shape == (2, classes)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_forward_gives_logits(name):
-    model = tpn.create_model(name, base_channels=8, num_classes=3)
-    for mode in (True, False):
-        logits = model.train(mode)(torch.randn(2, 3, 8, 33, 47))
-        assert isinstance(logits, torch.Tensor)
-        assert logits.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,20 +102,17 @@ def test_macs():
     assert tpn.model_info("tpn_slowonly_r50_k400").gmacs == pytest.approx(50.3, abs=0.1)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 400])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_num_classes(name, classes):
-    model = getattr(factories, name)(num_classes=classes, base_channels=8)
-    logits, aux = model.forward_with_aux(torch.randn(2, 3, 8, 32, 32))
-    assert logits.shape == (2, classes)
-    assert aux is None or aux.shape == (2, classes)
-    assert (model.labels is None) == (classes != tpn.model_info(name).weights.dataset.num_classes)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_classes_gives_features(name):
-    model = tpn.create_model(name, num_classes=0, base_channels=8).eval()
+def test_num_classes(name):
     x = torch.randn(2, 3, 8, 32, 32)
+    own = tpn.model_info(name).checkpoint.config.num_classes
+    for classes in (1, own):
+        model = getattr(tpn, name)(num_classes=classes, base_channels=8)
+        logits, aux = model.forward_with_aux(x)
+        assert logits.shape == model(x).shape == model.eval()(x).shape == (2, classes)
+        assert aux is None or aux.shape == (2, classes)
+        assert (model.labels is None) == (classes != own)
+    model = tpn.create_model(name, num_classes=0, base_channels=8).eval()
     assert isinstance(model.get_classifier(), nn.Identity)
     assert torch.equal(model(x), model.forward_features(x).mean((2, 3, 4)))
     assert model(x).shape == (2, model.num_features)
@@ -149,13 +132,13 @@ def test_reset_classifier():
     assert model.num_classes == 0
     model.reset_classifier(2, global_pool="avg")
     assert model(torch.randn(2, 3, 8, 32, 32).double()).shape == (2, 2)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', got 'max'"):
+    with pytest.raises(ValueError, match="global_pool.*'max'"):
         model.reset_classifier(2, global_pool="max")
 
 
-@pytest.mark.parametrize("classes", [-1, 2.5, True, "7"])
-def test_bad_num_classes(classes):
-    with pytest.raises(ValueError, match="num_classes must be an integer >= 0, got"):
+@pytest.mark.parametrize(("classes", "error"), [(-1, ValueError), (2.5, TypeError), (True, TypeError), ("7", TypeError)])
+def test_bad_num_classes(classes, error):
+    with pytest.raises(error, match=f"num_classes.*{classes}"):
         ClassificationHead(8, classes)
 
 
@@ -169,15 +152,15 @@ def test_clips_of_a_batch_do_not_mix():
 
 
 def test_order_of_frames_matters():
-    for model in (small_tsm_tpn().eval(), randomise_norms(tpn.create_model("slowonly_r50_k400", base_channels=8)).eval()):
+    for model in (small_tsm_tpn().eval(), randomize_norms(tpn.create_model("slowonly_r50_k400", base_channels=8)).eval()):
         x = torch.randn(1, 3, 8, 32, 32)
         with torch.inference_mode():
             assert relative_error(model(x.flip(2)), model(x)) > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"])
 def test_compile_and_export(name):
-    model = randomise_norms(tpn.create_model(name)).eval()
+    model = randomize_norms(tpn.create_model(name, base_channels=8, num_frames=8)).eval()
     x = torch.randn(2, 3, 8, 32, 32)
     with torch.no_grad():
         expected = model(x)
@@ -189,8 +172,8 @@ def test_compile_and_export(name):
 
 
 def test_compiled_training_step():
-    model = small_tsm_tpn(drop_rate=0.0).train()
-    x = torch.randn(2, 3, 8, 32, 32)
+    model = randomize_norms(tpn.create_model("tpn_slowonly_tiny_motion", drop_rate=0.0, base_channels=4, num_frames=4))
+    x = torch.randn(2, 3, 4, 32, 32)
     model(x).square().sum().backward()
     expected = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -246,23 +229,23 @@ def test_grad_checkpointing_recomputes():
         assert len(calls) == count
 
 
-def test_grad_checkpointing_needs_a_backbone_that_knows_it():
+def test_grad_checkpointing_of_a_backbone_without_it():
     model = TPNClassifier(nn.Identity(), None, ClassificationHead(3, 2))
-    with pytest.raises(ValueError, match="Identity has no set_grad_checkpointing"):
+    with pytest.raises(ValueError, match="Identity.*set_grad_checkpointing"):
         model.set_grad_checkpointing()
 
 
 def test_wrong_clips():
     model = small_tsm_tpn()
-    with pytest.raises(TypeError, match=r"expected float clips.*got torch\.uint8; tpn\.input_spec\(model\)\.normalize"):
+    with pytest.raises(TypeError, match=r"torch\.uint8.*normalize"):
         model(torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"expected clips \(B, 3, T, H, W\), got \(3, 8, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, T, H, W\).*\(3, 8, 32, 32\)"):
         model(torch.zeros(3, 8, 32, 32))
-    with pytest.raises(ValueError, match=r"expected clips \(B, 3, T, H, W\), got \(1, 8, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, T, H, W\).*\(1, 8, 3, 32, 32\)"):
         model(torch.zeros(1, 8, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"built for 8 frames at level 0, got 16; sample 8 frames, or build .*num_frames=16"):
+    with pytest.raises(ValueError, match="8 frames.*level 0.*num_frames=16"):
         model(torch.zeros(1, 3, 16, 32, 32))
-    with pytest.raises(ValueError, match="built for 8 frames"):
+    with pytest.raises(ValueError, match="8 frames.*num_frames=4"):
         model.forward_with_aux(torch.zeros(1, 3, 4, 32, 32))
 
 
@@ -329,7 +312,7 @@ def test_backbone_maps():
     assert kernels == [1, 1, 3, 3]
 
 
-def test_a_network_of_ones_own_parts():
+def test_model_of_your_own_parts():
     backbone = ResNet3dSlowOnly(18, base_channels=16)
     neck = TemporalPyramid(backbone.out_channels, num_frames=4)
     head, aux_head = ClassificationHead(neck.out_channels, 5), AuxHead(backbone.out_channels[0], 32, 5)
@@ -350,11 +333,11 @@ def test_zero_init_last(make):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: ResNet3dSlowOnly(34), "depth must be one of 18, 50, 101, got 34"),
-        (lambda: ResNetTSM(18), "depth must be one of 50, 101, got 18"),
-        (lambda: ResNet3dSlowOnly(out_indices=()), r"out_indices must be increasing .* in 0\.\.3, got \(\)"),
-        (lambda: ResNet3dSlowOnly(out_indices=(3, 2)), r"got \(3, 2\)"),
-        (lambda: ResNetTSM(out_indices=(2, 4)), r"got \(2, 4\)"),
+        (lambda: ResNet3dSlowOnly(34), "depth.*18, 50, 101.* 34"),
+        (lambda: ResNetTSM(18), "depth.*50, 101.* 18"),
+        (lambda: ResNet3dSlowOnly(out_indices=()), r"out_indices.*\(\)"),
+        (lambda: ResNet3dSlowOnly(out_indices=(3, 2)), r"out_indices.*\(3, 2\)"),
+        (lambda: ResNetTSM(out_indices=(2, 4)), r"out_indices.*\(2, 4\)"),
     ],
 )
 def test_bad_backbone_arguments(make, text):
@@ -373,7 +356,7 @@ def test_group_matcher_covers_every_parameter():
 
 
 def test_channels_last_and_frozen_batch_norm():
-    """For 3D and 2D networks alike; neither changes what is computed."""
+    """Neither changes the result, in 3D or in 2D networks."""
     for name in ("tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"):
         torch.manual_seed(0)
         model = tpn.create_model(name, base_channels=8).eval()
@@ -391,3 +374,10 @@ def test_channels_last_and_frozen_batch_norm():
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         model.train().forward_with_aux(x)
         assert not all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_contradictory_parts():
+    with pytest.raises(ValueError, match="aux_head.*neck=None"):
+        TPNClassifier(ResNet3dSlowOnly(18, base_channels=8), None, ClassificationHead(64, 2), AuxHead(32, 64, 2))
+    with pytest.raises(ValueError, match=r"out_indices.*\(2, 2\)"):
+        ResNet3dSlowOnly(18, out_indices=(2, 2))

@@ -94,7 +94,7 @@ def test_cascade_starts_from_the_top_down_result_and_parallel_does_not():
 
 
 def test_single_flows():
-    """Each is one half of the parallel pyramid, fused alone."""
+    """Each is one half of the parallel pyramid."""
     torch.manual_seed(0)
     parallel = TemporalPyramid((16, 32), 8, temporal_scales=(4, 8), flow_order="parallel").eval()
     x = maps((16, 32), (8, 8))
@@ -119,7 +119,7 @@ def test_top_down_stretches_the_coarser_level():
 
 
 @pytest.mark.parametrize("flow_order", ["cascade", "parallel"])
-def test_inputs_stay_as_they_are(flow_order):
+def test_inputs_are_not_changed(flow_order):
     neck = TemporalPyramid((16, 32), 8, temporal_scales=(4, 8), flow_order=flow_order)
     features = maps((16, 32), (8, 8))
     kept, copies = list(features), [x.clone() for x in features]
@@ -132,7 +132,7 @@ def test_inputs_stay_as_they_are(flow_order):
     assert all(torch.equal(a, b) for a, b in zip(levels, copies, strict=True))
 
 
-def test_a_tuple_of_maps_will_do():
+def test_tuple_of_maps():
     neck = TemporalPyramid((16, 32), 8).eval()
     features = maps((16, 32), (8, 8))
     assert torch.equal(neck(tuple(features)), neck(features))
@@ -141,21 +141,20 @@ def test_a_tuple_of_maps_will_do():
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
-        (((16,), 8), {}, r"two levels or more, got in_channels=\(16,\)"),
-        (
-            ((16, 32), 8),
-            {"flow_order": "both"},
-            "flow_order must be one of 'cascade', 'parallel', 'top_down', 'bottom_up', got 'both'",
-        ),
-        (((16, 32), (8, 8, 8)), {}, r"num_frames must be 2 positive integers, one per level, got \(8, 8, 8\)"),
-        (((16, 32), 0), {}, r"num_frames must be 2 positive integers.*got \(0, 0\)"),
-        (((16, 32), 8), {"temporal_scales": (8,)}, r"temporal_scales must be 2 positive integers.*got \(8,\)"),
-        (((16, 32), 8), {"temporal_scales": (8, 0)}, r"temporal_scales must be 2 positive integers.*got \(8, 0\)"),
-        (((16, 32), 8), {"temporal_scales": (8, 2.0)}, "temporal_scales must be 2 positive integers"),
-        (((16, 32), 8), {"temporal_scales": (8, 4)}, r"temporal_scales \(8, 4\) leave \(1, 2\) of \(8, 8\) frames"),
-        (((16, 32), 6), {"temporal_scales": (2, 3)}, r"leave \(3, 2\).*must be a multiple of the next one's"),
-        (((16, 32), 8), {"spatial_scales": (3, 1)}, r"spatial_scales must be powers of two, got \(3, 1\)"),
-        (((16, 32), 8), {"spatial_scales": (4, 2, 1)}, "spatial_scales must be 2 positive integers"),
+        (((16,), 8), {}, r"in_channels=\(16,\)"),
+        (((16, 32), 8), {"flow_order": "both"}, "flow_order.*'cascade', 'parallel', 'top_down', 'bottom_up'.*'both'"),
+        (((16, 32), (8, 8, 8)), {}, r"num_frames.*\(8, 8, 8\)"),
+        (((16, 32), 0), {}, r"num_frames.*\(0, 0\)"),
+        (((16, 32), 8), {"temporal_scales": (8,)}, r"temporal_scales.*\(8,\)"),
+        (((16, 32), 8), {"temporal_scales": (8, 0)}, r"temporal_scales.*\(8, 0\)"),
+        (((16, 32), 8), {"temporal_scales": (8, 2.0)}, r"temporal_scales.*\(8, 2.0\)"),
+        (((16, 32), 8), {"temporal_scales": (8, 4)}, r"temporal_scales.*\(8, 4\).*\(1, 2\)"),
+        (((16, 32), 6), {"temporal_scales": (2, 3)}, r"temporal_scales.*\(2, 3\).*\(3, 2\)"),
+        (((16, 32), 8), {"spatial_scales": (3, 1)}, r"spatial_scales.*\(3, 1\)"),
+        (((16, 32), 8), {"spatial_scales": (4, 2, 1)}, r"spatial_scales.*\(4, 2, 1\)"),
+        (((16, 32), 8), {"groups": 0}, "groups.*0"),
+        (((16, 32), 8), {"mid_channels": -4}, "mid_channels.*-4"),
+        (((16, 32), 8), {"out_channels": 0}, "out_channels.*0"),
     ],
 )
 def test_bad_arguments(args, kwargs, text):
@@ -166,11 +165,11 @@ def test_bad_arguments(args, kwargs, text):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda x: x[:1], "expected 2 feature maps, finest first, got 1"),
-        (lambda x: [*x, x[-1]], "expected 2 feature maps, finest first, got 3"),
-        (lambda x: x[::-1], r"level 0 must be \(B, 16, T, H, W\), got \(2, 32, 8, 4, 5\)"),
-        (lambda x: [x[0], x[1][:, :, 0]], r"level 1 must be \(B, 32, T, H, W\), got \(2, 32, 4, 5\)"),
-        (lambda x: [x[0], x[1][:, :, :4]], "built for 8 frames at level 1, got 4; sample 8 frames, or .*num_frames=4"),
+        (lambda x: x[:1], "2 feature maps.*got 1"),
+        (lambda x: [*x, x[-1]], "2 feature maps.*got 3"),
+        (lambda x: x[::-1], r"level 0.*\(B, 16, T, H, W\).*\(2, 32, 8, 4, 5\)"),
+        (lambda x: [x[0], x[1][:, :, 0]], r"level 1.*\(B, 32, T, H, W\).*\(2, 32, 4, 5\)"),
+        (lambda x: [x[0], x[1][:, :, :4]], "8 frames.*level 1.*num_frames=4"),
     ],
 )
 def test_wrong_feature_maps(change, text):
@@ -179,22 +178,15 @@ def test_wrong_feature_maps(change, text):
         neck(change(maps((16, 32), (8, 8))))
 
 
-def test_levels_of_other_sizes_than_said_are_refused():
+def test_levels_of_unexpected_sizes_are_refused():
     neck = TemporalPyramid((8, 16), 4, groups=2)
-    with pytest.raises(ValueError, match="level 0 is 14 x 14 after spatial modulation, the last 7 x 7; .* spatial_scales"):
+    with pytest.raises(ValueError, match="level 0.*14 x 14.*7 x 7.*spatial_scales"):
         neck([torch.randn(1, 8, 4, 28, 28), torch.randn(1, 16, 4, 7, 7)])
     assert neck([torch.randn(1, 8, 4, 17, 15), torch.randn(1, 16, 4, 8, 7)]).shape == (1, 16, 1, 8, 7)
 
 
-def test_what_a_level_has_too_much_is_cut_around_its_centre():
+def test_larger_levels_are_cropped_to_their_center():
     x = torch.arange(100.0).view(1, 1, 1, 10, 10)
     cut, same = _same_size([x, torch.zeros(1, 1, 1, 8, 9)])
     assert torch.equal(cut, x[..., 1:9, :9])
     assert same.shape == (1, 1, 1, 8, 9)
-
-
-@pytest.mark.parametrize("name", ["groups", "mid_channels", "out_channels"])
-@pytest.mark.parametrize("value", [0, -4])
-def test_numbers_that_cannot_be(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
-        TemporalPyramid((16, 32), 8, **{name: value})

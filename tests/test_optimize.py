@@ -1,4 +1,4 @@
-"""`tpn.optimize`: the same results, from a copy that is for inference only."""
+"""`tpn.optimize`: an inference-only copy that returns the same results."""
 
 import copy
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tpn
-from tpn.optimize import OptimizedClassifier, fastest_dtype
+from tpn.optimization import OptimizedClassifier, fastest_dtype
+from tpn.video import motion
 
 SIZES = {"base_channels": 8, "num_classes": 7}
 NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]
@@ -39,7 +40,7 @@ def clips(model, batch=2, size=64):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_computes_the_same(name):
+def test_same_results(name):
     model = build(name).eval()
     x = clips(model)
     fast = tpn.optimize(model, "float32", sample=x)
@@ -58,7 +59,7 @@ def test_it_computes_the_same(name):
     assert (fast.labels, fast.input_spec, fast.num_classes) == (model.labels, model.input_spec, model.num_classes)
 
 
-def test_the_given_model_stays_as_it_is():
+def test_given_model_does_not_change():
     model = build("tpn_tsm_r50_sthv1").train()
     before = copy.deepcopy(model.state_dict())
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -79,22 +80,20 @@ def test_half_precision_and_its_report():
     assert {p.dtype for part in (fast.backbone, fast.neck) for p in part.parameters()} == {torch.bfloat16} == {fast.report.dtype}
     with torch.inference_mode():
         expected, got = model(x).softmax(dim=1), fast(x).softmax(dim=1)
-        assert torch.equal(fast(x.bfloat16()), fast(x))  # the caller may have done it
+        assert torch.equal(fast(x.bfloat16()), fast(x))  # clips may have the dtype already
     assert got.dtype == torch.float32
     assert fast.report.max_difference == float((expected - got).abs().max()) > 1e-5
     assert fast.report.same_top1 == bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
 
 
-def test_embedded_model_in_half_precision(tmp_path):
-    from tpn.video.motion import write_dataset
-
-    write_dataset(tmp_path, 1, seed=5)
-    plain = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True)
-    fast = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True, precision="bfloat16")
-    for video in sorted(tmp_path.rglob("*.mp4")):
-        expected, got = plain(video), fast(video)
+def test_embedded_model_in_half_precision():
+    plain = tpn.VideoClassifier("tpn_slowonly_tiny_motion")
+    fast = tpn.VideoClassifier("tpn_slowonly_tiny_motion", precision="bfloat16")
+    for label in range(0, len(motion.CLASSES), 3):
+        frames = motion.render(label, tempo=1.0, seed=5)
+        expected, got = plain(frames), fast(frames)
         assert (expected.probs - got.probs).abs().max() < 5e-3
-        assert expected.top(1)[0][0] == got.top(1)[0][0]
+        assert expected.top(1)[0][0] == got.top(1)[0][0] == motion.CLASSES[label]
 
 
 def test_the_default_is_the_fastest_precision_of_the_device():
@@ -104,18 +103,18 @@ def test_the_default_is_the_fastest_precision_of_the_device():
     assert fastest_dtype(torch.device("mps")) == torch.float32
 
 
-def test_it_is_for_inference_only(tmp_path):
+def test_inference_only(tmp_path):
     fast = tpn.optimize(build("tpn_slowonly_tiny_motion"))
     assert not fast.training
     assert not any(p.requires_grad for p in fast.parameters())
     assert fast.eval() is fast
-    with pytest.raises(RuntimeError, match=r"inference only; train the one that it was made of"):
+    with pytest.raises(RuntimeError, match=r"inference only.*original"):
         fast.train()
-    with pytest.raises(RuntimeError, match=r"change the one that it was made of"):
+    with pytest.raises(RuntimeError, match=r"cannot be changed.*original"):
         fast.reset_classifier(3)
-    with pytest.raises(ValueError, match=r"optimized already"):
+    with pytest.raises(ValueError, match="optimized"):
         tpn.optimize(fast)
-    with pytest.raises(ValueError, match="of an optimized model, save the one that it was made of"):
+    with pytest.raises(ValueError, match="optimized"):
         tpn.save_pretrained(fast, tmp_path / "fast")
     assert not (tmp_path / "fast").exists()
 
@@ -131,7 +130,7 @@ def test_features_without_classifier():
 
 
 class Odd(nn.Module):
-    """Convolutions whose batch norms cannot be folded, and one that can."""
+    """One convolution whose batch norm can be folded, and others whose batch norms cannot."""
 
     out_channels = (8,)
 
@@ -159,7 +158,7 @@ def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
             nn.init.normal_(module.bias)
             if module.running_mean is not None:
                 nn.init.normal_(module.running_mean)
-    with pytest.raises(ValueError, match="no input_spec"):
+    with pytest.raises(ValueError, match="input_spec"):
         tpn.optimize(model)
     x = torch.randn(2, 3, 4, 16, 16)
     fast = tpn.optimize(model, "float32", sample=x)
@@ -170,13 +169,13 @@ def test_only_batch_norms_that_alone_read_a_convolution_are_folded():
 
 def test_errors():
     model = build("tpn_slowonly_tiny_motion")
-    with pytest.raises(ValueError, match=r"dtype must be one of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(ValueError, match="dtype.*float32, float16, bfloat16.*'int8'"):
         tpn.optimize(model, "int8")
-    with pytest.raises(ValueError, match=r"dtype must be one of float32, float16, bfloat16, got torch.float64"):
+    with pytest.raises(ValueError, match="dtype.*torch.float64"):
         tpn.optimize(model, torch.float64)
     with torch.no_grad():
         model.head.fc.weight.mul_(1e6)
-    with pytest.raises(ValueError, match=r"not finite in torch.float16; pass dtype=torch.bfloat16"):
+    with pytest.raises(ValueError, match="torch.float16.*dtype=torch.bfloat16"):
         tpn.optimize(model, "float16")
 
 
@@ -195,11 +194,11 @@ def test_compiled():
             assert torch.equal(fast(x.clone().requires_grad_()), got)  # channels-last or not, with or without gradients
             assert torch.equal(fast(x.contiguous(memory_format=torch.channels_last_3d)), got)
     assert not got.is_inference()
-    assert not torch._dynamo.utils.counters["frames"]["total"], "it was compiled again"
+    assert not torch._dynamo.utils.counters["frames"]["total"], "compiled again"
 
 
 @pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}, {"avx512_f": True}])
-def test_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, has):
+def test_bfloat16_if_the_cpu_has_instructions_for_it(monkeypatch, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     half = has.keys() & {"avx512_bf16", "amx_bf16"}
     assert fastest_dtype(torch.device("cpu")) == (torch.bfloat16 if half else torch.float32)
@@ -223,12 +222,12 @@ def test_video_classifier_optimizes_what_it_builds(tmp_path):
     nn.init.zeros_(model.head.fc.bias)
     assert given(frames).probs.tolist() == pytest.approx([1 / 7] * 7)
     assert torch.equal(half(frames).probs, before)
-    with pytest.raises(ValueError, match="precision must be one of"):
+    with pytest.raises(ValueError, match="precision.*'half'"):
         tpn.VideoClassifier(model, precision="half")
 
 
 def test_compiled_classifier_sees_one_size(monkeypatch):
-    """The last batch is filled up, so that nothing is compiled twice."""
+    """The last batch is padded: nothing is compiled twice."""
     sizes = []
 
     def compile(function, **_):
@@ -253,7 +252,7 @@ def test_compiled_classifier_sees_one_size(monkeypatch):
     assert len(set(sizes)) == 1
 
 
-def test_hooks_of_a_model_that_is_not_optimized_see_what_the_layers_gave():
+def test_hooks_of_other_models_see_unchanged_results():
     model = build("tpn_slowonly_r50_k400").eval()
     seen = {}
     model.backbone.layer3[0].bn3.register_forward_hook(lambda module, args, result: seen.update(kept=result, copy=result.clone()))

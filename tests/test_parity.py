@@ -1,4 +1,4 @@
-"""The numbers of the two reference code bases, from the same weights and clips: see `recipe`."""
+"""Results equal those of the two reference code bases, with the same weights and clips; see `recipe`."""
 
 import json
 
@@ -9,25 +9,24 @@ from recipe import FIXTURES, MODEL_OF, clip, fill, our_names, upstream_state_dic
 from scripts import example
 
 import tpn
+from tpn.zoo.load import load_state_dict
 
 EVAL = sorted(path.stem for path in FIXTURES.glob("*.npz") if path.stem.startswith(("mmaction2_", "original_")))
 TRAIN = sorted(path.stem for path in FIXTURES.glob("*_train_s0.json"))
 
-# mmaction2's fully convolutional test mode classifies with a 1x1x1 convolution, a module of its own with a name of its
-# own. The recipe filled it under that name, so these logits belong to other classifier weights than fc_cls's.
+# mmaction2's fully convolutional test mode classifies with another module, a 1x1x1 convolution. The recipe filled it under the
+# name of that module, so these logits belong to other weights than those of fc_cls.
 CLASSIFIER = {
     "mmaction2_tpn_slowonly_r50_8x8_k400_s0_224x224": "cls_head.new_cls",
     "mmaction2_tpn_tsm_r50_sthv1_s0_224x224": "cls_head.new_cls",
 }
 
 
-def load(name, state_dict, tmp_path, **kwargs):
-    path = tmp_path / "upstream.pth"
-    torch.save({"state_dict": state_dict, "meta": {}}, path)
-    try:
-        return tpn.create_model(name, checkpoint_path=path, **kwargs)
-    finally:
-        path.unlink()
+def load(name, state_dict, **kwargs):
+    with torch.device("meta"):  # every tensor is overwritten: do not initialize them
+        model = tpn.create_model(name, **kwargs)
+    load_state_dict(model.to_empty(device="cpu"), state_dict)
+    return model
 
 
 def assert_close(got, expected, what, tolerance=2e-5):
@@ -36,13 +35,13 @@ def assert_close(got, expected, what, tolerance=2e-5):
     assert error < tolerance, f"{what}: {error:.1e} of the largest value"
 
 
-def test_fixtures_are_here():
+def test_number_of_fixtures():
     assert len(EVAL) == 15
     assert len(TRAIN) == 2
 
 
 @pytest.mark.parametrize("case", EVAL)
-def test_eval(case, tmp_path):
+def test_eval(case):
     fixture = np.load(FIXTURES / f"{case}.npz")
     meta = json.loads(str(fixture["meta"]))
     source, seed = meta["model"], meta["seed"]
@@ -53,7 +52,7 @@ def test_eval(case, tmp_path):
         state["cls_head.fc_cls.weight"] = torch.from_numpy(weight)
         state["cls_head.fc_cls.bias"] = torch.from_numpy(fill(f"{CLASSIFIER[case]}.bias", (k,), seed))
     kwargs = {"flow_order": meta["flow_type"]} if "flow_type" in meta else {}
-    model = load(MODEL_OF[source], state, tmp_path, **kwargs).eval()
+    model = load(MODEL_OF[source], state, **kwargs).eval()
     del state
     x = torch.from_numpy(clip(tuple(meta["input"]), seed))
     with torch.inference_mode():
@@ -69,10 +68,10 @@ def test_eval(case, tmp_path):
 
 @pytest.fixture
 def two_threads():
-    """With two threads or more, sums are taken in the order in which the reference took them.
+    """Use two threads or more, as the reference did: the number of threads determines the order of sums.
 
-    Another order flips some ReLUs of values that are zero but for rounding, which moves gradients of these small clips by 3e-3;
-    so does float64.
+    Another order changes the sign of some values near zero before a ReLU, which changes the gradients of these small clips by
+    3e-3; so does float64.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, 2))
@@ -82,10 +81,10 @@ def two_threads():
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", TRAIN)
-def test_train_step(case, tmp_path):
+def test_train_step(case):
     expected = json.loads((FIXTURES / f"{case}.json").read_text())
     source = expected["model"]
-    model = load(MODEL_OF[source], upstream_state_dict(source, expected["seed"]), tmp_path, drop_rate=0.0).train()
+    model = load(MODEL_OF[source], upstream_state_dict(source, expected["seed"]), drop_rate=0.0).train()
     labels = torch.tensor(expected["labels"])
     clips = torch.from_numpy(clip(tuple(expected["input"]), expected["clip_seed"]))
     loss, aux_loss, _ = example("train").TrainingLoss(model).losses(clips, labels)

@@ -1,4 +1,4 @@
-"""Real videos: what needs a folder of them, `$TPN_REFERENCE/video`."""
+"""Real videos, in `$TPN_REFERENCE/video`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import tpn
 from tpn.video.decode import VideoError, probe, read_frames
 from tpn.video.encode import write_video
 from tpn.video.transforms import center_crop
-from tpn.zoo.weights import WEIGHTS
+from tpn.zoo.checkpoints import CHECKPOINTS
 
 pytestmark = pytest.mark.skipif("TPN_REFERENCE" not in os.environ, reason="set TPN_REFERENCE to a folder with reference videos")
 VIDEOS = Path(os.environ.get("TPN_REFERENCE", "."), "video")
@@ -24,14 +24,15 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def test_table_of_published_weights():
     """Every published checkpoint is an entry, with the facts that its publisher gives."""
     published = json.loads((VIDEOS.parent / "upstream_weights.json").read_text())
-    assert {f"{row['model']}.{row['tag']}" for row in published} == {name for name, e in WEIGHTS.items() if not e.embedded}
+    assert {f"{row['model']}.{row['tag']}" for row in published} == {name for name, e in CHECKPOINTS.items() if e.layout != "tpn"}
     for row in published:
-        entry = WEIGHTS[f"{row['model']}.{row['tag']}"]
-        assert (entry.layout, entry.url, entry.sha256) == (row["layout"], row["url"], row["sha256_prefix"])
-        assert (entry.dataset.title.lower().replace(" ", "-"), entry.dataset.num_classes) == (row["dataset"], row["num_classes"])
-        assert (entry.input.num_frames, entry.input.frame_interval) == (row["num_frames"], row["frame_interval"])
+        entry = CHECKPOINTS[f"{row['model']}.{row['tag']}"]
+        spec, sha256 = entry.config.input_spec, getattr(entry.source, "sha256", None)
+        assert (entry.layout, entry.source.url, sha256) == (row["layout"], row["url"], row["sha256_prefix"])
+        assert (entry.dataset.lower().replace(" ", "-"), entry.config.num_classes) == (row["dataset"], row["num_classes"])
+        assert (spec.num_frames, spec.frame_interval) == (row["num_frames"], row["frame_interval"])
         assert (entry.reported_top1, entry.reported_top5) == (row["reported_top1"], row["reported_top5"])
-        assert entry.initialised_from == row["initialised_from"]
+        assert entry.initialized_from == (row["initialised_from"] or "random")
         assert row["params"] in (None, tpn.model_info(entry.name).params)
 
 
@@ -43,7 +44,7 @@ def test_table_of_published_weights():
         ("tpn_tsm_r50_sthv1", "mmaction2_tpn_tsm_r50_sthv1"),
     ],
 )
-def test_a_real_video_by_the_published_protocol(name, manifest, tmp_path):
+def test_published_protocol_on_a_real_video(name, manifest, tmp_path):
     expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")
     state = upstream_state_dict(manifest)
     state = {k: torch.as_tensor(v) * (0.2 if k.startswith("cls_head.fc_cls") else 1) for k, v in state.items()}
@@ -89,8 +90,8 @@ def test_unreadable(name, says):
 
 
 @pytest.mark.slow
-def test_a_dozen_real_clips_can_be_learned_by_heart(tmp_path):
-    """Three clips of each of four videos, in three classes that their looks do not tell: one clip of each video in each class."""
+def test_overfits_a_dozen_real_clips(tmp_path):
+    """Three clips of each of four videos, one per class: the classes differ in motion, not in appearance."""
     sources = ("arm_wrestling.mp4", "av1_video.mkv", "flipping_a_pancake.mkv", "nasa_13013.mp4")
     for source in sources:
         for i in range(3):

@@ -1,7 +1,7 @@
-"""A process that has imported everything, and forks for each command: what the documentation shows takes only its own time.
+"""A process that has imported everything, and forks for each command of the documentation: no command waits for imports.
 
-`start(folder)` puts two programs into a folder for the PATH, `python` and `tpn`, which hand their arguments, working directory,
-environment and streams over to it. In it the zoo's networks are narrow, so that pages run in seconds; nothing else is changed.
+`start(folder)` writes two programs for the PATH, `python` and `tpn`, which pass their arguments, working directory, environment and
+streams to this process. Its models of the zoo are narrow, to run a page in seconds; everything else is unchanged.
 """
 
 import json
@@ -33,11 +33,11 @@ SHORTER = {
     "features": "--views 1x1",
     "explain": "--method grad-cam",
 }
-"""Options that commands get behind those that the page gives them, so that they do the same in less time."""
+"""Options added after those of the page, to do the same in less time."""
 
 
 def start(folder, env):
-    """Start the process; return it and the environment in which `python` and `tpn` are its commands."""
+    """Start the process; return it, and the environment in which `python` and `tpn` are its programs."""
     folder.mkdir()
     address = str(folder / "socket")
     for name in ("python", "tpn"):
@@ -77,15 +77,15 @@ def narrow_networks():
     import tpn.cli
     import tpn.demo
     import tpn.training  # noqa: F401
-    from tpn.zoo.weights import WEIGHTS
+    from tpn.zoo.checkpoints import CHECKPOINTS, Embedded
 
-    for name, entry in WEIGHTS.items():
-        if not entry.embedded:
+    for name, entry in CHECKPOINTS.items():
+        if not isinstance(entry.source, Embedded):
             small.change_entry(name)
 
 
 def answer(client):
-    """Run one command in a fork of its own, and send its exit code."""
+    """Run one command in a fork, and send its exit code."""
     _, streams, _, _ = socket.recv_fds(client, len(b"streams"), 3)
     with client.makefile("rb") as file:
         request = json.load(file)

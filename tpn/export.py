@@ -1,17 +1,16 @@
-"""Models as files that run without the code that made them: ONNX, and PyTorch's exported programs (`.pt2`).
+"""Export models to files that run without this package: ONNX, and PyTorch's exported programs (`.pt2`).
 
-A file holds one network for clips of one size, any number at once, and what must be known to feed it: classes, sampling and
-transform, as JSON under "tpn" in its metadata. `load` reads it back, for `VideoClassifier` and `tpn predict --onnx`.
+A file holds one network for clips of one size and any batch size, with classes, sampling and transform as JSON under "tpn" in its
+metadata. `load` reads it, for `VideoClassifier` and `tpn predict --onnx`.
 """
 
 import copy
 import importlib.util
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,41 +18,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tpn
+from tpn.config import InputSpec, check_int
+from tpn.errors import CheckpointError
+from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
-from tpn.optimize import OptimizedClassifier
-from tpn.video.spec import InputSpec
-from tpn.zoo.convert import CheckpointError
+from tpn.optimization import OptimizedClassifier
+from tpn.version import __version__
 
 METADATA = "tpn"
-"""The key of `metadata_props` in ONNX, the name of the extra file in `.pt2`."""
+"""Key of `metadata_props` in ONNX, name of the extra file in `.pt2`."""
 TOLERANCE = 1e-4
-"""What `max_difference` may be at most."""
+"""Largest `max_difference` of a valid export."""
 
 
 def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
-    """Write a model as ONNX, in the opset that PyTorch prefers.
+    """Write a model as ONNX, in PyTorch's default opset.
 
-    Input "clips": (B, C, T, size, size) float32, RGB, normalised, any B >= 1. Output "logits": (B, K) float32, features
+    Input "clips": (B, C, T, size, size) float32, RGB, normalized, any B >= 1. Output "logits": (B, K) float32, or features
     (B, num_features) of a model without classes. T is the model's number of frames.
 
-    The file is written in float32 and evaluation mode, whatever the model's dtype, device and mode, which stay as they are; the
-    auxiliary head, which only training needs, is left out. It appears under its name when it is complete. Weights of more than
-    2 GB, the limit of the format, stand beside it in a second file.
+    The file holds the model in float32 and evaluation mode, without the auxiliary head; the given model stays unchanged. Weights
+    of more than 2 GB, the limit of the format, go into a second file beside it.
 
     Args:
-        model: a `TPNClassifier` with an `input_spec`. Of an optimized model, export the one that it was made of: ONNX
-            runtimes fold batch norms, and choose formats, for the device that they run on.
-        path: of the file; its folder is created if need be.
-        size: side of the clips in pixels. Default: that of the published views, three crops of `three_crop_size` or one of
-            `crop_size`. The short side of videos is scaled with it, so that a smaller clip shows as much of the picture.
+        model: a `TPNClassifier` with an `input_spec`. Export the original of an optimized model: ONNX runtimes fold batch norms
+            and choose formats for the device that they run on.
+        path: of the file; its folder is created if necessary.
+        size: side of the clips in pixels. Default: that of the test views, `three_crop_size` for three crops, otherwise
+            `crop_size`. The short side of videos is scaled in proportion.
 
     Returns:
         The path.
 
     Raises:
         ImportError: onnx or onnxscript is missing.
-        TypeError, ValueError: not a model as above, or no positive size.
+        TypeError: not a `TPNClassifier`.
+        ValueError: the model is optimized or has no input_spec, or size is not positive.
     """
     need_packages("onnx", "onnxscript")
     ready, clips, about = _prepare(model, size)
@@ -67,31 +67,31 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
         verbose=False,
     )
     program.model.metadata_props[METADATA] = about
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         program.save(unfinished)
     return Path(path)
 
 
 def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
-    """Write a model as a program of `torch.export`, for PyTorch without tpn; as `export_onnx` does otherwise.
+    """Write a model as a program of `torch.export`, which PyTorch runs without tpn; see `export_onnx`.
 
-    A `.pt2` is for the version of PyTorch that wrote it, and later ones as far as these promise; ONNX is for keeps.
+    A `.pt2` file is for the version of PyTorch that wrote it, and for later ones within PyTorch's promises; ONNX lasts longer.
     """
     ready, clips, about = _prepare(model, size)
     program = torch.export.export(ready, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with suppress(ValueError):  # PyTorch 2.6 does not part with them
-        program.example_inputs = None  # they would be saved, too: 50 MB for 32 frames of 256 x 256
-    with whole(path) as unfinished:
+    with suppress(ValueError):  # PyTorch 2.6 does not allow it
+        program.example_inputs = None  # saved with the program otherwise: 50 MB for 32 frames of 256 x 256
+    with atomic_write(path) as unfinished:
         torch.export.save(program, unfinished, extra_files={METADATA: about})
     return Path(path)
 
 
 class ExportedClassifier(nn.Module):
-    """A model read from a file, for inference; `VideoClassifier` takes it in the place of a `TPNClassifier`.
+    """A model that `load` read, for inference; `VideoClassifier` takes it like a `TPNClassifier`.
 
     Attributes:
-        num_classes, num_features, in_chans, labels, input_spec: as those of a `TPNClassifier`.
-        about: all that the file says of itself: also "architecture", "model_args" and "tpn_version".
+        num_classes, num_features, in_chans, labels, input_spec: those of the `TPNClassifier`.
+        about: the metadata of the file, which also has "model", the config, and "tpn_version".
 
     Shape:
         (B, C, T, S, S) float of the size that was exported → logits (B, K) float32, on the same device
@@ -99,8 +99,9 @@ class ExportedClassifier(nn.Module):
 
     def __init__(self, run: Callable[[Tensor], Tensor], about: dict[str, Any]) -> None:
         super().__init__()
-        self.training = False
         self.run = run
+        for part in self.modules():  # an exported program has no eval()
+            part.training = False
         self.about = about
         self.num_classes: int = about["num_classes"]
         self.num_features: int = about["num_features"]
@@ -119,19 +120,18 @@ class ExportedClassifier(nn.Module):
 
     def train(self, mode: bool = True) -> "ExportedClassifier":
         if mode:
-            raise RuntimeError("an exported model is for inference only; train the one that it was made of")
+            raise RuntimeError("an exported model is for inference only; train the original model")
         return self
 
 
 def load(path: str | os.PathLike[str], *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> ExportedClassifier:
-    """Read a file of `export_onnx` or `export_pt2`; which of them is found out.
+    """Read a file of `export_onnx` or `export_pt2`.
 
-    An ONNX file holds data only. A `.pt2` is read by `torch.export.load`, which may execute what a file contains: load those that
-    you trust.
+    An ONNX file holds data only. `torch.export.load` reads a `.pt2` file and may execute its contents: load files that you trust.
 
     Args:
         path: of the file.
-        providers: where onnxruntime is to run an ONNX file, see its documentation.
+        providers: execution providers of onnxruntime for an ONNX file, see its documentation.
 
     Raises:
         CheckpointError: the file is damaged, or not one that tpn exported.
@@ -145,9 +145,9 @@ def load(path: str | os.PathLike[str], *, providers: Sequence[str] = ("CPUExecut
 
 
 def max_difference(model: TPNClassifier, path: str | os.PathLike[str]) -> float:
-    """Return how far logits of an exported file are from the model's: the largest difference, relative to the largest logit.
+    """Return the largest difference between the logits of an exported file and the model's, relative to the largest logit.
 
-    Random clips, in batches of 2 and of 1, on the CPU in float32. The model is left as it is.
+    Random clips, in batches of 2 and of 1, on the CPU in float32. The model stays unchanged.
     """
     exported = load(path)
     clips = torch.randn(2, *_clip_shape(exported.in_chans, exported.input_spec), generator=torch.Generator().manual_seed(0))
@@ -157,29 +157,30 @@ def max_difference(model: TPNClassifier, path: str | os.PathLike[str]) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to; what is written there, and beside it, takes its place when it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as folder:
-        yield Path(folder, path.name)
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # the file itself comes last
-            os.replace(file, path.parent / file.name)
-
-
 def _prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, str]:
-    """Return what is to be exported, clips to trace it with, and the metadata."""
+    """Return the model to export, clips to trace it with, and the metadata."""
     if isinstance(model, OptimizedClassifier):
-        raise ValueError("an optimized model is made for one device; export the one that it was made of")
+        raise ValueError("an optimized model is made for one device; export the original model")
     if not isinstance(model, TPNClassifier):
         raise TypeError(f"only a TPNClassifier can be exported, got {type(model).__name__}")
     if model.input_spec is None:
         raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
     spec = _resized(model.input_spec, size)
-    # Two clips: PyTorch would take a batch of one for a constant.
+    # Two clips: PyTorch treats a batch of one as a constant.
     clips = torch.zeros(2, *_clip_shape(model.in_chans, spec))
-    return _for_inference(model), clips, _describe(model, spec)
+    config = None
+    with suppress(ValueError):  # models put together by hand have none
+        config = model.config.to_dict()
+    about = {
+        "tpn_version": __version__,
+        "model": config,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "in_chans": model.in_chans,
+        "labels": model.labels,
+        "input_spec": spec.to_dict(),
+    }
+    return _for_inference(model), clips, json.dumps(about, ensure_ascii=False)
 
 
 def _for_inference(model: TPNClassifier) -> TPNClassifier:
@@ -193,26 +194,10 @@ def _clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
 
 
 def _resized(spec: InputSpec, size: int | None) -> InputSpec:
-    published = spec.three_crop_size if spec.num_crops == 3 else spec.crop_size
-    size = published if size is None else size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size must be a positive number of pixels, got {size!r}")
-    short_side = max(round(spec.short_side * size / published), size)
+    size = spec.view_size if size is None else size
+    check_int("size", size, minimum=1)
+    short_side = max(round(spec.short_side * size / spec.view_size), size)
     return replace(spec, crop_size=size, three_crop_size=size, short_side=short_side)
-
-
-def _describe(model: TPNClassifier, spec: InputSpec) -> str:
-    about = {
-        "tpn_version": tpn.__version__,
-        "architecture": getattr(model, "pretrained_cfg", {}).get("architecture"),
-        "model_args": model.model_args,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "in_chans": model.in_chans,
-        "labels": model.labels,
-        "input_spec": spec.to_dict(),
-    }
-    return json.dumps(about, ensure_ascii=False)
 
 
 def need_packages(*packages: str) -> None:
@@ -256,8 +241,8 @@ def _load_pt2(path: Path) -> ExportedClassifier:
 
 def _classifier(path: Path, run: Callable[[Tensor], Tensor], text: str | None) -> ExportedClassifier:
     if text is None:
-        raise CheckpointError(f"{path}: not a model that tpn exported, it does not say how to feed it; write one with tpn export")
+        raise CheckpointError(f"{path}: not a model that tpn exported; it has no tpn metadata. Export one with tpn export")
     try:
         return ExportedClassifier(run, json.loads(text))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its metadata are not those of tpn {tpn.__version__}: {error}") from error
+        raise CheckpointError(f"{path}: the metadata does not fit tpn {__version__}: {error}") from error

@@ -1,17 +1,17 @@
-"""The whole network: backbone, pyramid, heads."""
+"""The whole network: backbone, neck, heads."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from tpn.models.backbones import AsMaps, layer_names
+from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig, check_labels
+from tpn.models.feature_maps import FeatureList, feature_shapes, layer_names, spatial_scales
 from tpn.models.heads import AuxHead, ClassificationHead
-from tpn.models.neck import TemporalPyramid
-from tpn.models.resnet import ResNet
+from tpn.models.layers import reference_tensor
+from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
 
 
 def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:
@@ -26,24 +26,28 @@ def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:
 
 
 class TPNClassifier(nn.Module):
-    """A video classifier made of built modules.
+    """A video classifier.
+
+    `from_config` builds one that can be saved; the constructor takes modules that you built, for use in your own code.
 
     Args:
-        backbone: maps a clip (B, C, T, H, W) to a sequence of feature maps, finest level first.
+        backbone: maps a clip (B, C, T, H, W) to a sequence or dictionary of feature maps, finest level first.
         neck: maps those to one map (`TemporalPyramid`), or None to classify the last one: the baseline.
         head: maps that map to logits.
         aux_head: maps the last feature map but one to auxiliary logits for training, or None.
 
     Attributes:
-        num_classes, num_features: K, and the channels that the head pools.
+        config: the `ModelConfig` of the model, always up to date.
+        num_classes, num_features: K, read from the classifier, and the channels that the head pools.
         in_chans: input channels.
-        labels: the K class names, where known.
-        input_spec, model_args: what its clips must look like, and the arguments it was built with; set by the
-            factories, read by `tpn.input_spec` and `tpn.save_pretrained`.
+        labels: the K class names, None if unknown. Assign yours. They belong to the classifier `head.fc`: another one has none.
+        input_spec: the `InputSpec` of its clips, None if unknown. Its pairs of classes that a flip exchanges belong to the
+            classifier, too.
+        architecture: the entry point that the model started from.
 
     Shape:
-        x: (B, 3, T, H, W) float, RGB, normalised with the mean and standard deviation of the weights
-            (`tpn.input_spec(model)`) → logits (B, K)
+        x: (B, 3, T, H, W) float, RGB, normalized with the mean and standard deviation of the weights
+            (`model.input_spec.normalize`) → logits (B, K)
     """
 
     def __init__(
@@ -54,15 +58,81 @@ class TPNClassifier(nn.Module):
         aux_head: AuxHead | None = None,
     ) -> None:
         super().__init__()
+        if neck is None and aux_head is not None:
+            raise ValueError("aux_head must be None for a model without neck (neck=None)")
         self.backbone = backbone
-        self.maps = AsMaps()
+        self.feature_maps = FeatureList(last_only=neck is None)
         self.neck = neck
         self.head = head
         self.aux_head = aux_head
-        self.in_chans: int = getattr(backbone, "in_chans", 3)
-        self.labels: tuple[str, ...] | None = None
-        self.input_spec: Any = None
-        self.model_args: dict[str, Any] | None = None
+        self.architecture = "tpn"
+        # Each with the classifier that it describes, in a tuple, which does not make it a submodule.
+        self._labels: tuple[tuple[str, ...] | None, nn.Module] = (None, head.fc)
+        self._input_spec: tuple[InputSpec | None, nn.Module] = (None, head.fc)
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, *, backbone: nn.Module | None = None, neck: nn.Module | None = None
+    ) -> "TPNClassifier":
+        """Build a model with random weights.
+
+        Args:
+            config: describes all parts.
+            backbone, neck: modules in place of `config.backbone` and `config.neck`. The neck and the heads move to the device and
+                dtype of the backbone.
+
+        Raises:
+            UnknownModelError: a part is not registered.
+            TypeError, ValueError: arguments of a part, or parts that do not fit together.
+        """
+        spec = config.input_spec
+        if neck is not None and config.neck is None:
+            raise ValueError("neck is not valid here: the config says that the model has none (neck=None)")
+        if backbone is None:
+            backbone = build_backbone(config)
+        elif attached_config(backbone) is None:
+            attach_config(backbone, PartConfig.of_module(backbone))
+        shapes = feature_shapes(backbone, spec)
+        out_channels = shapes[-1].channels
+        if config.neck is not None:
+            if neck is None:
+                channels, frames, *_ = zip(*shapes, strict=True)
+                scales = spatial_scales(shapes) if NECKS.takes(config.neck, "spatial_scales") else None
+                neck = NECKS.build(config.neck, in_channels=channels, num_frames=frames, spatial_scales=scales)
+            elif attached_config(neck) is None:
+                attach_config(neck, PartConfig.of_module(neck))
+            if not isinstance(getattr(neck, "out_channels", None), int):
+                raise TypeError(f"a neck needs an attribute out_channels, the channels of its map; got a {type(neck).__name__}")
+            out_channels = cast("Any", neck).out_channels
+        head = ClassificationHead(out_channels, config.head.num_classes, config.head.drop_rate)
+        aux_head = None
+        if config.aux_head is not None:
+            if len(shapes) < 2:
+                raise ValueError("aux_head needs two feature maps, the backbone returns one; pass aux_head=False")
+            aux_head = AuxHead(shapes[-2].channels, out_channels, config.aux_head.num_classes, config.aux_head.drop_rate)
+        model = cls(backbone, neck, head, aux_head)
+        for part in filter(None, (neck, head, aux_head)):
+            part.to(reference_tensor(backbone))
+        model.input_spec, model.labels, model.architecture = spec, config.labels, config.architecture
+        return model
+
+    @property
+    def config(self) -> ModelConfig:
+        """The up-to-date description of the model: its parts, classes, labels, and input.
+
+        Raises ValueError: a part was assigned after the model was built, and nothing says how to build it again.
+        """
+        if self._input_spec[0] is None:
+            raise ValueError("the model has no input_spec; build it with tpn.TPNClassifier.from_config, or assign one")
+        return ModelConfig(
+            head=_head_config("head", self.head),
+            aux_head=None if self.aux_head is None else _head_config("aux_head", self.aux_head),
+            backbone=_config_of("backbone", self.backbone),
+            neck=None if self.neck is None else _config_of("neck", self.neck),
+            input_spec=self.input_spec,
+            labels=self.labels,
+            architecture=self.architecture,
+        )
 
     @property
     def num_classes(self) -> int:
@@ -72,9 +142,51 @@ class TPNClassifier(nn.Module):
     def num_features(self) -> int:
         return self.head.in_channels
 
+    @property
+    def in_chans(self) -> int:
+        spec = self._input_spec[0]
+        return int(getattr(self.backbone, "in_chans", 3)) if spec is None else spec.in_chans
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        names, classifier = self._labels
+        return names if self._is_classifier(classifier) else None
+
+    @labels.setter
+    def labels(self, names: Sequence[str] | None) -> None:
+        if names is not None:
+            check_labels(names, self.num_classes)
+        self._labels = (None if names is None else tuple(names), self.head.fc)
+
+    @property
+    def input_spec(self) -> Any:  # InputSpec; None only for models put together by hand
+        spec, classifier = self._input_spec
+        return spec if spec is None or self._is_classifier(classifier) else replace(spec, flip_label_pairs=())
+
+    @input_spec.setter
+    def input_spec(self, spec: InputSpec | None) -> None:
+        self._input_spec = (spec, self.head.fc)
+
+    def _is_classifier(self, module: nn.Module) -> bool:
+        return unwrapped(getattr(self.head, "fc", self.head), compiled=True) is unwrapped(module, compiled=True)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The description in timm's terms, for `timm.data.resolve_model_data_config` and timm's tools."""
+        spec: InputSpec = self.input_spec
+        return {
+            "architecture": self.architecture,
+            "num_classes": self.num_classes,
+            "classifier": "head.fc" if self.aux_head is None else ("head.fc", "aux_head.fc"),
+            "first_conv": "backbone.conv1",
+            **input_cfg(spec),
+        }
+
+    default_cfg = pretrained_cfg
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) → the map that the head reads: the pyramid's (B, C, T', H/32, W/32), or the backbone's last."""
-        return self._fuse(self._feature_maps(x))
+        """(B, 3, T, H, W) → the map that the head reads: the neck's (B, C, T', H/32, W/32), or the backbone's last."""
+        return self._fuse(self._backbone_maps(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """That map → logits (B, K), or with `pre_logits` the pooled features (B, num_features)."""
@@ -88,15 +200,16 @@ class TPNClassifier(nn.Module):
 
         aux_logits is None for a model without auxiliary head.
         """
-        maps = self._feature_maps(x)
+        maps = self._backbone_maps(x)
         logits = self.forward_head(self._fuse(maps))
         return logits, None if self.aux_head is None else self.aux_head(maps[-2])
 
     def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what `forward_features` returns, and the maps on the way there by name.
+        """Return the result of `forward_features`, and the intermediate maps by name.
 
-        names: those wanted; all by default. The backbone's maps are "c4" and "c5" (three levels: "c3" to "c5", and so on, of
-            whichever stages; without pyramid only "c5"), the pyramid's are those of `TemporalPyramid.forward_intermediates`.
+        Args:
+            names: the maps to return; all by default. The backbone's maps are "c4" and "c5", for three levels "c3" to "c5", and
+                so on; the pyramid's are those of `TemporalPyramid.forward_intermediates`.
 
         Shapes for TPN-SlowOnly R50, clips (B, 3, 8, 224, 224):
 
@@ -105,36 +218,35 @@ class TPNClassifier(nn.Module):
         - "temporal_modulation.0", ".1", "top_down.0", ".1", "bottom_up.0", ".1": (B, 1024, 1, 7, 7)
         - "top_down_fusion", "bottom_up_fusion", "pyramid_fusion": (B, 2048, 1, 7, 7); the last is the first result
         """
-        maps = self._feature_maps(x)
+        maps = self._backbone_maps(x)
         found = {f"c{max(6 - len(maps), 1) + i}": each for i, each in enumerate(maps)}
-        if isinstance(self.neck, TemporalPyramid):
-            found |= self.neck.forward_intermediates(maps)
-            features = found["pyramid_fusion"]
+        if hasattr(self.neck, "forward_intermediates"):
+            found |= cast("Any", self.neck).forward_intermediates(maps)
+            features = list(found.values())[-1]
         else:
             features = self._fuse(maps)
         unknown = [name for name in names or () if name not in found]
         if unknown:
-            raise ValueError(f"no intermediate is called {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
+            raise ValueError(f"names: no intermediate {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
         return features, found if names is None else {name: found[name] for name in names}
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give head and auxiliary head new, untrained classifiers for `num_classes`; forget what is known of the classes.
+        """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels and flip pairs are dropped.
 
         num_classes = 0 removes them: the model then returns features. `global_pool` is timm's argument; only "avg"
         exists here.
         """
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
-        like = next(self.backbone.parameters(), next(self.parameters(), torch.empty(0)))
         for head in filter(None, (self.head, self.aux_head)):
             head.reset(num_classes)
-            head.to(device=like.device, dtype=like.dtype)
+            head.to(reference_tensor(self.backbone))
         self.labels = None
         if self.input_spec is not None:
-            self.input_spec = replace(self.input_spec, mirrored=())
+            self.input_spec = replace(self.input_spec, flip_label_pairs=())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute the backbone's activations in the backward pass."""
@@ -143,31 +255,73 @@ class TPNClassifier(nn.Module):
         cast("Any", self.backbone).set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups from input to output, for timm's layer-wise learning rates.
+        """Return parameter groups from input to output, for timm's layer-wise learning rates.
 
-        They are the backbone's stem and blocks (`coarse`: stages), then all that follows. Of a backbone that is not one of tpn's
-        residual networks, they are the modules that it is made of, in their order.
+        They are the groups of the backbone's `group_matcher`, otherwise the modules that it consists of; then the other parts.
         """
-        if isinstance(self.backbone, ResNet):
-            stage = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
-            return {"stem": r"^backbone\.(?:conv1|bn1)", "blocks": stage}
+        if hasattr(self.backbone, "group_matcher"):
+            groups = cast("Any", self.backbone).group_matcher(coarse)
+            return {name: pattern.replace("^", r"^backbone\.", 1) for name, pattern in groups.items()}
         layers = [re.escape(f"backbone.{name}.") for name in layer_names(self.backbone, coarse=coarse)]
         return {"stem": rf"^(?!{'|'.join(layers)})backbone\.", **{f"block{i}": f"^{layer}" for i, layer in enumerate(layers)}}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay, beyond biases and norms: those that a part names, such as a transformer's."""
+        """Return the parameters that must not decay, besides biases and norms: those that a part names, such as a transformer."""
         parts = [(prefix, part) for prefix, part in self.named_modules() if prefix and hasattr(part, "no_weight_decay")]
         return {f"{prefix}.{name}" for prefix, part in parts for name in cast("Any", part).no_weight_decay()}
 
-    def _feature_maps(self, x: Tensor) -> Sequence[Tensor]:
+    def _backbone_maps(self, x: Tensor) -> Sequence[Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected clips (B, {self.in_chans}, T, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(
-                f"expected float clips, normalised with the weights' mean and std, got {x.dtype}; "
+                f"expected float clips, normalized with the weights' mean and std, got {x.dtype}; "
                 "tpn.input_spec(model).normalize takes uint8 frames"
             )
-        return self.maps(self.backbone(x))
+        return self.feature_maps(self.backbone(x))
 
     def _fuse(self, maps: Sequence[Tensor]) -> Tensor:
         return maps[-1] if self.neck is None else self.neck(maps)
+
+
+def build_backbone(config: ModelConfig, *, pretrained: bool = False, cache_dir: Any = None) -> nn.Module:
+    """Build the backbone of a config; with `pretrained`, from weights that its builder loads."""
+    spec = config.input_spec
+    context = {"in_chans": spec.in_chans, "num_frames": spec.num_frames, "crop_size": spec.crop_size}
+    return BACKBONES.build(config.backbone, **context, pretrained=pretrained, cache_dir=cache_dir)
+
+
+def _config_of(kind: str, module: nn.Module) -> PartConfig:
+    module = unwrapped(module, compiled=True)
+    part = attached_config(module)
+    if part is None:
+        raise ValueError(
+            f"model.{kind} is a {type(module).__name__} that was assigned after the model was built, and cannot be built again. "
+            f"Build the model with it, create_model(..., {kind}=MODULE), or register its class with tpn.register_{kind} and "
+            f"build the {kind} by name"
+        )
+    return part
+
+
+def _head_config(name: str, head: nn.Module) -> HeadConfig:
+    head = unwrapped(head, compiled=True)
+    if not isinstance(head, ClassificationHead):
+        raise ValueError(
+            f"model.{name} is a {type(head).__name__} that was assigned after the model was built; assign a classifier to "
+            f"model.{name}.fc instead, or put the module into a neck"
+        )
+    return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)))
+
+
+def input_cfg(spec: InputSpec) -> dict[str, Any]:
+    """Return the part of an input spec that timm's configs have fields for."""
+    return {
+        "input_size": (spec.in_chans, spec.crop_size, spec.crop_size),
+        "test_input_size": (spec.in_chans, spec.three_crop_size, spec.three_crop_size),
+        "interpolation": "bilinear",
+        "crop_pct": spec.crop_size / spec.short_side,
+        "mean": tuple(round(v / 255, 6) for v in spec.mean),
+        "std": tuple(round(v / 255, 6) for v in spec.std),
+        "paper_name": "Temporal Pyramid Network for Action Recognition",
+        "paper_ids": "arXiv:2004.03548",
+    }

@@ -1,4 +1,4 @@
-"""A model cut off before it classifies."""
+"""Features of a model, in place of its logits."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,19 @@ from tpn.models.layers import evaluating
 
 
 class FeatureModel(nn.Module):
-    """A model that gives one of its maps, averaged over time and space; `VideoClassifier` takes it in the place of a classifier.
+    """Return one feature map of a model, averaged over time and space. `VideoClassifier` takes it like a classifier.
 
     Args:
-        model: any TPNClassifier, which is used as it is, and stays as it is.
-        name: of the map, as `forward_intermediates` calls it. Default: the one that the head reads, so that the result is that
-            of a model with `num_classes=0`.
+        model: any TPNClassifier; it stays unchanged.
+        name: of a map in `forward_intermediates`. Default: the map that the head reads, as with `num_classes=0`.
 
     Attributes:
-        num_features: C. num_classes: 0. in_chans, labels, input_spec: as those of a `TPNClassifier`.
+        num_features: C.
+        num_classes: 0.
+        in_chans, labels, input_spec: those of a `TPNClassifier`.
 
     Shape:
-        (B, 3, T, H, W) float, normalised → (B, C)
+        (B, 3, T, H, W) float, normalized → (B, C)
     """
 
     def __init__(self, model: TPNClassifier, name: str | None = None) -> None:

@@ -1,7 +1,10 @@
 """Classification heads: global mean, dropout, linear."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from tpn.config import check_int
 from tpn.models.layers import ConvBnAct, init_weights, kaiming_fan_out
 
 
@@ -23,14 +26,18 @@ class ClassificationHead(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, drop_rate: float = 0.5) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.reset(num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        """K of the classifier `fc`, also of one that was assigned; 0 if there is none."""
+        sizes: list[Any] = [layer.out_features for layer in self.fc.modules() if hasattr(layer, "out_features")]
+        return int(sizes[-1]) if sizes else 0
 
     def reset(self, num_classes: int) -> None:
         """Replace the classifier by a new, untrained one for `num_classes`."""
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
-        self.num_classes = num_classes
+        check_int("num_classes", num_classes, minimum=0)
         self.fc: nn.Module = nn.Linear(self.in_channels, num_classes) if num_classes else nn.Identity()
         init_weights(self.fc, conv=kaiming_fan_out)
 

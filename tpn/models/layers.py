@@ -34,22 +34,22 @@ class ConvBnAct(nn.Module):
 
 
 @contextmanager
-def _spare_running_stats(module: nn.Module) -> Iterator[None]:
-    """Let batch norm count into copies of its running statistics, which are then thrown away."""
+def _restore_running_stats(module: nn.Module) -> Iterator[None]:
+    """Let batch norms update copies of their running statistics, which are discarded afterwards."""
     norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
-    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in kept:
+    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in buffers:
         setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, name, buffer in kept:
+        for norm, name, buffer in buffers:
             setattr(norm, name, buffer)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, and each part of it back in its own mode afterwards: a part may be frozen."""
+    """Put a module in evaluation mode, and restore the mode of each of its parts afterwards: some may be frozen."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -62,20 +62,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     """Call `module(*args)` and recompute its activations in the backward pass instead of keeping them.
 
-    The recomputation leaves batch norm's running statistics alone: a step with checkpointing
-    updates them once, exactly as a step without it does.
+    The recomputation does not update the running statistics of batch norm: a step with checkpointing updates them once, like a
+    step without it.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _spare_running_stats(module)
+        return nullcontext(), _restore_running_stats(module)
 
     if torch.compiler.is_compiling():  # a compiled graph computes the statistics once anyway
         return checkpoint(module, *args, use_reentrant=False)
     return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
 
 
+def reference_tensor(module: nn.Module) -> Tensor:
+    """Return a tensor with the device and dtype of a module: its first parameter, or an empty tensor if it has none."""
+    return next(module.parameters(), torch.empty(0))
+
+
 def channels_last(module: nn.Module) -> None:
-    """Store convolution weights channels-last, 2D and 3D ones alike, which `Module.to(memory_format=...)` refuses to mix."""
+    """Store 2D and 3D convolution weights channels-last; `Module.to(memory_format=...)` does not accept both in one module."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             m.to(memory_format=torch.channels_last)
@@ -84,14 +89,14 @@ def channels_last(module: nn.Module) -> None:
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Let batch norms use, and leave alone, their running statistics, until the next call of `train()`."""
+    """Let batch norms use their running statistics without updating them, until the next call of `train()`."""
     for m in module.modules():
         if isinstance(m, BATCH_NORMS):
             m.eval()
 
 
 def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None:
-    """Initialise every convolution with `conv`, every batch norm with (1, 0), every linear with N(0, 0.01)."""
+    """Initialize every convolution with `conv`, every batch norm with (1, 0), every linear with N(0, 0.01)."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d | nn.Conv3d):
             conv(m.weight)
@@ -104,4 +109,4 @@ def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None
 
 
 kaiming_fan_out = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
-"""Initialisation of the residual networks' convolutions (mmaction2 and torchvision)."""
+"""Initialization of the residual networks' convolutions (mmaction2 and torchvision)."""

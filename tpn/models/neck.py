@@ -2,7 +2,7 @@
 
 c4 ─► spatial ─► temporal ─┬─► ( + ) ◄── upsample ──┐
       modulation modulation│     │                  │
-c5 ─► (as it is) ─► ...   ─┴─────│─────────────────(c5)     top-down:  coarse levels flow into fine ones
+c5 ─► (unchanged) ─► ...  ─┴─────│─────────────────(c5)     top-down:  coarse levels flow into fine ones
                                  └─► downsample ─► ( + )    bottom-up: fine levels flow into coarse ones
 
 output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(bottom-up levels)))
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpn.models.layers import ConvBnAct, init_weights
+from tpn.models.registry import register_neck
 
 FlowOrder = Literal["cascade", "parallel", "top_down", "bottom_up"]
 
@@ -29,7 +30,7 @@ def temporal_max_pool(scale: int) -> nn.Module:
 class SpatialModulation(nn.Sequential):
     """Bring one level to the coarsest level's spatial size and channels, (1, 3, 3) convolutions of stride 2.
 
-    A level that already has both passes unchanged. Channels double with every step, up to `out_channels`.
+    A level that already has both is passed on unchanged. Channels double with every step, up to `out_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
@@ -71,26 +72,31 @@ class LevelFusion(nn.Module):
         return self.fuse(torch.cat(mixed, dim=1))
 
 
+@register_neck("tpn")
 class TemporalPyramid(nn.Module):
-    """The TPN neck: fuse feature maps of one backbone into one map that has seen several tempos.
+    """The TPN neck: fuse feature maps of one backbone into one map that covers several tempos.
 
     Args:
-        in_channels: channels of each input map, finest level first, e.g. (1024, 2048). Two levels or more.
+        in_channels: channels of each input map, finest level first, such as (1024, 2048). Two levels or more.
         num_frames: length along time of the input maps: one number, or one per level.
         temporal_scales: frames that each level's temporal modulation pools into one. Default: all of them.
-            The lengths that remain must be multiples of the next level's.
+            The remaining length of each level must be a multiple of the next level's.
         spatial_scales: size of each map relative to the last one, powers of two. Default: (..., 4, 2, 1).
         out_channels: channels of the result. Default: those of the last input.
         mid_channels: channels of a level between modulation and fusion. Default: half of `out_channels`.
-        groups: groups of the grouped convolutions; where it does not divide the channels, their largest
-            common divisor is taken.
-        flow_order: "cascade" starts the bottom-up flow from the result of the top-down flow (all published
-            weights), "parallel" from the temporal modulation's output; "top_down" and "bottom_up" have that flow alone.
+        groups: groups of the grouped convolutions; reduced to the greatest common divisor with the channels.
+        flow_order: "cascade" starts the bottom-up flow from the result of the top-down flow (all published weights), "parallel"
+            from the result of temporal modulation; "top_down" and "bottom_up" leave the other flow out.
+
+    Attributes:
+        silent_args: arguments that change what the same weights compute.
 
     Shape:
         L maps (B, C_i, T_i, H_i, W_i) float → (B, out_channels, T_out, H_L, W_L), where
         T_out = ceil(T_L / temporal_scales[-1]), 1 by default.
     """
+
+    silent_args = ("flow_order", "temporal_scales")
 
     def __init__(
         self,
@@ -154,20 +160,22 @@ class TemporalPyramid(nn.Module):
         self.pyramid_fusion = ConvBnAct(num_flows * out_channels, out_channels, (1, 1, 1))
         init_weights(self, conv=nn.init.xavier_uniform_)
 
+    def extra_repr(self) -> str:
+        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}"
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.forward_intermediates(features)["pyramid_fusion"]
 
     def forward_intermediates(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return every map on the way to the result, by name, in the order of their making.
+        """Return every intermediate map by name, in order of computation; the last one is the result.
 
-        For the L levels i = 0 (finest) to L - 1, h x w being the coarsest map's size, and T_i' the frames that level i's temporal
-        modulation leaves:
+        With levels i = 0 (finest) to L - 1, the coarsest map's size h x w, and T_i' frames after level i's temporal modulation:
 
         - "spatial_modulation.i": (B, out_channels, T_i, h, w)
         - "temporal_modulation.i", "top_down.i", "bottom_up.i": (B, mid_channels, T_i', h, w)
         - "top_down_fusion", "bottom_up_fusion", and "pyramid_fusion", the result: (B, out_channels, T_out, h, w)
 
-        A pyramid with one flow alone has no maps of the other.
+        A pyramid with one flow has no maps of the other.
         """
         self._check(features)
         found: dict[str, Tensor] = {}
@@ -217,8 +225,8 @@ class TemporalPyramid(nn.Module):
                 )
 
 
-def slack(size: int) -> int:
-    """How many pixels more than the coarsest map a level may have after modulation: backbones without padding lose some."""
+def max_size_mismatch(size: int) -> int:
+    """Return the pixels by which a level may exceed the coarsest map after modulation: backbones without padding lose some."""
     return max(size // 4, 1)
 
 
@@ -227,25 +235,25 @@ def _named(name: str, levels: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _same_size(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Cut from each level what it has at its edges beyond the coarsest one, within `slack`."""
+    """Crop each level to the size of the coarsest one; larger differences than `max_size_mismatch` are an error."""
     coarsest = levels[-1].shape[3:]
     for i, x in enumerate(levels):
-        if not all(c <= size <= c + slack(c) for size, c in zip(x.shape[3:], coarsest, strict=True)):
+        if not all(c <= size <= c + max_size_mismatch(c) for size, c in zip(x.shape[3:], coarsest, strict=True)):
             raise ValueError(
                 f"level {i} is {x.shape[3]} x {x.shape[4]} after spatial modulation, the last {coarsest[0]} x {coarsest[1]}; "
-                "levels go from fine to coarse, and spatial_scales say how much larger than the last each is"
+                "order the levels from fine to coarse, and pass spatial_scales, the size of each relative to the last"
             )
     height, width = coarsest
-    return [x if x.shape[3:] == coarsest else _centre(x, height, width) for x in levels]
+    return [x if x.shape[3:] == coarsest else _center(x, height, width) for x in levels]
 
 
-def _centre(x: Tensor, height: int, width: int) -> Tensor:
+def _center(x: Tensor, height: int, width: int) -> Tensor:
     top, left = (x.shape[3] - height) // 2, (x.shape[4] - width) // 2
     return x[:, :, :, top : top + height, left : left + width]
 
 
 def _per_level(name: str, values: Sequence[int], num_levels: int) -> tuple[int, ...]:
-    values = tuple(values)
+    values = tuple(values) if isinstance(values, Sequence) else (values,)
     if len(values) != num_levels or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f"{name} must be {num_levels} positive integers, one per level, got {values}")
     return values

@@ -1,4 +1,4 @@
-"""Checkpoints of the two reference code bases, renamed to ours: every source tensor once, none left over.
+"""Rename checkpoints of the two reference code bases: every source tensor is used once, none is left over.
 
 The layouts differ in names only; shapes and values are the same.
 
@@ -8,10 +8,12 @@ The layouts differ in names only; shapes and values are the same.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
+
+from tpn.errors import CheckpointError
 
 Layout = Literal["tpn", "mmaction2", "original"]
 
@@ -62,29 +64,25 @@ _ORIGINAL = [
 _RULES: dict[str, list[tuple[str, str]]] = {"mmaction2": _MMACTION2, "original": _ORIGINAL}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that does not fit the model."""
-
-
 def detect_layout(state_dict: Mapping[str, Tensor]) -> Layout:
-    """Tell by its names which code base a state dict comes from; CheckpointError if from none of the three."""
-    if "backbone.conv1.conv.weight" in state_dict and "cls_head.fc_cls.weight" in state_dict:
+    """Return the layout of a state dict, by its names; CheckpointError if it is none of the three."""
+    if "cls_head.fc_cls.weight" in state_dict and "backbone.conv1.conv.weight" in state_dict:
         return "mmaction2"
-    if "backbone.conv1.weight" in state_dict and "cls_head.fc_cls.weight" in state_dict:
+    if "cls_head.fc_cls.weight" in state_dict and "backbone.conv1.weight" in state_dict:
         return "original"
-    if any(name.startswith("backbone.") for name in state_dict) and not any(name.startswith("cls_head.") for name in state_dict):
+    modules = {name.partition(".")[0] for name in state_dict}
+    if "backbone" in modules and "cls_head" not in modules:
         return "tpn"
     raise CheckpointError(
-        "the tensors' names fit neither tpn's own layout nor mmaction2's or the original TPN repository's; "
+        "the names of the tensors match neither tpn's layout nor mmaction2's or the original TPN repository's; "
         f"{len(state_dict)} tensors, the first are {_first(state_dict)}"
     )
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Layout]:
-    """Rename a state dict of any of the three layouts to ours.
+    """Return the tensors of a state dict of any of the three layouts under our names, and their layout.
 
-    Returns the renamed tensors, the very objects that came in, and the layout they came from. Raises
-    CheckpointError if a name is unknown or two names become one.
+    Raises CheckpointError if a name is unknown or two names become one.
     """
     layout = detect_layout(state_dict)
     if layout == "tpn":
@@ -92,41 +90,39 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     renamed: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in state_dict.items():
-        new = _rename(name, layout)
+        new = next((match.expand(ours) for theirs, ours in _RULES[layout] if (match := re.fullmatch(theirs, name))), None)
         if new is None:
             unknown.append(name)
         elif new in renamed:
-            raise CheckpointError(f"two tensors of the checkpoint would both become {new}, the second is {name}")
+            raise CheckpointError(f"two tensors of the checkpoint become {new}, the second is {name}")
         else:
             renamed[new] = tensor
     if unknown:
-        raise CheckpointError(f"{len(unknown)} tensors have no place in tpn's {layout} conversion: {_first(unknown)}")
+        raise CheckpointError(f"{len(unknown)} tensors are not part of the {layout} layout: {_first(unknown)}")
     return renamed, layout
 
 
-def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, classifiers: tuple[str, ...] = ()) -> None:
-    """Copy a state dict in our layout into `model`; every name and every shape must fit.
+def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, classifiers: Collection[str] = ()) -> None:
+    """Copy a state dict in our layout into `model`; every name and every shape must match.
 
-    classifiers: modules ("head.fc", "aux_head.fc") that keep their own, untrained values; their tensors are
-        the only ones of the checkpoint that are ignored, and the only ones of the model that stay unfilled.
+    Args:
+        classifiers: modules ("head.fc", "aux_head.fc") that keep their own, untrained values. Their tensors in the checkpoint are
+            ignored.
+
+    Raises CheckpointError.
     """
     target = model.state_dict()
     dropped = {f"{c}.{leaf}" for c in classifiers for leaf in ("weight", "bias")}
     source = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
-    expected = {name: tensor for name, tensor in target.items() if name not in dropped}
-    missing = sorted(expected.keys() - source.keys())
-    unexpected = sorted(source.keys() - expected.keys())
-    reshaped = [n for n in source if n in expected and source[n].shape != expected[n].shape]
-    if missing or unexpected or reshaped:
-        problems = []
-        if missing:
-            problems.append(f"{len(missing)} tensors of the model are missing from it ({_first(missing)})")
-        if unexpected:
-            problems.append(f"{len(unexpected)} of its tensors are not in the model ({_first(unexpected)})")
-        if reshaped:
-            shapes = (f"{n} {tuple(source[n].shape)} instead of {tuple(expected[n].shape)}" for n in reshaped[:3])
-            problems.append(f"{len(reshaped)} have another shape ({', '.join(shapes)})")
-        raise CheckpointError(f"the checkpoint, {describe(state_dict)}, does not fit the model: " + "; ".join(problems))
+    shapes = {n: (tuple(source[n].shape), tuple(target[n].shape)) for n in sorted(source.keys() & target.keys())}
+    problems = {
+        "tensors of the model are missing": sorted(target.keys() - source.keys() - dropped),
+        "tensors are not in the model": sorted(source.keys() - target.keys()),
+        "have another shape": [f"{n} {theirs} instead of {ours}" for n, (theirs, ours) in shapes.items() if theirs != ours],
+    }
+    found = [f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"the checkpoint ({describe(state_dict)}) does not fit the model: {'; '.join(found)}")
     for name, tensor in source.items():
         if tensor.is_floating_point() != target[name].is_floating_point():
             raise CheckpointError(f"{name} is {tensor.dtype}, expected {target[name].dtype} or another precision of it")
@@ -136,23 +132,14 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, classifie
 
 
 def describe(state_dict: Mapping[str, Tensor]) -> str:
-    """Say in a few words what network a state dict in our layout holds, e.g. "a TPN on SlowOnly R50, 400 classes"."""
+    """Return a short name of the network in a state dict in our layout, such as "a TPN on SlowOnly R50, 400 classes"."""
     blocks = len({name.split(".")[2] for name in state_dict if name.startswith("backbone.layer3.")})
     stem, fc = state_dict.get("backbone.conv1.weight"), state_dict.get("head.fc.weight")
     family = "an unknown backbone" if stem is None else "SlowOnly" if stem.ndim == 5 else "TSM"
     depth = {2: " R18", 6: " R50", 23: " R101"}.get(blocks, "")
     pyramid = "a TPN on " if any(name.startswith("neck.") for name in state_dict) else ""
-    return f"{pyramid}{family}{depth}" + ("" if fc is None else f", {fc.shape[0]} classes")
+    return f"{pyramid}{family}{depth}" + (f", {len(fc)} classes" if fc is not None and fc.ndim else "")
 
 
-def _rename(name: str, layout: Layout) -> str | None:
-    for pattern, replacement in _RULES[layout]:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement)
-    return None
-
-
-def _first(names: Mapping[str, Tensor] | list[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _first(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,29 +1,59 @@
-"""Put models on the Hugging Face Hub: one of one's own, or every published checkpoint under a namespace."""
+"""Upload models to the Hugging Face Hub: your own, or every published checkpoint under a namespace."""
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch import nn
 
-from tpn.video.spec import InputSpec
-from tpn.zoo import saved, sources
-from tpn.zoo.convert import CheckpointError
-from tpn.zoo.download import file_sha256
-from tpn.zoo.hub import UploadError, WeightsUnavailableError, uploading
-from tpn.zoo.weights import WEIGHTS, Weights
+from tpn.config import ModelConfig
+from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
+from tpn.hub import translated
+from tpn.zoo import checkpoints, fetch
+from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
+from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
 
 CARD_FILE = "README.md"
-CITATION = """@inproceedings{yang2020tpn,
-  title={Temporal Pyramid Network for Action Recognition},
-  author={Yang, Ceyuan and Xu, Yinghao and Shi, Jianping and Dai, Bo and Zhou, Bolei},
-  booktitle={CVPR},
-  year={2020}
-}"""
+_CARD = """---
+{header}
+---
+
+# {name}
+
+A video classifier. {origin}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+import tpn
+
+model = tpn.create_model("hf-hub:{repo_id}"{modules}).eval(){classify}
+```
+
+The model takes normalized clips (B, {channels}, {frames}, H, W); `tpn.input_spec(model)` describes sampling and
+normalization. `timm.create_model("hf-hub:{repo_id}", pretrained=True)` works too, after `import tpn`.
+
+## Citation
+
+```bibtex
+@inproceedings{{yang2020tpn,
+  title={{Temporal Pyramid Network for Action Recognition}},
+  author={{Yang, Ceyuan and Xu, Yinghao and Shi, Jianping and Dai, Bo and Zhou, Bolei}},
+  booktitle={{CVPR}},
+  year={{2020}}
+}}
+```
+"""
+_CLASSIFY = """
+classify = tpn.VideoClassifier(model)  # sampling, transform and class names come with the weights
+print(classify("video.mp4").top(5))"""
 
 
 def push_to_hub(
@@ -37,37 +67,30 @@ def push_to_hub(
 ) -> str:
     """Upload a model in one commit: weights, configuration, and a model card if the repository has none.
 
-    `create_model("hf-hub:owner/name")`, of tpn and of timm, reads it back.
+    `create_model("hf-hub:owner/name")`, of tpn and of timm, loads it.
 
     Args:
-        repo_id: "owner/name", or "name" under your own account; created if need be.
+        repo_id: "owner/name", or "name" under your own account; created if necessary.
         private: whether a new repository is private.
         token: Default: $HF_TOKEN, or that of `hf auth login`.
         license: for the card, such as "apache-2.0".
 
-    Returns the address of the repository. Raises UploadError.
+    Returns the address of the repository. Raises UploadError; see `save_pretrained` for other errors.
     """
-    api = HfApi(token=token, library_name="tpn")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = saved.save_pretrained(model, temporary)
-        with uploading(repo_id):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            card = None
-            if not api.file_exists(repo_id, CARD_FILE):
-                card = model_card(saved.read_config(folder), repo_id, license=license)
-            _commit(api, repo_id, folder, card, commit_message)
-    return f"{api.endpoint}/{repo_id}"
+        folder = save_pretrained(model, temporary)
+        return _upload(folder, repo_id, private, token, commit_message, license=license)
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What `publish` did, or would do, with one checkpoint.
+class Publication(NamedTuple):
+    """The result of `publish` for one checkpoint.
 
-    state: "published" or "to publish", with the SHA-256 of the weights file in `detail`; "to fetch and publish"; "not
-    here", with the way to get it, or "failed", with the reason.
+    Attributes:
+        repo_id: its repository, "namespace/model.tag".
+        state: "published" or "to publish", with the SHA-256 of the weights file in `detail`; "to fetch and publish"; "not here",
+            with the way to get it; or "failed", with the reason.
     """
 
-    entry: Weights
     repo_id: str
     state: str
     detail: str
@@ -83,42 +106,36 @@ def publish(
 ) -> Iterator[Publication]:
     """Upload every checkpoint of the table that is in the cache or has a direct link, to `{namespace}/{model}.{tag}`.
 
-    Fetched and converted first where need be. Yields one Publication per checkpoint, when it is done.
+    They are downloaded and converted first if necessary. Yields one Publication per checkpoint, when it is done.
 
     Args:
-        dry_run: only say what would be done; nothing is fetched, written or sent.
+        dry_run: report what would be done; nothing is downloaded, written or sent.
         private: whether new repositories are private.
         cache_dir, token: as in `create_model` and `push_to_hub`.
     """
-    for entry in WEIGHTS.values():
-        if entry.embedded is not None:
+    for entry in checkpoints.CHECKPOINTS.values():
+        if isinstance(entry.source, Embedded | HubFiles):
             continue
-        repo_id = f"{namespace}/{entry.name}"
+        repo_id, folder = f"{namespace}/{entry.name}", fetch.cache_folder(entry, cache_dir)
         try:
-            path = sources.cached(sources.cache_folder(entry, cache_dir))
-            if path is None and entry.manual:
-                state, detail = "not here", f"fetch {entry.url}, then: {sources.convert_command(entry)}"
+            path = fetch.cached(folder)
+            if path is None and isinstance(entry.source, Page):
+                detail = f"download {entry.source.url}, then: {fetch.convert_command(entry)}"
+                yield Publication(repo_id, "not here", detail)
             elif path is None and dry_run:
-                state, detail = "to fetch and publish", ""
+                yield Publication(repo_id, "to fetch and publish", "")
             else:
-                path = path or sources.from_publisher(entry, cache_dir=cache_dir)
+                path = path or fetch.from_source(entry, entry.source, folder, cache_dir)
                 if not dry_run:
-                    _publish_one(entry, repo_id, path, private, token)
-                state, detail = "to publish" if dry_run else "published", file_sha256(path)
+                    _upload(path.parent, repo_id, private, token, f"Add {entry.name}", entry=entry)
+                yield Publication(repo_id, "to publish" if dry_run else "published", fetch.file_sha256(path))
         except (WeightsUnavailableError, CheckpointError, UploadError) as error:
-            state, detail = "failed", str(error)
-        yield Publication(entry, repo_id, state, detail)
+            yield Publication(repo_id, "failed", str(error))
 
 
-def model_card(config: dict[str, Any], repo_id: str, *, entry: Weights | None = None, license: str | None = None) -> ModelCard:
-    """Return the README.md of a repository.
-
-    Args:
-        config: the model's config.json.
-        entry: the published checkpoint that the model is, if it is one.
-        license: of the weights, if it is not.
-    """
-    spec, name = InputSpec.from_dict(config["input_spec"]), repo_id.rpartition("/")[2]
+def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = None, license: str | None = None) -> ModelCard:
+    """Return the README.md of a repository with a published checkpoint, `entry`, or with another model and its license."""
+    spec = config.input_spec
     data = ModelCardData(
         license=entry.license if entry else license,
         library_name="tpn",
@@ -126,81 +143,59 @@ def model_card(config: dict[str, Any], repo_id: str, *, entry: Weights | None = 
         tags=["video-classification", "action-recognition", "temporal-pyramid-network"],
     )
     frames = f"{spec.num_frames} x {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
-    facts = {"architecture": f"`{config['architecture']}`", "frames": frames, "classes": str(config["num_classes"])}
-    if entry is not None:
-        facts |= table_row(entry)
+    facts = {"model": f"`{config.architecture}`", "frames": frames, "classes": config.num_classes}
+    if entry:
+        facts |= {
+            "data": entry.dataset,
+            "protocol": entry.protocol,
+            "accuracy, reported upstream": _accuracy(entry.reported_top1, entry.reported_top5),
+            "accuracy, measured by tpn": _accuracy(entry.measured_top1, entry.measured_top5),
+            "initialized from": entry.initialized_from,
+            "license": entry.license,
+            "note": entry.note,
+        }
+        origin = f"The weights come from {entry.publisher} ({entry.source.url}); the tensors are renamed and otherwise unchanged."
     else:
-        facts["model arguments"] = ", ".join(f"{k}={v!r}" for k, v in config["model_args"].items())
-    table = "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    origin = (
-        f"The weights are those of {entry.source} ({entry.url}), renamed tensor by tensor and otherwise unchanged."
-        if entry
-        else "Trained with tpn, an implementation of the [Temporal Pyramid Network](https://arxiv.org/abs/2004.03548)."
+        facts |= {kind: f"`{part.name}` {dict(part.args)}" for kind in ("backbone", "neck") if (part := getattr(config, kind))}
+        origin = "Trained with tpn, an implementation of the [Temporal Pyramid Network](https://arxiv.org/abs/2004.03548)."
+    text = _CARD.format(
+        header=data.to_yaml(),
+        name=repo_id.rpartition("/")[2],
+        origin=origin,
+        table="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value != ""),
+        repo_id=repo_id,
+        modules="".join(
+            f", {kind}=MODULE" for kind in ("backbone", "neck") if (part := getattr(config, kind)) and part.is_module
+        ),
+        classify=_CLASSIFY if spec.in_chans == 3 else "",
+        channels=spec.in_chans,
+        frames=spec.num_frames,
     )
-    in_chans = len(spec.mean)
-    classify = """
-classify = tpn.VideoClassifier(model)  # sampling, transform and class names come with the weights
-print(classify("video.mp4").top(5))"""
-    text = f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-A video classifier. {origin}
-
-{table}
-
-## Use
-
-```python
-import tpn
-
-model = tpn.create_model("hf-hub:{repo_id}").eval(){classify if in_chans == 3 else ""}
-```
-
-The model takes normalised clips (B, {in_chans}, {spec.num_frames}, H, W); `tpn.input_spec(model)` says how they are
-sampled and normalised. `timm.create_model("hf-hub:{repo_id}", pretrained=True)` works too, after `import tpn`.
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
     return ModelCard(text)
 
 
-def table_row(entry: Weights) -> dict[str, str]:
-    """Return what the table knows of a checkpoint, in words."""
-
-    def accuracy(top1: float | None, top5: float | None) -> str:
-        values = [f"top-1 {top1:.2f} %"] if top1 is not None else []
-        return ", ".join(values + ([f"top-5 {top5:.2f} %"] if top5 is not None else [])) or "not yet"
-
-    row = {
-        "data": entry.dataset.title,
-        "protocol": entry.protocol,
-        "accuracy, reported upstream": accuracy(entry.reported_top1, entry.reported_top5),
-        "accuracy, measured by tpn": accuracy(entry.measured_top1, entry.measured_top5),
-        "initialised from": entry.initialised_from or "random",
-        "license": entry.license,
-    }
-    return row | ({"note": entry.note} if entry.note else {})
+def _accuracy(top1: float | None, top5: float | None) -> str:
+    values = (f"{name} {value:.2f} %" for name, value in (("top-1", top1), ("top-5", top5)) if value is not None)
+    return ", ".join(values) or "not measured"
 
 
-def _publish_one(entry: Weights, repo_id: str, path: Path, private: bool, token: str | None) -> None:
+def _upload(
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    message: str,
+    *,
+    entry: Checkpoint | None = None,
+    license: str | None = None,
+) -> str:
+    """Upload weights, configuration and card in one commit: a repository never has one without the others."""
     api = HfApi(token=token, library_name="tpn")
-    with uploading(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        card = model_card(saved.read_config(path.parent), repo_id, entry=entry)
-        _commit(api, repo_id, path.parent, card, f"Add {entry.name}")
-
-
-def _commit(api: HfApi, repo_id: str, folder: Path, card: ModelCard | None, message: str) -> None:
-    """Upload weights, configuration and card in one commit: a repository never holds one without the others."""
-    files: dict[str, Path | bytes] = {name: folder / name for name in (saved.WEIGHTS_FILE, saved.CONFIG_FILE)}
-    if card is not None:
-        files[CARD_FILE] = str(card).encode()
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    api.create_commit(repo_id, operations, commit_message=message)
+    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    with translated(repo_id, uploading=True):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if entry or not api.file_exists(repo_id, CARD_FILE):
+            files[CARD_FILE] = str(model_card(read_config(folder), repo_id, entry=entry, license=license)).encode()
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repo_id, operations, commit_message=message)
+    return f"{api.endpoint}/{repo_id}"

@@ -1,133 +1,170 @@
-"""Folders of `model.safetensors` and `config.json`: a model with everything that is needed to build it again.
+"""Saved models: a folder with `model.safetensors`, and in `config.json` everything that is needed to build the model again.
 
-The format is the one that timm and the Hugging Face Hub use, with one more section, "input_spec".
+`config.json` has timm's fields, for timm and the Hub, and under "model" the `ModelConfig`.
 """
 
+import copy
 import json
-import os
-import shutil
-import tempfile
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
+from tpn.config import MODULE, InputSpec, ModelConfig
+from tpn.errors import CheckpointError
+from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier, unwrapped
-from tpn.video.spec import InputSpec
-from tpn.zoo.assemble import timm_cfg
-from tpn.zoo.convert import CheckpointError
-from tpn.zoo.hub import hub_file
-from tpn.zoo.weights import CUSTOM, get_weights
+from tpn.models.layers import BATCH_NORMS
+from tpn.version import __version__
+from tpn.zoo.checkpoints import get_checkpoint
+from tpn.zoo.overrides import custom_config, override
+from tpn.zoo.reader import without_wrappers
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-NOT_SAVED = {"backbone_pretrained", "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
-"""Arguments that say what to load from where: the caller's, never those of a file, which may be anybody's."""
-INCOMPLETE = ".incomplete-"
-"""How the names of folders begin in which files are being written."""
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Write `model.safetensors` and `config.json`, which `create_model("local-dir:FOLDER")` reads back.
+    """Write `model.safetensors` and `config.json`, which `create_model("local-dir:FOLDER")` reads.
 
-    model: a model that `create_model` or a factory function made, also inside torch.compile or DistributedDataParallel.
+    Before a file appears, the model is compared with one built from its config: names, shapes, and types of modules.
 
-    Each file appears under its name only when it is complete. Returns the folder, created if need be.
+    Args:
+        model: a `TPNClassifier`, also inside torch.compile or DistributedDataParallel.
+        folder: created if necessary.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: not a `TPNClassifier`.
+        ValueError: the model no longer matches its config; the message says what to do.
+        OSError: a file cannot be written.
     """
     model = unwrapped(model, compiled=True)
     if not isinstance(model, TPNClassifier):
         raise TypeError(f"only a TPNClassifier can be saved, got {type(model).__name__}")
-    if model.labels is not None and len(model.labels) != model.num_classes:
-        raise ValueError(f"model.labels has {len(model.labels)} names, the model has {model.num_classes} classes")
-    if model.model_args is None:
-        raise ValueError(
-            "only models made by tpn.create_model or a factory function know how to be built again; "
-            "of an optimized model, save the one that it was made of"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(model)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # One key: safetensors writes several in random order, and equal models are to give equal files.
-    metadata = {"model": json.dumps({key: config[key] for key in ("architecture", "model_args")})}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=INCOMPLETE) as temporary:
+    folder, config = Path(folder), model.config
+    tensors = _checked_tensors(model, config)
+    values = {
+        "architecture": config.architecture,
+        "num_classes": config.num_classes,
+        "pretrained_cfg": model.pretrained_cfg,
+        "model": config.to_dict(),
+        "tpn_version": __version__,
+    }
+    # One key: safetensors writes several in random order, and equal models should give equal files.
+    metadata = {"model": json.dumps({"model": values["model"]})}
+    with atomic_write(folder / WEIGHTS_FILE) as unfinished:
         try:
-            save_file(tensors, Path(temporary, WEIGHTS_FILE), metadata=metadata)
-        except SafetensorError as error:  # a full disk, for one
+            save_file(tensors, unfinished, metadata=metadata)
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder / WEIGHTS_FILE} could not be written: {error}") from error
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
-        shutil.copymode(Path(temporary, CONFIG_FILE), Path(temporary, WEIGHTS_FILE))  # safetensors keeps others from reading
-        # Weights go first and come last: where they are, the configuration is theirs.
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            os.replace(Path(temporary, name), folder / name)
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (unfinished.parent / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder
 
 
-def saved_config(cfg: PretrainedCfg, cache_dir: str | PathLike[str] | None = None) -> dict[str, Any] | None:
-    """Return the config.json of the folder or Hub repository that `cfg` comes from, None if it is the zoo's own.
+def read_config(folder: Path) -> ModelConfig:
+    """Return the config of a saved model.
 
-    Raises CheckpointError if it does not describe a model of tpn.
+    Raises FileNotFoundError; CheckpointError if it is not a model that tpn saved, with the file and the reason.
     """
-    if cfg.source not in ("local-dir", "hf-hub"):
-        return None
-    return read_config(saved_file(cfg, CONFIG_FILE, cache_dir).parent)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a folder; CheckpointError if it does not describe a model of tpn."""
     path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a saved model has {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
-    known: dict[str, Any] = config if isinstance(config, dict) else {}
-    missing = [key for key in ("architecture", "pretrained_cfg", "input_spec") if key not in known]
-    if missing:
-        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote, it has no {', '.join(missing)}")
     try:
-        if forbidden := sorted(NOT_SAVED & known.get("model_args", {}).keys()):
-            raise ValueError(f"model_args must not say what to load, got {', '.join(forbidden)}")
-        if known["architecture"] != CUSTOM:
-            get_weights(known["architecture"])
-        InputSpec.from_dict(known["input_spec"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return known
+        return _read_values(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote: {error}") from error
 
 
-def saved_file(cfg: PretrainedCfg, name: str, cache_dir: str | PathLike[str] | None = None) -> Path:
-    """Return one file of the folder or Hub repository that `cfg` names, fetched if need be.
-
-    Raises FileNotFoundError, WeightsUnavailableError.
-    """
-    if cfg.source == "local-dir":
-        path = Path(str(cfg.file), name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-        return path
-    return hub_file(str(cfg.hf_hub_id), name, cache_dir=cache_dir)
+def read_metadata(metadata: Mapping[str, str]) -> ModelConfig | None:
+    """Return the config in the metadata of a safetensors file; None for files of others."""
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        return _read_values(json.loads(metadata["model"]))
+    return None
 
 
-def config_of(model: TPNClassifier) -> dict[str, Any]:
-    """Return what config.json says of a model."""
-    published: dict[str, Any] = cast("Any", model).pretrained_cfg
-    elsewhere = ("url", "file", "hf_hub_id", "source", "architecture", "state_dict")
-    cfg = {k: v for k, v in published.items() if k not in elsewhere} | timm_cfg(model.input_spec)
-    cfg["num_classes"] = model.num_classes
-    cfg.pop("label_names", None)
-    config = {
-        "architecture": published["architecture"],
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "model_args": model.model_args,
-        "input_spec": model.input_spec.to_dict(),
-        "pretrained_cfg": cfg,
+def _read_values(values: Any) -> ModelConfig:
+    return ModelConfig.from_dict(values["model"]) if "model" in values else _config_of_first_version(values)
+
+
+def _config_of_first_version(values: Mapping[str, Any]) -> ModelConfig:
+    """Return the config of a model that version 0.1.0 saved: an entry point, "architecture", with "model_args"."""
+    architecture, args = values["architecture"], dict(values["model_args"])
+    neck = "auto" if args.pop("pyramid", True) else None
+    spec = InputSpec.from_dict(values["input_spec"]) if "input_spec" in values else None
+    if architecture == "tpn":
+        backbone = re.sub("^own/", MODULE, args.pop("backbone"))
+        base = custom_config(backbone, num_frames=args["num_frames"], input_spec=spec)
+    else:
+        base = get_checkpoint(architecture).config
+        if base.backbone.name == "tsm":
+            args.setdefault("shift_shortcut", False)
+    config = override(base, num_classes=values.get("num_classes"), neck=neck, input_spec=spec, **args)
+    labels = values.get("label_names")
+    return config if labels is None else replace(config, labels=tuple(labels))
+
+
+def _checked_tensors(model: TPNClassifier, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors to save. ValueError if a model built from the config differs."""
+    parts = {"backbone": config.backbone, "neck": config.neck}
+    # Only their owner can build modules: copies, which building may move and convert, represent them.
+    modules = {
+        name: copy.deepcopy(unwrapped(getattr(model, name), compiled=True))
+        for name, part in parts.items()
+        if part is not None and part.is_module
     }
-    if model.labels is not None:
-        config["label_names"] = list(model.labels)
-    return config
+    with torch.random.fork_rng(devices=[]):  # saving must not change the random numbers of a training
+        expected, actual = _outline(TPNClassifier.from_config(config, **modules)), _outline(model)
+    different = [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"the model no longer matches its config in {len(different)} place(s), the first is {name}: "
+            f"{actual.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}. Undo the change, or build the model with "
+            "the changed part, create_model(..., backbone=MODULE) or neck=MODULE"
+        )
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in without_wrappers(model.state_dict()).items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors does not accept shared memory
+        storages.add(storage)
+    return tensors
+
+
+def _outline(model: nn.Module) -> dict[str, str]:
+    """Return what a config determines of a model: shapes of tensors, types and settings of modules, tied parameters."""
+    outline = {name: str(tuple(tensor.shape)) for name, tensor in without_wrappers(model.state_dict()).items()}
+    for name, module in model.named_modules():
+        module = unwrapped(module, compiled=True)
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if isinstance(module, BATCH_NORMS):  # it may be converted to SyncBatchNorm, or get another momentum
+            kind = f"BatchNorm(eps={module.eps})"
+        elif "drop" not in kind.lower():  # dropout may change, too
+            kind += f"({module.extra_repr()})"
+        outline[f"module {_plain(name)}"] = kind
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), _plain(name))
+        if owner != _plain(name):  # a tie that the config does not make would be lost
+            outline[f"tied parameter {_plain(name)}"] = owner
+    return outline
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")

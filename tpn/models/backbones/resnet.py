@@ -1,7 +1,7 @@
-"""What the SlowOnly and the TSM residual networks share: residual blocks, stem, four stages.
+"""The common parts of the SlowOnly and TSM residual networks: residual blocks, stem, four stages.
 
-Attribute names are torchvision's (`conv1`, `bn1`, `layer1.0.downsample.0`, ...), so that ImageNet
-weights and the original TPN checkpoints need no renaming.
+Attribute names are torchvision's (`conv1`, `bn1`, `layer1.0.downsample.0`, ...): ImageNet weights and the original TPN
+checkpoints need no renaming.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def norm(dims: int, channels: int) -> nn.BatchNorm2d | nn.BatchNorm3d:
 class ResidualBlock(nn.Module):
     """`relu(branch(x) + shortcut(x))`; the shortcut is a strided 1x1 convolution where the shape changes.
 
-    `sum_in_place` saves memory traffic, and changes what a hook has seen of the last norm: it is for `tpn.optimize`.
+    `sum_in_place` saves memory traffic, but overwrites the output of the last norm, which a hook may hold: for `tpn.optimize`.
     """
 
     expansion: int
@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
-        """The branch's last batch norm: with a scale of zero, the block starts as the identity."""
+        """The last batch norm of the branch; with a scale of zero, the block starts as the identity."""
         raise NotImplementedError
 
     def branch(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
     def forward(self, x: Tensor, *args: int) -> Tensor:
-        """`args`: what `ResNet.forward_stages` passes to every block; a plain block takes none."""
+        """`args` come from `ResNet.forward_stages`; a plain block takes none."""
         return self.sum(self.branch(x), self.shortcut(x))
 
     def sum(self, branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -121,6 +121,7 @@ class ResNet(nn.Module):
 
     Attributes:
         out_channels: channels of each returned map.
+        imagenet_repo: Hub repository of the 2D ImageNet weights of this depth, which can be inflated into this network.
         depth, in_chans: as given.
     """
 
@@ -137,10 +138,11 @@ class ResNet(nn.Module):
     ) -> None:
         """`make_block(stage, index, in_channels, channels, stride)` builds one residual block."""
         super().__init__()
-        if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(out_indices):
+        if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(set(out_indices)):
             raise ValueError(f"out_indices must be increasing stage indices in 0..3, got {tuple(out_indices)}")
         block, counts = STAGES[depth]
         self.depth = depth
+        self.imagenet_repo = f"timm/resnet{depth}.tv_in1k"
         self.in_chans = in_chans
         self.out_indices = tuple(out_indices)
         self.out_channels = tuple(base_channels * 2**i * block.expansion for i in self.out_indices)
@@ -166,6 +168,16 @@ class ResNet(nn.Module):
             for m in self.modules():
                 if isinstance(m, ResidualBlock):
                     nn.init.zeros_(m.last_norm.weight)
+
+    def feature_shapes(self, clip: Tensor) -> list[tuple[int, ...]]:
+        """Return (C, T, H, W) of each feature map of a clip (1, C, T, H, W)."""
+        _, _, frames, height, width = clip.shape
+        strides = [2 ** (i + 2) for i in self.out_indices]
+        return [(c, frames, -(-height // s), -(-width // s)) for c, s in zip(self.out_channels, strides, strict=True)]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return the patterns of the stem and the blocks (`coarse`: stages), for layer-wise learning rates."""
+        return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each residual block in the backward pass instead of keeping its activations."""

@@ -1,15 +1,17 @@
-"""SlowOnly: a residual network that looks along time only in its last two stages (Feichtenhofer et al., ICCV 2019)."""
+"""SlowOnly: a residual network with temporal convolutions in its last two stages (Feichtenhofer et al., ICCV 2019)."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from tpn.models.resnet import STAGES, ResidualBlock, ResNet, check_depth
+from tpn.models.backbones.resnet import STAGES, ResidualBlock, ResNet, check_depth
+from tpn.models.registry import register_backbone
 
 TEMPORAL_KERNELS = (1, 1, 3, 3)
-"""Length along time of each stage's first convolutions."""
+"""Temporal length of the first convolution of each block, by stage."""
 
 
+@register_backbone("slowonly")
 class ResNet3dSlowOnly(ResNet):
     """3D residual network that never downsamples time.
 
@@ -17,7 +19,7 @@ class ResNet3dSlowOnly(ResNet):
         depth: 50 or 101 (bottleneck blocks), or 18 (basic blocks).
         in_chans: input channels, 3 for RGB.
         base_channels: width of the stem; stage i has `base_channels * 2**i * expansion` channels.
-        out_indices: stages to return, 0 = stage 1; (2, 3) is what the pyramid reads.
+        out_indices: stages to return, 0 = stage 1; the pyramid reads (2, 3).
         zero_init_last: start every residual branch at zero (its last batch norm's scale), for training from scratch.
 
     Shape:

@@ -1,7 +1,7 @@
-"""A trained model, made fast, for inference only.
+"""Fast inference with a trained model.
 
-Batch norms are folded into the convolutions before them; weights and clips are stored channels-last, in half precision where
-the device computes faster in it; and the whole is compiled, if asked for.
+Batch norms are folded into the convolutions before them; weights and clips are stored channels-last, in half precision if the
+device computes faster in it; and the model is compiled on request.
 """
 
 import copy
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tpn.config import ModelConfig
+from tpn.models.backbones.resnet import ResidualBlock
 from tpn.models.classifier import TPNClassifier
-from tpn.models.layers import channels_last
-from tpn.models.resnet import ResidualBlock
+from tpn.models.layers import channels_last, reference_tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALL_BATCH = 4
-"""Up to so many clips a GPU waits for kernels to be started, which CUDA graphs do all at once."""
+"""Largest batch for CUDA graphs: with few clips, a GPU waits for the launch of kernels, which a graph does at once."""
 
 
 @dataclass(frozen=True)
 class OptimizationReport:
-    """What `optimize` did.
+    """The result of `optimize`.
 
     Attributes:
-        dtype: that the model computes in; the classifier keeps float32.
-        compiled: whether it is compiled; if so, that happens in the first call for a shape of clips.
-        folded_norms: batch norms that are now part of a convolution.
-        max_difference: the largest difference of a probability from the given model's, on the sample; for a model without
+        dtype: the model computes in it; the classifier keeps float32.
+        compiled: whether the model is compiled, which happens in the first call for a shape of clips.
+        folded_norms: number of batch norms that became part of a convolution.
+        max_difference: largest difference of a probability from the original model's, on the sample; for a model without
             classifier, of a feature, relative to the largest one.
-        same_top1: whether each clip of the sample has the same most probable class.
+        same_top1: whether the most probable class of each clip of the sample is the same.
     """
 
     dtype: torch.dtype
@@ -48,17 +49,17 @@ class OptimizationReport:
 
 
 class OptimizedClassifier(TPNClassifier):
-    """What `optimize` returns: a `TPNClassifier` for inference. It takes clips of any float dtype; logits are float32.
+    """A `TPNClassifier` for inference, made by `optimize`. It takes clips of any float dtype; logits are float32.
 
     Attributes:
-        report: what was done, and what it changed.
+        report: an `OptimizationReport`.
     """
 
     report: OptimizationReport
     _compiled: dict[bool, Callable[[Tensor], Tensor]] | None = None
 
     def compile_forward(self) -> None:
-        """Compile `forward`, for a GPU a second time with CUDA graphs, for small batches."""
+        """Compile `forward`; for small batches on a GPU also with CUDA graphs."""
         plain = super().forward
         self._compiled = {
             True: torch.compile(plain, mode="reduce-overhead", dynamic=False),
@@ -70,20 +71,22 @@ class OptimizedClassifier(TPNClassifier):
             return super().forward(x)
         graphs = x.device.type == "cuda" and len(x) <= SMALL_BATCH
         with torch.inference_mode(), _weights_as_constants(x.device):
-            # A copy, so that all calls are alike, whether the caller's tensors know gradients or not: one compilation.
+            # A copy looks the same to the compiler whether or not the caller's tensor requires gradients: one compilation.
             logits = self._compiled[graphs](self._as_stored(x, copy=True))
-        return logits.clone()  # the next run of a graph writes where the last one wrote
+        return logits.clone()  # the next run of a graph overwrites its output
 
     def train(self, mode: bool = True) -> "OptimizedClassifier":
         if mode:
-            raise RuntimeError(
-                "an optimized model is for inference only; train the one that it was made of, and optimize it again"
-            )
+            raise RuntimeError("an optimized model is for inference only; train the original model, and optimize it again")
         super().train(False)
         return self
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        raise RuntimeError("an optimized model cannot be changed; change the one that it was made of, and optimize it again")
+        raise RuntimeError("an optimized model cannot be changed; change the original model, and optimize it again")
+
+    @property
+    def config(self) -> ModelConfig:
+        raise ValueError("an optimized model has no config and cannot be saved; use the original model")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward_head(x.float(), pre_logits)
@@ -92,13 +95,13 @@ class OptimizedClassifier(TPNClassifier):
         logits, aux_logits = super().forward_with_aux(x)
         return logits, None if aux_logits is None else aux_logits.float()
 
-    def _feature_maps(self, x: Tensor) -> Any:
-        return super()._feature_maps(self._as_stored(x))
+    def _backbone_maps(self, x: Tensor) -> Any:
+        return super()._backbone_maps(self._as_stored(x))
 
     def _as_stored(self, x: Tensor, copy: bool = False) -> Tensor:
-        """Clips in the dtype and layout of the weights; what is no clip is an error later, as it is for any model."""
+        """Return clips in the dtype and layout of the weights."""
         if not x.is_floating_point() or x.ndim != 5:
-            return x
+            return x  # an error later, as for any model
         return x.to(next(self.parameters()).dtype, copy=copy, memory_format=torch.channels_last_3d)
 
 
@@ -110,25 +113,25 @@ def optimize(
     device: str | torch.device | None = None,
     sample: Tensor | None = None,
 ) -> OptimizedClassifier:
-    """Return a copy of a trained model that computes the same, faster, for inference. The given model is left as it is.
+    """Return a faster copy of a trained model for inference. The original model stays unchanged.
 
     Args:
-        model: any TPNClassifier, in training mode or not.
-        dtype: what to compute in: torch.float32, float16, bfloat16, or these names. Default: `fastest_dtype`.
+        model: any TPNClassifier, in training or evaluation mode.
+        dtype: torch.float32, float16, bfloat16, or their names. Default: `fastest_dtype`.
         compile: also `torch.compile` it, on a GPU with CUDA graphs for small batches. The first call for a shape of clips then
-            takes up to a minute, so give all of them the same shape. There are no gradients, not even those of the clips, and
-            calls must come from one thread.
+            takes up to a minute: give all clips the same shape. There are no gradients, and all calls must come from one thread.
         device: where to run. Default: where the model is.
-        sample: normalised clips (B, C, T, H, W) to compare on. Default: a clip of random numbers, as large as
-            `model.input_spec` says.
+        sample: normalized clips (B, C, T, H, W) for the comparison with the original. Default: one random clip of the size in
+            `model.input_spec`.
 
     Returns:
-        A model that takes clips of any float dtype and layout and returns float32 logits, with a `report`. It cannot
-        be trained, changed or saved.
+        A model that takes clips of any float dtype and layout and returns float32 logits, with a `report`. It cannot be trained,
+        changed, or saved.
 
     Raises:
-        TypeError, ValueError: an unknown dtype; no sample, where the model has no input_spec; the model is optimized already;
-            its logits on the sample are finite, and are not in this dtype (float16 ends at 65,504).
+        TypeError: not a `TPNClassifier`.
+        ValueError: an unknown dtype; no sample for a model without input_spec; an optimized model; logits on the sample that are
+            finite in float32 but not in this dtype (float16 ends at 65,504).
 
     Example:
         >>> fast = tpn.optimize(tpn.create_model("tpn_slowonly_r50_k400", pretrained=True))
@@ -137,8 +140,8 @@ def optimize(
     if not isinstance(model, TPNClassifier):
         raise TypeError(f"only a TPNClassifier can be optimized, got {type(model).__name__}")
     if isinstance(model, OptimizedClassifier):
-        raise ValueError("the model is optimized already; optimize the one that it was made of")
-    where = next(model.parameters()).device if device is None else usable_device(device)
+        raise ValueError("the model is already optimized; optimize the original model")
+    where = reference_tensor(model).device if device is None else resolve_device(device)
     wanted = fastest_dtype(where) if dtype is None else _as_dtype(dtype)
     given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
     clips = _random_clip(given) if sample is None else sample
@@ -146,24 +149,24 @@ def optimize(
     with torch.inference_mode():
         expected, pairs = _run(given, clips)
 
-    # From here on `given` is taken apart.
+    # `given` is taken apart from here on.
     fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
-    fast.labels, fast.input_spec, fast.in_chans = given.labels, given.input_spec, given.in_chans
+    fast.labels, fast.input_spec = given.labels, given.input_spec
     for conv, norm in pairs:
-        fast.set_submodule(conv, _folded(fast.get_submodule(conv), fast.get_submodule(norm)))
-        fast.set_submodule(norm, nn.Identity())
+        fast.set_submodule(conv, fuse_conv_bn_eval(cast("Any", fast.get_submodule(conv)), cast("Any", fast.get_submodule(norm))))
+        fast.set_submodule(norm, nn.Identity().eval())
     for module in fast.modules():
         if isinstance(module, ResidualBlock):
             module.sum_in_place = True
     channels_last(fast)
     fast.to(wanted).requires_grad_(False)
-    fast.head.float()  # a logit of 8 would have steps of 1/16 in bfloat16; the classifier costs next to nothing
+    fast.head.float()  # bfloat16 has steps of 1/16 at a logit of 8; the classifier is cheap
     if compile:
         fast.compile_forward()
     with torch.inference_mode():
         got = fast(clips)
     if expected.isfinite().all() and not got.isfinite().all():
-        raise ValueError(f"the model's result is not finite in {wanted}; pass dtype=torch.bfloat16 or torch.float32")
+        raise ValueError(f"the model's logits are not finite in {wanted}; pass dtype=torch.bfloat16 or torch.float32")
     difference = _difference(expected, got, classes=bool(given.num_classes))
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
@@ -171,9 +174,9 @@ def optimize(
 
 
 def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
-    """On a CPU, let the compiler store weights as its convolutions read them, and fuse what follows into these.
+    """On a CPU, let the compiler store weights in the layout of its convolutions and fuse the following operations.
 
-    The setting is the one that PyTorch's guides for CPUs name; `torch.compile` has no argument for it.
+    PyTorch's guides for CPUs recommend this setting; `torch.compile` has no argument for it.
     """
     if device.type != "cpu":
         return nullcontext()
@@ -181,12 +184,8 @@ def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
     return context
 
 
-def _folded(conv: Any, norm: Any) -> nn.Module:
-    return fuse_conv_bn_eval(conv, norm)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name. Raises ValueError if it cannot be used here."""
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name. Raises ValueError if it is not available."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -196,8 +195,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Return half precision where the device's own instructions make it faster: float16 on CUDA, bfloat16 on CPUs with AMX or
-    AVX512-BF16; else float32."""
+    """Return float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, otherwise float32."""
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
@@ -220,7 +218,7 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _random_clip(model: TPNClassifier) -> Tensor:
     if model.input_spec is None:
-        raise ValueError("the model has no input_spec that says how large its clips are; pass some as sample")
+        raise ValueError("sample is needed: the model has no input_spec, which gives the size of its clips")
     spec = model.input_spec
     shape = (1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -228,14 +226,14 @@ def _random_clip(model: TPNClassifier) -> Tensor:
 
 @dataclass
 class _ConvResult:
-    """Tied to the tensor that a convolution gave."""
+    """Attached to the output of a convolution."""
 
     conv: nn.Module
     reads: int = 0
 
 
 class _CountReads(TorchFunctionMode):
-    """Counts how many operations read the result of each convolution."""
+    """Count the operations that read the output of each convolution."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -247,9 +245,9 @@ class _CountReads(TorchFunctionMode):
 
 
 def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Return the model's result, and the names of convolutions with those of the batch norms that alone read what they give.
+    """Return the model's result, and the names of convolutions with the batch norm that is the only reader of their output.
 
-    These are found by running the model, whatever it is made of.
+    Running the model finds them in any network.
     """
     calls: Counter[nn.Module] = Counter()
     met: list[tuple[_ConvResult, nn.Module]] = []
@@ -279,7 +277,7 @@ def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, s
 
 
 def _difference(expected: Tensor, got: Tensor, *, classes: bool) -> float:
-    """The largest difference of a probability, or without classes of a feature, relative to the largest."""
+    """Return the largest difference of a probability, or without classes of a feature, relative to the largest one."""
     if classes:
         return float((expected.softmax(dim=1) - got.softmax(dim=1)).abs().max())
     return float((expected - got).abs().max() / expected.abs().max())

@@ -1,0 +1,123 @@
+"""`ModelConfig` and `InputSpec`: what they accept, and that JSON keeps all of it."""
+
+import copy
+import json
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+import tpn
+from tpn.zoo.checkpoints import CHECKPOINTS
+
+SPEC = tpn.InputSpec(8, 8)
+HEAD = tpn.HeadConfig(3)
+CONFIG = tpn.ModelConfig(tpn.PartConfig("slowonly"), tpn.PartConfig("tpn"), HEAD, SPEC, HEAD, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("config", [CONFIG, *(entry.config for entry in CHECKPOINTS.values())], ids=["small", *CHECKPOINTS])
+def test_json_keeps_everything(config):
+    text = json.dumps(config.to_dict())
+    assert tpn.ModelConfig.from_dict(json.loads(text)) == config
+    assert tpn.InputSpec.from_dict(json.loads(text)["input_spec"]) == config.input_spec
+
+
+def test_arguments_are_frozen():
+    args = CHECKPOINTS["tpn_slowonly_r50_k400.in1k"].config.backbone.args
+    for change in (lambda: args.update(depth=101), lambda: args.pop("depth"), lambda: args.__setitem__("depth", 101)):
+        with pytest.raises(TypeError, match="dataclasses.replace"):
+            change()
+    assert copy.deepcopy(CONFIG) == pickle.loads(pickle.dumps(CONFIG)) == CONFIG
+    assert len({CONFIG, copy.deepcopy(CONFIG)}) == 1
+    assert isinstance(hash(tpn.PartConfig("a", {"b": {"c": [1, [2]]}})), int)
+    with pytest.raises(TypeError, match=r"mapping.*\[1\]"):
+        tpn.ModelConfig.from_dict([1])
+
+
+def test_configs_are_frozen():
+    for config, field in (
+        (CONFIG, "neck"),
+        (CHECKPOINTS["tpn_slowonly_r50_k400.in1k"], "source"),
+        (SPEC, "num_frames"),
+        (HEAD, "num_classes"),
+        (CONFIG.backbone, "name"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, field, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"num_classes": -1}, ValueError, "num_classes.*-1"),
+        ({"drop_rate": 1.0}, ValueError, "drop_rate.*1.0"),
+        ({"name": ""}, TypeError, "name"),
+        ({"args": {"x": object()}}, TypeError, "slowonly.*JSON"),
+        ({"args": 3}, TypeError, "slowonly.*3"),
+        ({"backbone": "slowonly"}, TypeError, "backbone.*PartConfig.*'slowonly'"),
+        ({"neck": {}}, TypeError, "neck.*PartConfig"),
+        ({"head": None}, TypeError, "head.*None"),
+        ({"labels": ["a", "b", "c"]}, TypeError, "labels.*tuple"),
+        ({"labels": ("a", "b")}, ValueError, "labels.*3.*2"),
+        ({"neck": None}, ValueError, "aux_head.*neck=None"),
+        ({"input_spec": replace(SPEC, flip_label_pairs=((2, 3),))}, ValueError, r"flip_label_pairs.*3.*\(2, 3\)"),
+        ({"num_frames": 0}, ValueError, "num_frames.*1.*0"),
+        ({"num_frames": "8"}, TypeError, "num_frames.*'8'"),
+        ({"num_frames": True}, TypeError, "num_frames.*True"),
+        ({"frame_interval": -1}, ValueError, "frame_interval.*-1"),
+        ({"frame_interval": 1.5}, TypeError, "frame_interval.*1.5"),
+        ({"num_clips": 0}, ValueError, "num_clips.*0"),
+        ({"num_crops": True}, TypeError, "num_crops.*True"),
+        ({"three_crop_size": False}, TypeError, "three_crop_size.*False"),
+        ({"mean": (True, 1.0, 1.0)}, TypeError, "mean.*True"),
+        ({"flip_label_pairs": 5}, ValueError, "flip_label_pairs.*5"),
+        ({"flip_label_pairs": ((0, 1), (1, 2))}, ValueError, "flip_label_pairs.*once"),
+        ({"num_crops": 2}, ValueError, "num_crops.*2"),
+        ({"sampling": "uniform"}, ValueError, "sampling.*'uniform'"),
+        ({"flip": 1}, TypeError, "flip.*1"),
+        ({"short_side": None}, TypeError, "short_side.*None"),
+        ({"short_side": 128}, ValueError, "crop_size.*short_side=128.*224"),
+        ({"crop_size": 300}, ValueError, "crop_size.*short_side=256.*300"),
+        ({"three_crop_size": 300}, ValueError, "three_crop_size.*short_side=256.*300"),
+        ({"std": (58.0, 57.0, 0.0)}, ValueError, "std.*0"),
+        ({"std": (58.0, 57.0)}, ValueError, "mean and std.*3 and 2"),
+        ({"mean": ()}, ValueError, "mean and std.*0"),
+        ({"mean": (1.0, 2.0, float("nan"))}, TypeError, "mean.*nan"),
+        ({"mean": [1.0, 2.0, 3.0]}, TypeError, r"mean.*\[1.0"),
+        ({"flip_label_pairs": ((1, 1),)}, ValueError, r"flip_label_pairs.*once.*\(1, 1\)"),
+        ({"flip_label_pairs": ((0, 1, 2),)}, ValueError, "flip_label_pairs"),
+        ({"flip_label_pairs": ((0, -1),)}, ValueError, "flip_label_pairs.*-1"),
+    ],
+)
+def test_fields_are_validated(changes, error, says):
+    (config,) = (config for config in (SPEC, HEAD, CONFIG, CONFIG.backbone) if changes.keys() <= vars(config).keys())
+    with pytest.raises(error, match=says):
+        replace(config, **changes)
+
+
+def test_three_crops_are_as_large_as_the_short_side_by_default():
+    assert tpn.InputSpec(8, short_side=128, crop_size=112).three_crop_size == 128
+    assert tpn.InputSpec(8, short_side=128, crop_size=112, three_crop_size=112).three_crop_size == 112
+    assert tpn.InputSpec(8, num_crops=1, three_crop_size=300).view_size == 224
+
+
+def test_fields_of_a_later_version_are_skipped_with_a_warning(caplog):
+    values = CONFIG.to_dict()
+    values["new"] = values["input_spec"]["newer"] = 1
+    values["head"] = values["head"] | {"newest": 1}
+    values["backbone"] = values["backbone"] | {"latest": 1}
+    assert tpn.ModelConfig.from_dict(values) == CONFIG
+    assert "new" in caplog.text
+    assert "newer" in caplog.text
+    assert "newest" in caplog.text
+    assert "latest" in caplog.text
+
+
+def test_input_spec_for_other_channels():
+    spec = SPEC.for_channels(2)
+    assert (spec.in_chans, spec.mean, spec.std) == (2, (114.495,) * 2, (sum(SPEC.std) / 3,) * 2)
+    assert SPEC.for_channels(3) is SPEC
+    with pytest.raises(ValueError, match="in_chans.*0"):
+        SPEC.for_channels(0)
+    with pytest.raises(ValueError, match="RGB.*2"):
+        spec.train_transform()

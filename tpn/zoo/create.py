@@ -1,0 +1,258 @@
+"""From a name to a model: name → config → model → weights."""
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.utils import natural_key
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tpn import hub
+from tpn.config import InputSpec, ModelConfig
+from tpn.errors import UnknownModelError
+from tpn.models.classifier import TPNClassifier, build_backbone, unwrapped
+from tpn.models.feature_maps import feature_shapes
+from tpn.models.registry import BACKBONES
+from tpn.zoo import checkpoints, fetch, load
+from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
+from tpn.zoo.overrides import custom_config, override, part_of
+from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config
+
+_logger = logging.getLogger(__name__)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    num_classes: int | None = None,
+    checkpoint_path: str | PathLike[str] | None = None,
+    backbone: str | nn.Module | None = None,
+    neck: str | nn.Module | None = "auto",
+    backbone_pretrained: bool | Literal["imagenet"] = False,
+    cache_dir: hub.Folder = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> TPNClassifier:
+    """Build a model of the zoo, a saved model, or a neck on a backbone of your choice.
+
+    Args:
+        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model as "hf-hub:owner/repository",
+            "hf-hub:owner/repository@revision" or "local-dir:folder", whose weights are always loaded; or "tpn" with a `backbone`.
+        pretrained: load the published weights; see `tpn.zoo.fetch`.
+        num_classes: K. Default: that of the weights. With another K, the classifiers of head and auxiliary head are new and
+            untrained; everything else is loaded.
+        checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original layout.
+        backbone: for "tpn": "timm/NAME", "torchvision/NAME", a name of `tpn.register_backbone`, or a module that maps clips
+            (B, C, T, H, W) to feature maps. For a saved model: the module that it was built with.
+        neck: a name of `tpn.register_neck`, or a module; None for the baseline without neck and auxiliary head. Default: that of
+            the model, for "tpn" the pyramid.
+        backbone_pretrained: start the backbone from its own weights: ImageNet weights of timm, inflated to 3D, for SlowOnly and
+            TSM; otherwise the default weights of timm or torchvision, or those of a tag ("timm/convnext_tiny.fb_in22k").
+        cache_dir: where downloads are stored. Default: $TPN_CACHE, otherwise the Hub's caches.
+        pretrained_cfg_overlay: timm's way to name another source of the weights: {"url": LINK}, {"file": PATH},
+            {"hf_hub_id": "owner/repository"} or {"state_dict": TENSORS}.
+        **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans`, `drop_rate`, `input_spec`,
+            `backbone_args` and `neck_args` (mappings), `aux_head=False`, and arguments of neck or backbone such as `flow_order`,
+            `temporal_scales`, `shift_shortcut`, `out_indices`, `temporal_shift`. With other `in_chans`, RGB weights of SlowOnly
+            and TSM are adapted as timm does.
+
+    Returns:
+        A model in training mode, as timm returns it.
+
+    Raises:
+        UnknownModelError: no such name; the message lists the nearest ones.
+        TypeError, ValueError: an argument is not valid.
+        CheckpointError: a file cannot be read, or does not fit the model tensor by tensor.
+        WeightsUnavailableError: the weights cannot be fetched; the message says what to do.
+
+    Example:
+        >>> model = tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, num_classes=12)
+        >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
+    """
+    folder, entry, overlay = None, None, pretrained_cfg_overlay or {}
+    if name == "tpn":
+        if backbone is None:
+            raise ValueError("backbone is needed: create_model('tpn', backbone='timm/NAME' or MODULE, num_classes=K)")
+        if num_classes is None and checkpoint_path is None:
+            raise ValueError("num_classes is needed, the number of your classes; 0 builds a model that returns features")
+        config = custom_config(backbone, **{arg: kwargs.get(arg) for arg in ("num_frames", "input_spec", "backbone_args")})
+    elif folder := saved_folder(name, cache_dir, weights=checkpoint_path is None):
+        config, pretrained = read_config(folder), checkpoint_path is None
+        if isinstance(backbone, nn.Module):
+            config = replace(config, backbone=part_of(backbone))
+        elif backbone is not None:
+            raise TypeError(f"backbone must be a module for a saved model, got {backbone!r}")
+    else:
+        entry = get_checkpoint(name)
+        config = entry.config
+        if backbone is not None:
+            raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained must be True or False, got {pretrained!r}")
+    if pretrained and neck is None and config.neck is not None:
+        raise ValueError("neck=None is not valid with weights that have a neck; load a baseline such as 'slowonly_r50_k400'")
+    if sum((pretrained, checkpoint_path is not None, bool(backbone_pretrained))) > 1:
+        raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
+    if checkpoint_path is not None and num_classes is None:
+        _, num_classes = load.inspect_checkpoint(checkpoint_path)
+    model = _build(override(config, num_classes=num_classes, neck=neck, **kwargs), backbone, neck, backbone_pretrained, cache_dir)
+    if name == "tpn":
+        _check_view_size(model)
+    new = num_classes is not None
+    if checkpoint_path is not None:
+        load.load_checkpoint(model, checkpoint_path, new_classifiers=new)
+    elif pretrained and overlay.get("state_dict"):
+        load.load_state_dict(model, overlay["state_dict"], new_classifiers=new)
+    elif pretrained:
+        load.load_checkpoint(model, _weights_file(overlay, folder, entry, cache_dir), new_classifiers=new)
+    return model
+
+
+def build(backbone: nn.Module, *, num_classes: int, **kwargs: Any) -> TPNClassifier:
+    """Put the pyramid on a module: `create_model("tpn", backbone=backbone, num_classes=num_classes, ...)`.
+
+    Args:
+        backbone: clips (B, C, T, H, W) float → two or more maps (B, C_i, T_i, H_i, W_i), finest first, as a sequence or a
+            dictionary. Channels, lengths and sizes are found by running it on one clip of zeros.
+        num_classes: K; 0 for a model that returns features.
+        **kwargs: `num_frames`, `input_spec`, `flow_order`, ...; see `create_model`.
+
+    Returns a model that `tpn.save_pretrained` saves and `create_model("local-dir:FOLDER", backbone=backbone)` loads.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a module, got {backbone!r}; create_model('tpn', backbone=NAME) takes names")
+    return create_model("tpn", backbone=backbone, num_classes=num_classes, **kwargs)
+
+
+def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
+    """Return the names of the models that match a wildcard such as `"tpn_*r101*"`; all by default.
+
+    Args:
+        filter: a pattern of `fnmatch`.
+        pretrained: return every checkpoint, as "model.tag", instead.
+    """
+    names = {entry.name if pretrained else entry.model for entry in checkpoints.CHECKPOINTS.values()}
+    return sorted(fnmatch.filter(names, filter or "*"), key=natural_key)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model of the zoo with one of its checkpoints.
+
+    Attributes:
+        checkpoint: the entry of the table.
+        params: number of parameters, auxiliary head included.
+        gmacs: 10**9 multiply-accumulate operations for one clip at crop_size, without the auxiliary head.
+    """
+
+    checkpoint: Checkpoint
+    params: int
+    gmacs: float
+
+
+@cache
+def model_info(name: str) -> ModelInfo:
+    """Describe "model" or "model.tag": its entry, parameters and operations (counted on PyTorch's meta device)."""
+    entry = get_checkpoint(name)
+    with torch.device("meta"):
+        model = TPNClassifier.from_config(entry.config)
+    return ModelInfo(entry, *count(model))
+
+
+def count(model: TPNClassifier) -> tuple[int, float]:
+    """Return the parameters of a model and its GMACs; see `ModelInfo`."""
+    spec = model.input_spec
+    shapes = copy.deepcopy(model).to("meta").eval()
+    clip = torch.empty(1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shapes(clip)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / 1e9
+
+
+def input_spec(model: TPNClassifier | str) -> InputSpec:
+    """Return the clips that a model takes: frames, sampling, size, normalization, transforms.
+
+    Args:
+        model: a model, or any name that `create_model` takes.
+    """
+    if not isinstance(model, str):
+        return unwrapped(model).input_spec
+    folder = saved_folder(model, weights=False)
+    return (read_config(folder) if folder else get_checkpoint(model).config).input_spec
+
+
+def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = True) -> Path | None:
+    """Return the folder of "local-dir:folder" or "hf-hub:owner/repository", downloaded if necessary; None for other names."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
+    scheme, _, place = name.partition(":")
+    if scheme == "local-dir" and place:
+        return Path(place)
+    if scheme == "hf-hub" and place:
+        return hub.snapshot(place, *([CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]), cache_dir=cache_dir)
+    if set(name) & set(":/"):
+        raise UnknownModelError(
+            f"unknown model {name!r}; a model on the Hub is 'hf-hub:owner/name', one in a folder 'local-dir:folder'"
+        )
+    return None
+
+
+def _build(
+    config: ModelConfig,
+    backbone: str | nn.Module | None,
+    neck: str | nn.Module | None,
+    backbone_pretrained: bool | Literal["imagenet"],
+    cache_dir: hub.Folder,
+) -> TPNClassifier:
+    """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
+    if backbone_pretrained not in (None, False, True, "imagenet"):
+        raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
+    modules = {kind: m for kind, m in (("backbone", backbone), ("neck", neck)) if isinstance(m, nn.Module)}
+    loads_itself = "backbone" not in modules and BACKBONES.takes(config.backbone, "pretrained")
+    if backbone_pretrained and loads_itself:
+        modules["backbone"] = build_backbone(config, pretrained=True, cache_dir=cache_dir)
+    model = TPNClassifier.from_config(config, **modules)
+    if backbone_pretrained and not loads_itself:
+        load.load_imagenet(model, cache_dir)
+    return model
+
+
+def _check_view_size(model: TPNClassifier) -> None:
+    """Warn about a backbone that accepts training crops only, before anybody trains it."""
+    spec = model.input_spec
+    if spec.view_size == spec.crop_size:
+        return
+    try:
+        feature_shapes(model.backbone, spec, crop_size=spec.view_size)
+    except ValueError as error:
+        _logger.warning(
+            "input_spec asks for test crops of three_crop_size=%s, but %s; pass three_crop_size=%s, or num_crops=1",
+            *(spec.view_size, str(error).partition(". Choose another")[0], spec.crop_size),
+        )
+
+
+def _weights_file(overlay: Mapping[str, Any], folder: Path | None, entry: Checkpoint | None, cache_dir: hub.Folder) -> Path:
+    """Return the weights that an overlay names, those of a saved model, or those of an entry."""
+    if overlay.get("file"):
+        return Path(overlay["file"])
+    if overlay.get("hf_hub_id"):
+        return hub.snapshot(overlay["hf_hub_id"], WEIGHTS_FILE, cache_dir=cache_dir) / WEIGHTS_FILE
+    if overlay.get("url") and entry is None:
+        raise ValueError("url is valid with a model of the zoo; pass checkpoint_path=FILE")
+    if folder is not None:
+        return folder / WEIGHTS_FILE
+    if entry is not None:
+        return fetch.weights_file(entry, cache_dir, url=overlay.get("url"))
+    raise ValueError(
+        "pretrained is not valid here: a backbone of your choice has no published weights with a neck; "
+        "backbone_pretrained=True starts from its own, checkpoint_path=FILE loads yours"
+    )

@@ -1,0 +1,270 @@
+"""Where weights come from.
+
+Embedded weights are read from this package. For other entries `pretrained=True` takes the first of these that has them, and logs
+which one it was:
+
+1. the cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, else $TPN_CACHE, else "tpn" among the
+   Hub's assets ($HF_ASSETS_CACHE);
+2. with $TPN_HUB_NAMESPACE, the Hub repository `{namespace}/{model}.{tag}` of that owner, whom the user trusts;
+3. the entry's source: a Hub repository; a direct link, whose file is downloaded, compared with its hash, converted once, and
+   stored as 1; or a page, which the error names with the `tpn convert` command that stores the downloaded file as 1.
+"""
+
+import hashlib
+import http.client
+import logging
+import re
+import shutil
+import socket
+import ssl
+import tempfile
+import threading
+import time
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled
+
+from tpn import hub
+from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, WeightsUnavailableError
+from tpn.models.classifier import TPNClassifier
+from tpn.zoo import checkpoints, load
+from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
+from tpn.zoo.overrides import override
+from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before each further try of a download."""
+
+_DOWNLOADING = threading.Lock()
+_OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
+
+_logger = logging.getLogger(__name__)
+
+
+def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | None = None) -> Path:
+    """Return the path of an entry's weights, fetched and converted if necessary; see the module for the order.
+
+    Args:
+        cache_dir: where they are stored.
+        url: a link in place of the entry's source, such as a mirror. Its file name must end in "-" and digits of its SHA-256.
+
+    Raises:
+        WeightsUnavailableError: they cannot be fetched, or only by hand; the message says what to do.
+        CheckpointError: the file does not fit the entry's model.
+    """
+    if isinstance(entry.source, Embedded) and url is None:
+        return entry.source.path
+    source, folder = entry.source, cache_folder(entry, cache_dir)
+    if url == source.url:
+        url = None
+    if url is not None:
+        digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
+        if digits is None:
+            raise ValueError(
+                f"the file name in url must end in digits of its SHA-256, as in 'name-0123abcd.pth', got {url}; "
+                "download the file, check it, and pass it as checkpoint_path"
+            )
+        source = Link(url, digits[1])
+        if not source.sha256.startswith(entry.source.sha256 or "none"):
+            folder = folder.with_name(f"{entry.name}-{source.sha256}")
+    path, origin = cached(folder), "the cache"
+    if path is None and url is None and entry.mirror:
+        path, origin = _from_mirror(entry, HubFiles(entry.mirror), cache_dir), f"the Hub, {entry.mirror}"
+    if path is None:
+        path, origin = from_source(entry, source, folder, cache_dir), str(source.url)
+    _logger.info("weights of %s: %s, from %s", entry.name, path, origin)
+    return path
+
+
+def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.Folder = None) -> Path:
+    """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
+    if isinstance(source, HubFiles):
+        return _from_hub(source, cache_dir)
+    if not isinstance(source, Link):
+        raise WeightsUnavailableError(_by_hand(entry))
+    file = urlsplit(source.url).path.rpartition("/")[2]
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsUnavailableError(
+            f"the weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids requests; "
+            f"unset it, or download {file} elsewhere and run: {convert_command(entry)}"
+        )
+    try:
+        with _locked(folder):
+            path = cached(folder)  # another process may have stored it meanwhile
+            if path is None:
+                for left_over in folder.glob(".incomplete-*"):  # of a process that was killed
+                    shutil.rmtree(left_over)
+                with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as temporary:
+                    download(source, Path(temporary, file), entry)
+                    path = store(entry, Path(temporary, file), folder)
+            return path
+    except OSError as error:
+        raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
+
+
+def cache_folder(entry: Checkpoint, cache_dir: hub.Folder = None) -> Path:
+    """Return the folder that holds, or will hold, an entry's converted weights."""
+    return (hub.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
+
+
+def cached(folder: Path) -> Path | None:
+    """Return the weights in a cache folder; None if there are none, or, with a warning, if they are damaged."""
+    path = folder / WEIGHTS_FILE
+    try:
+        if not path.is_file():
+            return None
+        if hub.is_whole(path):
+            return path
+    except OSError as error:
+        raise WeightsUnavailableError(f"cannot read {path}: {error.strerror or error}; {_OTHER_FOLDER}") from error
+    _logger.warning("%s is truncated or damaged: it is not used", path)
+    return None
+
+
+def store(entry: Checkpoint, checkpoint: str | PathLike[str], folder: Path) -> Path:
+    """Convert a checkpoint of an entry's model to `folder`; return the path of the weights there."""
+    _, num_classes = load.inspect_checkpoint(checkpoint)
+    model = TPNClassifier.from_config(override(entry.config, num_classes=num_classes))
+    load.load_checkpoint(model, checkpoint)
+    return save_pretrained(model, folder) / WEIGHTS_FILE
+
+
+def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
+    """Store a published checkpoint that a person downloaded in the cache, for `pretrained=True`; return its path there.
+
+    Raises CheckpointError if it is not the entry's own: by its hash if that is known, otherwise by layout and number of classes.
+    """
+    if isinstance(entry.source, Embedded):
+        raise ValueError(f"the weights of {entry.name} ship with tpn; tpn convert --output FOLDER stores others")
+    layout, num_classes = load.inspect_checkpoint(checkpoint)
+    problem, sha256 = "", entry.source.sha256
+    if num_classes != entry.config.num_classes:
+        problem = f"it has {num_classes} classes, not {entry.config.num_classes}"
+    elif sha256 and not (digits := file_sha256(Path(checkpoint))).startswith(sha256):
+        problem = f"its SHA-256 starts with {digits[:8]}, not with {sha256}"
+        for other in checkpoints.CHECKPOINTS.values():
+            if digits.startswith(other.source.sha256 or "none"):
+                problem += f"; it is {other.name}: pass --model {other.name}"
+    elif not sha256 and layout not in (entry.layout, "tpn"):
+        problem = f"its layout is {layout}, not {entry.layout}"
+    if problem:
+        raise CheckpointError(
+            f"{checkpoint} is not the published checkpoint of {entry.name}: {problem} (tpn convert --output FOLDER stores others)"
+        )
+    folder = cache_folder(entry)
+    with _locked(folder):
+        return store(entry, checkpoint, folder)
+
+
+def convert_command(entry: Checkpoint) -> str:
+    """Return the command that stores a downloaded file in the cache."""
+    return f"tpn convert FILE --model {entry.name}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(link: Link, path: Path, entry: Checkpoint) -> None:
+    """Download a file, compare it with its hash, and retry with growing pauses after failures that may pass.
+
+    $HF_HUB_DOWNLOAD_TIMEOUT limits the seconds without data. Proxies and certificates are those of `urllib`.
+
+    Raises WeightsUnavailableError, and OSError if the file cannot be written.
+    """
+    for tries, pause in enumerate((*PAUSES, None), start=1):
+        try:
+            with _socket_timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT):
+                torch.hub.download_url_to_file(link.url, str(path), link.sha256, progress=not are_progress_bars_disabled())
+            return
+        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in hub.LOCAL_ERRORS:
+                raise
+            reason, passing = _failure(error, link)
+            if pause is None or not passing:
+                raise WeightsUnavailableError(
+                    f"cannot download {link.url}: {reason} (tries: {tries}). "
+                    f"Try again later, or download the file by other means and run: {convert_command(entry)}"
+                ) from error
+            _logger.warning("%s: %s; trying again in %g s", path.name, reason, pause)
+            time.sleep(pause)
+
+
+def _failure(error: Exception, link: Link) -> tuple[str, bool]:
+    """Return the reason why a download failed, and whether another try may help."""
+    host = urlsplit(link.url).netloc
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{host} responded {error.code} {error.reason}".rstrip(), error.code in hub.TRANSIENT_STATUS
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLError):
+        return f"the certificate of {host} was not accepted ({cause}); name that of your network in SSL_CERT_FILE", False
+    if isinstance(cause, TimeoutError):
+        return f"{host} sent nothing for {constants.HF_HUB_DOWNLOAD_TIMEOUT:g} s", True
+    if isinstance(cause, RuntimeError):
+        return f"{host} sent another file or part of it: its SHA-256 does not start with {link.sha256}", True
+    if isinstance(cause, ValueError | str):  # such as an unknown protocol
+        return str(cause), False
+    return f"the connection to {host} failed ({cause or type(cause).__name__})", True
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Limit the waiting of `torch.hub`, which has no argument for it: of the process, so one thread at a time."""
+    with _DOWNLOADING:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(seconds)
+        try:
+            yield
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one of several processes that need the same weights download or convert them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
+
+
+def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.Folder) -> Path | None:
+    """Return the copy under $TPN_HUB_NAMESPACE; None if there is none, or, with a warning, if the Hub does not respond."""
+    try:
+        return _from_hub(mirror, cache_dir)
+    except NoRepositoryError as error:
+        _logger.debug("%s", error)
+    except HubUnreachableError as error:
+        if isinstance(entry.source, Page):
+            raise WeightsUnavailableError(f"{error}. {_by_hand(entry)}") from error
+        if not constants.HF_HUB_OFFLINE:
+            _logger.warning("%s. Using the publisher's file instead, which holds the same weights", error)
+    return None
+
+
+def _from_hub(source: HubFiles, cache_dir: hub.Folder) -> Path:
+    repo = source.repo_id + (f"@{source.commit}" if source.commit else "")
+    path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True) / WEIGHTS_FILE
+    if source.sha256 is not None and file_sha256(path) != source.sha256:
+        raise WeightsUnavailableError(
+            f"{path}, from {repo} on the Hub, has another SHA-256 than {source.sha256}; remove the file to download it again"
+        )
+    return path
+
+
+def _by_hand(entry: Checkpoint) -> str:
+    return (
+        f"The weights of {entry.name} need a manual download: open {entry.source.url} in a browser, save the file, "
+        f"then run: {convert_command(entry)}"
+    )

@@ -1,0 +1,138 @@
+"""Change a model's config with the arguments of `create_model`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig, check_int
+from tpn.models.registry import BACKBONES, NECKS, attached_config
+
+CLIP_SPAN = 64
+"""Frames that a clip spans by default, as in the published models."""
+
+
+def custom_config(
+    backbone: str | nn.Module,
+    *,
+    num_frames: int | None = None,
+    input_spec: InputSpec | None = None,
+    backbone_args: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """Return the config of the pyramid on a backbone, without classes; the input is what the backbone expects."""
+    if isinstance(backbone, nn.Module):
+        part, defaults = part_of(backbone), getattr(backbone, "input_defaults", InputDefaults())
+    elif isinstance(backbone, str):
+        part = PartConfig(backbone, backbone_args or {})
+        defaults = InputDefaults() if part.is_module else BACKBONES.input_defaults(part)
+    else:
+        raise TypeError(f"backbone must be a name, such as 'timm/resnet50', or a module, got {backbone!r}")
+    if input_spec is None:
+        num_frames = 8 if num_frames is None else num_frames
+        check_int("num_frames", num_frames, minimum=1)
+        interval = max(CLIP_SPAN // num_frames, 1)
+        input_spec = InputSpec(num_frames, interval, three_crop_size=defaults.crop_size, **vars(defaults))
+    _check_input_spec(input_spec)
+    return ModelConfig(part, PartConfig("tpn"), HeadConfig(0), replace(input_spec, flip_label_pairs=()), HeadConfig(0))
+
+
+def override(
+    config: ModelConfig,
+    *,
+    num_classes: int | None = None,
+    drop_rate: float | None = None,
+    num_frames: int | None = None,
+    in_chans: int | None = None,
+    input_spec: InputSpec | None = None,
+    neck: str | nn.Module | None = "auto",
+    aux_head: bool = True,
+    backbone_args: Mapping[str, Any] | None = None,
+    neck_args: Mapping[str, Any] | None = None,
+    **part_args: Any,
+) -> ModelConfig:
+    """Return a config with changes; None keeps a value.
+
+    With another number of frames, the pyramid's temporal scales change in proportion. With another number of classes, labels and
+    flip pairs are dropped.
+
+    Args:
+        neck: "auto" for that of the config; None for none; a registered name; or a module.
+        aux_head: False leaves the auxiliary head out.
+        backbone_args: arguments of the backbone.
+        **part_args: arguments of the neck, or of the backbone if the neck does not have them.
+
+    Raises TypeError, ValueError.
+    """
+    old = config.input_spec
+    spec = old if input_spec is None else input_spec
+    _check_input_spec(spec)
+    if num_frames is not None:
+        if input_spec is not None and num_frames != spec.num_frames:
+            raise ValueError(f"num_frames must be input_spec.num_frames={spec.num_frames}, got {num_frames}; pass one of them")
+        spec = replace(spec, num_frames=num_frames)
+    if in_chans is not None:
+        spec = spec.for_channels(in_chans)
+    neck_part = _neck_part(config, neck)
+    of_neck, of_backbone = _route(config, neck_part, {k: v for k, v in part_args.items() if v is not None})
+    if neck_args and (neck_part is None or isinstance(neck, nn.Module)):
+        raise ValueError(f"neck_args is valid with a registered neck, got neck={neck_part and 'a module'}")
+    if backbone_args and config.backbone.is_module:
+        raise ValueError("backbone_args is valid with a registered backbone, got a module")
+    if neck_part is not None:
+        scales = neck_part.args.get("temporal_scales")
+        if scales and spec.num_frames != old.num_frames:
+            of_neck = {"temporal_scales": [max(s * spec.num_frames // old.num_frames, 1) for s in scales], **of_neck}
+        neck_part = replace(neck_part, args={**neck_part.args, **of_neck, **(neck_args or {})})
+    given = {"num_classes": num_classes, "drop_rate": drop_rate}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    head = replace(config.head, **changes)
+    aux = config.head if config.neck is None else config.aux_head  # a baseline that gets a neck gets both
+    if aux is not None:
+        aux = replace(aux, **changes) if aux_head and neck_part is not None else None
+    same_classes = head.num_classes == config.num_classes
+    return replace(
+        config,
+        backbone=replace(config.backbone, args={**config.backbone.args, **of_backbone, **(backbone_args or {})}),
+        neck=neck_part,
+        head=head,
+        aux_head=aux,
+        input_spec=spec if same_classes or input_spec is not None else replace(spec, flip_label_pairs=()),
+        labels=config.labels if same_classes else None,
+    )
+
+
+def _check_input_spec(spec: Any) -> None:
+    if not isinstance(spec, InputSpec):
+        raise TypeError(f"input_spec must be a tpn.InputSpec, got {type(spec).__name__}")
+
+
+def part_of(module: nn.Module) -> PartConfig:
+    return attached_config(module) or PartConfig.of_module(module)
+
+
+def _neck_part(config: ModelConfig, neck: str | nn.Module | None) -> PartConfig | None:
+    if isinstance(neck, nn.Module):
+        return part_of(neck)
+    if neck is None or neck == "auto":
+        return config.neck if neck else None
+    if not isinstance(neck, str):
+        raise TypeError(f"neck must be a registered name, a module, or None, got {neck!r}")
+    return config.neck if config.neck is not None and config.neck.name == neck else PartConfig(neck)
+
+
+def _route(config: ModelConfig, neck: PartConfig | None, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide arguments among neck and backbone. TypeError for those that neither has."""
+    neck_names = NECKS.arguments(neck) if neck is not None else {}
+    backbone_names = BACKBONES.arguments(config.backbone)
+    unknown = sorted(args.keys() - {*neck_names, *backbone_names})
+    if unknown and neck is None and set(unknown) <= NECKS.arguments(PartConfig("tpn")).keys():
+        raise ValueError(f"{', '.join(unknown)} not valid here: the model has no neck (neck=None, or a baseline)")
+    if unknown:
+        hint = "; create_model('tpn', backbone=...) takes a backbone of your choice" if "backbone" in unknown else ""
+        raise TypeError(
+            f"unknown argument {', '.join(unknown)}; {config.backbone.name} takes {', '.join(backbone_names) or 'none'}, "
+            f"the neck {', '.join(neck_names) or 'none'}; further arguments of a network go into backbone_args={{...}}{hint}"
+        )
+    of_neck = {name: value for name, value in args.items() if name in neck_names}
+    return of_neck, {name: value for name, value in args.items() if name not in neck_names}
