@@ -1,4 +1,4 @@
-"""Frames in order: of files, from pipes and cameras, and the newest of what a thread reads."""
+"""Frames of files, pipes and cameras, in order, and the newest item of a generator."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ def test_every_frame_of_a_file_in_order(folder, tmp_path):
     assert decode.header(path) == (25, 7)
 
 
-def test_files_that_are_no_videos(tmp_path):
+def test_files_that_are_not_videos(tmp_path):
     (tmp_path / "text.mp4").write_text("no video\n" * 50)
     for path, error in ((tmp_path / "text.mp4", VideoError), (tmp_path / "missing.mp4", FileNotFoundError)):
         with pytest.raises(error, match=path.name):
@@ -50,9 +50,9 @@ def test_raw_frames_are_whole(folder):
     assert np.array_equal(torch.stack(read), frames)
     wide = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
     assert np.array_equal(torch.stack(list(raw_frames(io.BytesIO(wide.tobytes()), size=(6, 4)))), wide.transpose(0, 3, 1, 2))
-    with pytest.raises(VideoError, match="the pipe: ends within frame 2, 37631 bytes of 37632; are the frames rgb24 of 112x112"):
+    with pytest.raises(VideoError, match="the pipe: .*frame 2.* 37631 .* 37632 bytes.*112x112"):
         list(raw_frames(io.BytesIO(raw(frames)[:-1]), size=(112, 112)))
-    with pytest.raises(VideoError, match="no frame came"):
+    with pytest.raises(VideoError, match="the pipe: no frames"):
         next(raw_frames(io.BytesIO(), size=(112, 112)))
 
 
@@ -64,10 +64,10 @@ def test_camera():
     assert {(frame.shape, frame.dtype) for frame in frames} == {((3, 48, 64), torch.uint8)}
 
 
-def test_camera_that_is_not_there(monkeypatch):
-    with pytest.raises(VideoError, match="nonsense: not a camera that can be opened"):
+def test_unavailable_camera(monkeypatch):
+    with pytest.raises(VideoError, match="nonsense: cannot open"):
         Camera("nonsense", format="lavfi")
-    with pytest.raises(VideoError, match="the installed FFmpeg cannot read cameras"):
+    with pytest.raises(VideoError, match="0: .*unheard"):
         Camera("0", format="unheard")
     monkeypatch.setattr(sys, "platform", "plan9")
     with pytest.raises(VideoError, match="plan9"):
@@ -83,29 +83,28 @@ def test_camera_that_is_not_there(monkeypatch):
         ("win32", "My cam", "video=My cam"),
     ],
 )
-def test_names_of_cameras(monkeypatch, platform, device, opened):
-    """And what they are asked for."""
-    asked = []
+def test_device_names_and_options(monkeypatch, platform, device, opened):
+    calls = []
 
-    def opened_as(*args, **kwargs):
-        asked.append((args, kwargs))
+    def fake_open(*args, **kwargs):
+        calls.append((args, kwargs))
         return SimpleNamespace(streams=SimpleNamespace(video=[SimpleNamespace(average_rate=None)]), close=lambda: None)
 
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(live, "formats_available", set(live.FORMATS.values()))
-    monkeypatch.setattr(live.av, "open", opened_as)
+    monkeypatch.setattr(live.av, "open", fake_open)
     camera = Camera(device, size=(640, 480), fps=15)
     options = {"video_size": "640x480", "framerate": "15"}
-    assert asked == [((opened,), {"format": live.FORMATS[platform], "options": options})]
+    assert calls == [((opened,), {"format": live.FORMATS[platform], "options": options})]
     assert camera.fps == 15
-    with pytest.raises(ValueError, match="does not state its frame rate"):
+    with pytest.raises(ValueError, match="frame rate.*fps"):
         Camera(device)
 
 
-def test_camera_that_has_nothing_yet_and_one_that_fails():
+def test_camera_without_a_new_frame_and_camera_failure():
     camera = Camera("testsrc=rate=30:size=8x8", format="lavfi")
-    picture = av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8))
-    steps = [picture, av.BlockingIOError(35, "not yet"), picture, picture, av.OSError(5, "Input/output error")]
+    image = av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8))
+    steps = [image, av.BlockingIOError(35, "not yet"), image, image, av.OSError(5, "Input/output error")]
 
     def decode(video):
         while steps:
@@ -115,13 +114,13 @@ def test_camera_that_has_nothing_yet_and_one_that_fails():
 
     camera._container = nullcontext(SimpleNamespace(decode=decode))
     seen = []
-    with pytest.raises(VideoError, match=r"the camera failed \(Input/output error\)"):
+    with pytest.raises(VideoError, match="Input/output error"):
         seen.extend(camera)
     assert len(seen) == 3
 
 
 def test_raw_frames_without_a_buffer():
-    """A pipe gives what there is, be it less than a frame."""
+    """One read from a pipe may return less than a frame."""
     frames = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
     reading, writing = os.pipe()
     sender = threading.Thread(
@@ -135,7 +134,7 @@ def test_raw_frames_without_a_buffer():
     os.close(writing)
 
 
-def test_what_is_read_in_a_thread_ends_with_its_consumer():
+def test_closing_newest_ends_its_generator():
     ended = threading.Event()
 
     def count():
@@ -152,12 +151,11 @@ def test_what_is_read_in_a_thread_ends_with_its_consumer():
     assert not [thread for thread in threading.enumerate() if thread.name == "tpn-live"]
 
 
-def test_what_fails_in_a_thread_fails_here():
+def test_newest_raises_the_errors_of_its_generator():
     def broken():
         yield 1
         raise VideoError("unplugged")
 
-    items = newest(broken())
     with pytest.raises(VideoError, match="unplugged"):
-        list(items)
+        list(newest(broken()))
     assert list(newest(i for i in range(1))) == [0]

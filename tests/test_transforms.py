@@ -30,11 +30,11 @@ def test_equal_to_the_reference(case):
 def test_devices_other_than_the_cpu_give_the_same_pixels(monkeypatch, height, width, size):
     x = torch.randint(0, 256, (2, 4, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = resize_short_side(x, size)
-    monkeypatch.setattr(transforms, "_resize_by_numpy", transforms._resize_by_torch)
+    monkeypatch.setattr(transforms, "_resize_with_numpy", transforms._resize_with_torch)
     assert torch.equal(resize_short_side(x, size), expected)
 
 
-def test_crops_are_start_end_centre_and_keep_leading_dimensions():
+def test_crops_are_start_end_center_and_keep_leading_dimensions():
     x = torch.arange(9, dtype=torch.uint8).expand(2, 5, 3, 4, 9)
     assert three_crop(x, 4)[:, 0, 0, 0, 0, 0].tolist() == [0, 4, 2]
     assert three_crop(x, 4).shape == (3, 2, 5, 3, 4, 4)
@@ -64,11 +64,11 @@ def test_spec_crops():
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: resize_short_side(torch.zeros(3, 4, 4), 2), TypeError, "expected uint8 frames, 0..255, got torch.float32"),
+        (lambda: resize_short_side(torch.zeros(3, 4, 4), 2), TypeError, "uint8.*torch.float32"),
         (lambda: center_crop(torch.zeros(4, 4, 3, dtype=torch.uint8), 2), ValueError, r"\(\.\.\., 3, H, W\), got \(4, 4, 3\)"),
-        (lambda: center_crop(torch.zeros(3, 4, 4, dtype=torch.uint8), 5), ValueError, "cannot crop 5x5 from frames of 4x4"),
-        (lambda: three_crop(torch.zeros(3, 6, 8, dtype=torch.uint8), 4), ValueError, "short side is 4, got 8x6"),
-        (lambda: resize_short_side(torch.zeros(3, 4, 4, dtype=torch.uint8), 0), ValueError, "at least 1 pixel"),
+        (lambda: center_crop(torch.zeros(3, 4, 4, dtype=torch.uint8), 5), ValueError, "5x5.*4x4"),
+        (lambda: three_crop(torch.zeros(3, 6, 8, dtype=torch.uint8), 4), ValueError, "must be 4, got .*8x6"),
+        (lambda: resize_short_side(torch.zeros(3, 4, 4, dtype=torch.uint8), 0), ValueError, "size.*got 0"),
     ],
 )
 def test_bad_frames(call, error, says):
@@ -77,7 +77,7 @@ def test_bad_frames(call, error, says):
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.03, 0.0, 0.07, 0.1, 0.49])
-def test_hue_is_torchvisions(turns):
+def test_hue_is_that_of_torchvision(turns):
     rng = np.random.default_rng(1)
     noise = torch.from_numpy(rng.integers(0, 256, (2, 3, 60, 50), dtype=np.uint8))
     gray = noise[:, :1].repeat(1, 3, 1, 1)

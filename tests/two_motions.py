@@ -1,4 +1,4 @@
-"""A video of two motions, one after the other, and the model that knows them: for tests of what happens when."""
+"""A video of two motions in turn and the model that recognizes them, for tests of timelines."""
 
 from functools import cache
 
@@ -25,19 +25,19 @@ def rendered(parts, seed):
 
 @cache
 def both():
-    """(112, 112, 112, 3)."""
+    """Return the frames of the video, uint8 RGB (112, 112, 112, 3)."""
     return rendered(BOTH, seed=5)
 
 
 def write(folder):
-    """Write `both.mp4`, and its frames as they are decoded, (T, 3, H, W), as `frames.npy`."""
+    """Write `both.mp4` to a folder, and its decoded frames, (T, 3, H, W), to `frames.npy`."""
     write_video(folder / "both.mp4", both(), fps=FPS)
     np.save(folder / "frames.npy", torch.stack(list(decode.iter_frames(folder / "both.mp4"))).numpy())
     return folder
 
 
 def raw(frames):
-    """(T, 3, H, W) as a pipe gives it."""
+    """Return frames (T, 3, H, W) as the bytes of a raw RGB pipe."""
     return np.ascontiguousarray(frames.transpose(0, 2, 3, 1)).tobytes()
 
 
@@ -46,7 +46,7 @@ def numbers(clips):
 
 
 def one_thread():
-    """For a fixture. More are slower for so small a network, the more so where other processes are at work."""
+    """Run tests in one torch thread, as a fixture. More threads are slower for such a small network."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Small videos whose frames carry their own number, for tests."""
+"""Small test videos whose frames encode their own number."""
 
 from fractions import Fraction
 
@@ -11,20 +11,20 @@ WIDTH, HEIGHT = BLOCK * BITS, 48
 
 
 def frame(number, width=WIDTH, height=HEIGHT):
-    """RGB image (H, W, 3) with the number's bits as black and white columns: a code that lossy codecs keep."""
+    """Return an RGB image (H, W, 3) with the bits of a number as black and white columns, which survive lossy codecs."""
     bits = [(number >> i) & 1 for i in range(BITS)]
     row = np.repeat(np.array(bits, np.uint8) * 255, width // BITS)
     return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
 
 
 def number(image):
-    """Read the number back from a decoded frame, uint8 (3, H, W)."""
+    """Return the number that a decoded frame, uint8 (3, H, W), encodes."""
     columns = image.float().mean(dim=(0, 1)).view(BITS, -1).mean(dim=1) > 127
     return int((columns.long() * 2 ** torch.arange(BITS)).sum())
 
 
 def write_video(path, num_frames, codec="mpeg4", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), pts=None, format=None, **options):
-    """Write `num_frames` numbered frames; `pts`: their times in 1/100 s, default every 4."""
+    """Write `num_frames` numbered frames. `pts` are their times in 1/100 s; default: 25 frames per second."""
     with av.open(str(path), "w", format=format) as out:
         stream = add_stream(out, codec, pix_fmt, size, options)
         for i in range(num_frames):

@@ -1,4 +1,4 @@
-"""Reading ahead: threads prepare what comes next while the model is at work."""
+"""Read data in threads while the model runs."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -12,26 +12,26 @@ R = TypeVar("R")
 
 
 def read_ahead(read: Callable[[S], R], sources: Iterable[S], *, workers: int) -> Generator[R]:
-    """Yield `read(source)` for each source, in order, up to `workers` of them ahead of the consumer.
+    """Yield `read(source)` for each source in order; threads read the next sources in the meantime.
 
-    At most `workers + 1` results exist at a time. What `read` raises is raised in its place. Whoever stops early and closes the
-    iterator, or drops it, waits for the reads under way, and leaves no thread behind.
+    At most `workers + 1` results exist at a time. An exception raised by `read` is raised when its result is due. Closing the
+    generator cancels pending reads and waits for running ones; no thread is left behind.
 
     Args:
-        read: called in threads.
-        sources: consumed as reading goes on, in the thread of the consumer.
-        workers: threads, at least 1.
+        read: function to call in the threads.
+        sources: arguments of `read`, iterated lazily in the consumer's thread.
+        workers: number of threads, at least 1.
     """
-    under_way: deque[Future[R]] = deque()
+    pending: deque[Future[R]] = deque()
     initializer = decode.decode_in_one_thread if workers > 1 else None
     with ThreadPoolExecutor(workers, thread_name_prefix="tpn-read", initializer=initializer) as pool:
         try:
             for source in sources:
-                under_way.append(pool.submit(read, source))
-                if len(under_way) > workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(pool.submit(read, source))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in under_way:
+            for future in pending:
                 future.cancel()

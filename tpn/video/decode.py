@@ -1,15 +1,15 @@
-"""Exact frames from video files, with PyAV.
+"""Read exact frames from video files with PyAV.
 
-Frames are counted and numbered as the decoder gives them, in presentation order; the header's frame
-count and frame rate are not used. Only the frames asked for are kept, decoding stops after the last of them, and what lies
-between them is passed over where a key frame allows it. So damage is found in what has to be decoded; `verify` decodes all.
-Where the picture's size changes on the way, all frames get that of the first one, as FFmpeg's own tools do it.
+Frames are numbered in the order in which the decoder returns them, which is presentation order. The frame count and frame rate in
+the header are not used. Decoding stops after the last requested frame and skips to a key frame where that saves time. Damage is
+therefore found only in the part that is decoded; `verify` decodes the whole file. If the picture size changes within a video,
+all frames are scaled to the size of the first one, as FFmpeg's own tools do.
 """
 
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from tpn.video.sampling import FrameSampler, at_frame_rate
 from tpn.video.transforms import resize_short_side
 
 PathLike = str | os.PathLike[str]
 Device = torch.device | str | None
 
-# PyAV's default. Older torchvisions, imported above, let FFmpeg's threads log through Python; a thread that waits for the
-# interpreter while its decoder is being closed, which holds it, waits for ever.
+# Restore PyAV's default. Older versions of torchvision, imported above, make FFmpeg's threads log through Python. Closing a
+# decoder would then deadlock: it holds the interpreter lock while it waits for threads that need the lock to log.
 av.logging.set_level(None)
 
 SEEK_BY = {
@@ -41,34 +42,31 @@ SEEK_BY = {
     for container, timestamp in (("mov,mp4,m4a,3gp,3g2,mj2", "dts"), ("matroska,webm", "pts"))
     for codec in ("h264", "hevc", "vp9", "av1", "libdav1d")
 }
-"""Containers that know their key frames, codecs that start anew from one and give a frame for every packet; and the timestamps by
-which FFmpeg finds them. (A packet of MPEG-4 part 2 may say "nothing new" and give none.)"""
+"""Timestamp by which FFmpeg seeks, for each (container, codec) with marked key frames from which decoding can start and one frame
+in each packet. MPEG-4 part 2 is excluded because some of its packets contain no frame."""
 
 MIN_SKIP = 24
-"""Frames that a seek must spare: it costs about as much as decoding a few."""
+"""A seek must skip more frames than this, because it takes about as long as decoding a few frames."""
 
-FAR = 10 * MIN_SKIP
-"""So many frames between two that are wanted are worth a look at all packets, to find out which can be passed over."""
+MIN_GAP_FOR_INDEX = 10 * MIN_SKIP
+"""`read_frames` reads all packets first if more frames than this lie before or between the requested ones."""
 
-ONE_THREAD: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
-"""For conversions, which older versions of PyAV do in one thread anyway: several have to wait for the decoder's."""
+REFORMAT_OPTIONS: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+"""Convert pixels in one thread, as PyAV did before version 17. Several threads would compete with the decoder's threads."""
 
-UPLOADS = {"cpu": 0}
-"""Bytes of frames that go to a device at once, where it is not the default, 16 MB; 0: none, they are put into their place."""
+UPLOAD_BYTES = {"cpu": 0}
+"""Size of the batches in which frames are copied to a device, by device type; default: 16 MiB. 0 copies each frame separately."""
 
-_here = threading.local()
-
-TEXT_DEMUXERS = {"tty"}
-"""FFmpeg plays text files as terminal recordings; nobody who passes one here means that."""
+_thread_settings = threading.local()
 
 
 class VideoError(RuntimeError):
-    """A file that is there but cannot be read as a video. The message starts with its path."""
+    """A file exists but cannot be read as a video. The message starts with its path."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds. num_frames is counted, fps (None if unknown) is the header's average; sizes as displayed."""
+    """Counted frames, size of the displayed picture in pixels, average frames per second (None: unknown), FFmpeg's codec name."""
 
     num_frames: int
     width: int
@@ -78,182 +76,196 @@ class VideoInfo:
 
 
 def probe(path: PathLike) -> VideoInfo:
-    """Count the frames of a video and read its size, without decoding more than one frame.
+    """Count the frames of a video and read its properties. Only one frame is decoded.
 
-    Of several video streams it is the one with the largest picture, the first of equals; cover pictures do not
-    count. Raises FileNotFoundError, IsADirectoryError, PermissionError, or VideoError.
+    Of several video streams, the one with the largest picture is used. Cover pictures are ignored.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
+        VideoError: the file is not a video or is damaged.
     """
     with _open(path) as (container, stream):
-        num_frames = _index(container, stream).count
+        num_frames = _read_index(container, stream).num_frames
     with _open(path) as (container, stream):
-        first = next(_frames(path, container, stream), None)
-        if first is None:
-            raise VideoError(f"{path}: no frame could be decoded")
+        first = next(_decode_all(path, container, stream))
         height, width, _ = _to_rgb(VideoReformatter(), first, first.width, first.height).shape
-        rate = stream.average_rate
-        return VideoInfo(num_frames, width, height, None if rate is None else float(rate), stream.codec_context.name)
+        return VideoInfo(num_frames, width, height, _frame_rate(stream), stream.codec_context.name)
 
 
 def header(path: PathLike) -> tuple[float | None, int | None]:
-    """Return what a file says of itself, frames a second and their number, None where it does not, without a look at its frames.
+    """Return the frames per second and the number of frames that the header states, each None if missing.
 
-    The number may be wrong. Raises what `probe` raises.
+    The number may be wrong; `probe` counts the frames. Raises the same errors as `probe`.
     """
     with _open(path) as (_, stream):
-        return None if stream.average_rate is None else float(stream.average_rate), stream.frames or None
+        return _frame_rate(stream), stream.frames or None
 
 
 def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None) -> Tensor:
-    """Return the frames with the given indices, in the order given, repeats included.
+    """Read the frames with the given indices.
 
-    path: a video file.
-    indices: one-dimensional, 0 = first frame in presentation order.
-    short_side: resize every frame while reading, so that a long list of large frames takes little memory.
+    Args:
+        path: video file.
+        indices: frame numbers in any order, repeats allowed; 0 is the first frame.
+        short_side: resize each frame while reading, as in `tpn.video.transforms.resize_short_side`. This saves memory.
 
-    Returns uint8 RGB (len(indices), 3, H, W), rotated as the file's metadata asks. Raises IndexError for a frame
-    that the video does not have, and what `probe` raises.
+    Returns:
+        Frames in the order of `indices`, uint8 RGB (len(indices), 3, H, W), rotated as the file's metadata says.
+
+    Raises:
+        IndexError: the video has fewer frames.
+        VideoError, OSError: as in `probe`.
     """
-    wanted = np.asarray(indices, dtype=np.int64)
-    if wanted.ndim != 1 or wanted.size == 0 or wanted.min() < 0:
+    requested = np.asarray(indices, dtype=np.int64)
+    if requested.ndim != 1 or requested.size == 0 or requested.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
-    distinct, place = np.unique(wanted, return_inverse=True)
-    index = _Index(0)
-    if np.diff(distinct, prepend=-1).max() > FAR:
+    distinct, positions = np.unique(requested, return_inverse=True)
+    index = _FrameIndex(0)
+    if np.diff(distinct, prepend=-1).max() > MIN_GAP_FOR_INDEX:
         with _open(path) as (container, stream):
-            index = _index(container, stream)
-    frames, decoded = _decode(path, distinct, short_side, None, index)
+            index = _read_index(container, stream)
+    frames, num_frames = _decode_selected(path, distinct, short_side, None, index)
     if len(frames) < len(distinct):
-        raise IndexError(f"{path}: frame {wanted.max()} was asked for, the video has {decoded} frames")
-    return frames if np.array_equal(distinct, wanted) else frames[torch.from_numpy(place)]
+        raise IndexError(f"{path}: cannot read frame {requested.max()}, the video has {num_frames} frames")
+    return frames if np.array_equal(distinct, requested) else frames[torch.from_numpy(positions)]
 
 
 def sample_frames(
     path: PathLike,
-    sample: Callable[[int], NDArray[np.int64]],
+    sample: FrameSampler,
     *,
+    target_fps: float | None = None,
     short_side: int | None = None,
     device: Device = None,
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """Let `sample` choose frames by their total number and read them.
+    """Count the frames of a video and read those that `sample` selects.
 
-    sample: total_frames → indices of any shape, e.g. `InputSpec.indices`.
-    short_side: as in `read_frames`.
-    device: where each frame goes before it is resized. Default: the CPU.
+    Args:
+        path: video file.
+        sample: function from the number of frames to indices of any shape, for example `InputSpec.indices`.
+        target_fps: sample as if the video had this frame rate. Default: the video's own frame rate.
+        short_side: resize each frame while reading, as in `read_frames`.
+        device: device on which frames are resized and returned. Default: the CPU.
 
-    Returns the distinct frames, uint8 RGB (N, 3, H, W), and an array of the indices' shape that holds the place of
-    each chosen frame among them. Raises what `probe` raises.
+    Returns:
+        The distinct frames, uint8 RGB (N, 3, H, W), and for each selected index its position among them, with the shape of
+        the indices.
+
+    Raises:
+        VideoError, OSError: as in `probe`.
     """
     with _open(path) as (container, stream):
-        index = _index(container, stream)
-    total = index.count
-    # A packet is a frame in nearly every file. Where the decoder gives fewer, it has the last word.
-    for _ in range(2):
-        if total == 0:
-            raise VideoError(f"{path}: no frame could be decoded")
-        wanted, place = np.unique(sample(total), return_inverse=True)
-        frames, decoded = _decode(path, wanted, short_side, device, index)
-        if len(frames) == len(wanted):
-            return frames, place.reshape(sample(total).shape)
-        total, index = decoded, _Index(decoded)
-    raise VideoError(f"{path}: two passes gave different numbers of frames")
+        index = _read_index(container, stream)
+        if target_fps is not None:
+            sample = at_frame_rate(sample, _frame_rate(stream), target_fps)
+    total = index.num_frames
+    if total == 0:
+        raise VideoError(f"{path}: no frame could be decoded")
+    for _ in range(2):  # again if the decoder returns fewer frames than there are packets, which is rare
+        distinct, positions = np.unique(sample(total), return_inverse=True)
+        frames, num_frames = _decode_selected(path, distinct, short_side, device, index)
+        if len(frames) == len(distinct):
+            return frames, positions.reshape(sample(total).shape)
+        total, index = num_frames, _FrameIndex(num_frames)
+    raise VideoError(f"{path}: decoding twice gave different numbers of frames")
 
 
 def iter_frames(path: PathLike, *, short_side: int | None = None) -> Generator[Tensor]:
-    """Yield every frame of a video in presentation order, uint8 RGB (3, H, W), rotated as the file's metadata asks.
+    """Yield every frame of a video in order, uint8 RGB (3, H, W), rotated as the file's metadata says.
 
-    One pass, in which one frame is held at a time, however long the video is. short_side: as in `read_frames`.
-    Raises what `probe` raises, on the way.
+    Only one frame is in memory at a time. `short_side` resizes each frame, as in `read_frames`. Raises the same errors as
+    `probe`; damage raises VideoError when the iteration reaches it.
     """
     with _open(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
-        for frame in _frames(path, container, stream):
+        for frame in _decode_all(path, container, stream):
             size = size or (frame.width, frame.height)
             image = torch.from_numpy(np.ascontiguousarray(_to_rgb(reformatter, frame, *size))).permute(2, 0, 1)
             yield image if short_side is None else resize_short_side(image, short_side)
-    if size is None:
-        raise VideoError(f"{path}: no frame could be decoded")
 
 
 def verify(path: PathLike) -> int:
-    """Decode a whole video and return the number of its frames. Raises what `probe` raises."""
+    """Decode a whole video and return the number of its frames. Raises the same errors as `probe`."""
     with _open(path) as (container, stream):
-        total = sum(1 for _ in _frames(path, container, stream))
-    if total == 0:
-        raise VideoError(f"{path}: no frame could be decoded")
-    return total
+        return sum(1 for _ in _decode_all(path, container, stream))
 
 
 def decode_in_one_thread() -> None:
-    """From now on, decode each video that the calling thread opens in one thread, not in as many as there are cores.
+    """Make the calling thread open each video with one decoder thread. The default is one per core.
 
-    For those that decode several videos at the same time; a DataLoader's processes do so by themselves.
+    Call it in threads that decode several videos in parallel. DataLoader workers do not need it.
     """
-    _here.one_thread = True
+    _thread_settings.decode_in_one_thread = True
 
 
 @contextmanager
 def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a named pipe would block
         raise VideoError(f"{path}: not a regular file")
-    with path.open("rb") as file:  # missing, forbidden, a folder: Python's own errors
+    with path.open("rb") as file:  # Python's own errors for missing files, folders and missing permissions
         if not file.read(1):
             raise VideoError(f"{path}: the file is empty")
     try:
-        # "file:" and the whitelist: a name is never taken for a URL, and a playlist opens nothing else.
+        # "file:" keeps FFmpeg from reading a file name as a URL, the whitelist keeps playlists from opening URLs.
         container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a video that FFmpeg can open ({error.strerror})") from error
     with container:
-        if container.format.name in TEXT_DEMUXERS:
+        if container.format.name == "tty":  # FFmpeg opens text files as recordings of a terminal
             raise VideoError(f"{path}: a text file, not a video")
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not videos:
             raise VideoError(f"{path}: the file has no video stream")
         stream = max(videos, key=lambda s: s.width * s.height)
         stream.thread_type = "AUTO"
-        if get_worker_info() is not None or getattr(_here, "one_thread", False):
+        if get_worker_info() is not None or getattr(_thread_settings, "decode_in_one_thread", False):
             stream.codec_context.thread_count = 1
         yield container, stream
 
 
-@dataclass(frozen=True)
-class _Index:
-    """What the packets of a stream tell of its frames, for a fraction of the work that decoding is.
+def _frame_rate(stream: VideoStream) -> float | None:
+    return None if stream.average_rate is None else float(stream.average_rate)
 
-    count: packets that carry a frame to be shown: as many as there are frames.
-    numbers: where frames can be found by their timestamps, the number of the frame of each; else empty.
-    keys: the key frames' numbers, in order, each with the timestamp to seek to.
+
+@dataclass(frozen=True)
+class _FrameIndex:
+    """The frames of a stream according to its packets, which takes much less time than decoding.
+
+    Attributes:
+        num_frames: number of packets with a visible frame.
+        number_by_pts: frame number for each presentation timestamp; empty if seeking is not reliable.
+        key_frames: frame number and seek timestamp of each key frame, in order; empty if seeking is not reliable.
     """
 
-    count: int
-    numbers: dict[int, int] = field(default_factory=dict)
-    keys: tuple[tuple[int, int], ...] = ()
+    num_frames: int
+    number_by_pts: dict[int, int] = field(default_factory=dict)
+    key_frames: tuple[tuple[int, int], ...] = ()
 
 
-def _index(container: InputContainer, stream: VideoStream) -> _Index:
-    size = count = 0  # of all packets, of those that show a frame
-    timed = []
-    for packet in container.demux(stream):  # none is kept: together they are as large as the file
+def _read_index(container: InputContainer, stream: VideoStream) -> _FrameIndex:
+    num_packets = num_frames = 0
+    timestamps = []
+    for packet in container.demux(stream):  # the packets are not stored, they are as large as the file
         if packet.size:
-            size += 1
-            count += not packet.is_discard
+            num_packets += 1
+            num_frames += not packet.is_discard
             if packet.pts is not None:
-                timed.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
-    place = {pts: i for i, pts in enumerate(sorted(pts for pts, _, _ in timed))}
-    by = SEEK_BY.get((container.format.name, stream.codec_context.name))
-    # Every packet must be a frame of its own, at a time of its own, and the first one a key frame with nothing before it.
-    if by is None or not timed or not len(place) == len(timed) == size == count:
-        return _Index(count)
-    first, _, is_key = timed[0]
-    if place[first] > 0 or not is_key:
-        return _Index(count)
-    keys = sorted((place[pts], pts if by == "pts" else dts) for pts, dts, is_key in timed if is_key)
-    return _Index(count, place, tuple(keys))
+                timestamps.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
+    number_by_pts = {pts: i for i, pts in enumerate(sorted(pts for pts, _, _ in timestamps))}
+    seek_by = SEEK_BY.get((container.format.name, stream.codec_context.name))
+    # Seeking is reliable if each packet is one frame with a unique timestamp and the first frame is a key frame.
+    if seek_by is None or not timestamps or not len(number_by_pts) == len(timestamps) == num_packets == num_frames:
+        return _FrameIndex(num_frames)
+    first_pts, _, first_is_key = timestamps[0]
+    if number_by_pts[first_pts] > 0 or not first_is_key:
+        return _FrameIndex(num_frames)
+    key_frames = sorted((number_by_pts[pts], pts if seek_by == "pts" else dts) for pts, dts, is_key in timestamps if is_key)
+    return _FrameIndex(num_frames, number_by_pts, tuple(key_frames))
 
 
-def _frames(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def _decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     number = 0
     try:
         for frame in container.decode(stream):
@@ -264,124 +276,123 @@ def _frames(path: PathLike, container: InputContainer, stream: VideoStream) -> I
             number += 1
     except av.FFmpegError as error:
         raise VideoError(f"{path}: damaged, decoding failed after frame {number} ({error.strerror})") from error
+    if number == 0:
+        raise VideoError(f"{path}: no frame could be decoded")
 
 
-class _Kept:
-    """The frames that were asked for, as they come: uint8 (N, 3, H, W) on a device."""
+class _FrameBuffer:
+    """Collects the requested frames in a tensor on a device, uint8 (N, 3, H, W)."""
 
-    def __init__(self, count: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
-        """size: width and height that all frames get, as they are stored."""
-        self.count, self.size, self.short_side = count, size, short_side
+    def __init__(self, capacity: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
+        """`size` is the width and height of all frames before they are rotated and resized."""
+        self.capacity, self.size, self.short_side = capacity, size, short_side
         self.device = torch.device(device or "cpu")
-        self.added = 0
-        self._chunk = UPLOADS.get(self.device.type, 16 << 20)
+        self.num_added = 0
+        self._upload_bytes = UPLOAD_BYTES.get(self.device.type, 16 << 20)
         self._waiting: list[NDArray[np.uint8]] = []
-        self._stored = 0
+        self._num_stored = 0
         self._reformatter = VideoReformatter()
         self._frames = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
     def add(self, frame: VideoFrame) -> None:
         image = _to_rgb(self._reformatter, frame, *self.size)
-        self.added += 1
-        if self._chunk == 0:
-            self._store_by_numpy(image.transpose(2, 0, 1))
+        self.num_added += 1
+        if self._upload_bytes == 0:
+            self._store_with_numpy(image.transpose(2, 0, 1))
             return
         self._waiting.append(image)
-        if (len(self._waiting) + 1) * image.nbytes > self._chunk or self.added == self.count:
+        if (len(self._waiting) + 1) * image.nbytes > self._upload_bytes or self.num_added == self.capacity:
             self._upload()
 
-    def _store_by_numpy(self, image: NDArray[np.uint8]) -> None:
-        """(3, H, W). torch's threads, which stay busy for a while after each operation, would be in the decoder's way."""
+    def _store_with_numpy(self, image: NDArray[np.uint8]) -> None:
+        """Store an image (3, H, W) without torch, whose threads stay busy after each operation and slow down the decoder."""
         if self.short_side is not None and min(image.shape[1:]) != self.short_side:
             image = resize_short_side(torch.from_numpy(np.ascontiguousarray(image)), self.short_side).numpy()
-        np.copyto(self._places(1, image.shape)[0].numpy(), image)
+        np.copyto(self._next_slots(1, image.shape)[0].numpy(), image)
 
     def _upload(self) -> None:
-        """Several frames at once: for each, a device takes as long to start its work."""
+        """Copy the waiting frames to the device together, because each transfer has a fixed cost."""
         images = torch.from_numpy(np.stack(self._waiting)).to(self.device).permute(0, 3, 1, 2)
         if self.short_side is not None:
             images = resize_short_side(images, self.short_side)
-        self._places(len(images), images.shape[1:]).copy_(images)
+        self._next_slots(len(images), images.shape[1:]).copy_(images)
         self._waiting.clear()
 
-    def _places(self, number: int, shape: tuple[int, ...]) -> Tensor:
-        """Where the next frames go."""
-        if not self._stored:
-            self._frames = torch.empty((self.count, *shape), dtype=torch.uint8, device=self.device)
-        self._stored += number
-        return self._frames[self._stored - number : self._stored]
+    def _next_slots(self, count: int, shape: tuple[int, ...]) -> Tensor:
+        if not self._num_stored:
+            self._frames = torch.empty((self.capacity, *shape), dtype=torch.uint8, device=self.device)
+        self._num_stored += count
+        return self._frames[self._num_stored - count : self._num_stored]
 
     def frames(self) -> Tensor:
         if self._waiting:
             self._upload()
-        return self._frames[: self._stored]
+        return self._frames[: self._num_stored]
 
 
-def _decode(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
+def _decode_selected(
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _FrameIndex
 ) -> tuple[Tensor, int]:
-    """Return the wanted frames that exist, distinct and in order, and how many the video has, as far as it was decoded."""
+    """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames found."""
     try:
-        found = _decode_from_keys(path, wanted, short_side, device, index)
+        frames = _decode_with_seeks(path, wanted, short_side, device, index)
     except VideoError:
-        found = None  # from the start, the message says which frame is damaged
-    if found is not None:
-        return found, index.count
-    number = 0
+        frames = None  # decoding from the start gives an error with the number of the damaged frame
+    if frames is not None:
+        return frames, index.num_frames
     with _open(path) as (container, stream):
-        kept = None
-        for frame in _frames(path, container, stream):
-            kept = kept or _Kept(len(wanted), (frame.width, frame.height), short_side, device)
-            if number == wanted[kept.added]:
-                kept.add(frame)
-            number += 1
-            if kept.added == len(wanted):
+        for number, frame in enumerate(_decode_all(path, container, stream)):
+            if number == 0:
+                buffer = _FrameBuffer(len(wanted), (frame.width, frame.height), short_side, device)
+            if number == wanted[buffer.num_added]:
+                buffer.add(frame)
+            if buffer.num_added == len(wanted):
                 break
-    return torch.empty(0, 3, 1, 1, dtype=torch.uint8) if kept is None else kept.frames(), number
+    return buffer.frames(), number + 1
 
 
-def _decode_from_keys(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _Index
+def _decode_with_seeks(
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _FrameIndex
 ) -> Tensor | None:
-    """Return the wanted frames, passing over what lies between them where a key frame allows it.
+    """Return the frames `wanted`, skipping to key frames where that saves time.
 
-    None: that would spare nothing; or the decoder gives other frames than the packets promise. Then all must be decoded.
+    Return None if it saves none, or if the decoder returns other frames than the packets announce.
     """
-    starts = [number for number, _ in index.keys]
-    nearest = [index.keys[bisect_right(starts, number) - 1] for number in wanted.tolist()] if starts else []
-    if not any(key - before > MIN_SKIP for (key, _), before in zip(nearest, [0, *(wanted + 1).tolist()], strict=False)):
+    key_numbers = [number for number, _ in index.key_frames]
+    keys = [index.key_frames[bisect_right(key_numbers, number) - 1] for number in wanted.tolist()] if key_numbers else []
+    if not any(key - after > MIN_SKIP for (key, _), after in zip(keys, [0, *(wanted + 1).tolist()], strict=False)):
         return None
-    due = 0  # the frame that comes next
     with _open(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
-        kept = _Kept(len(wanted), size, short_side, device)
-        frames = _frames(path, container, stream)
-        for number, (key, time) in zip(wanted.tolist(), nearest, strict=True):
-            sought = key - due > MIN_SKIP
-            if sought:
+        buffer = _FrameBuffer(len(wanted), size, short_side, device)
+        frames = _decode_all(path, container, stream)
+        next_number = 0
+        for number, (key, timestamp) in zip(wanted.tolist(), keys, strict=True):
+            seeks = key - next_number > MIN_SKIP
+            if seeks:
                 try:
-                    container.seek(time, stream=stream)
+                    container.seek(timestamp, stream=stream)
                 except av.FFmpegError:
                     return None
-                frames = _frames(path, container, stream)
-                due = key
-            while due <= number:
+                frames = _decode_all(path, container, stream)
+                next_number = key
+            while next_number <= number:
                 frame = next(frames, None)
-                came = None if frame is None or frame.pts is None else index.numbers.get(frame.pts)
-                if came is not None and came < due:
-                    continue  # from before the key frame
-                if frame is None or came != due or (frame.width, frame.height) != size:
+                decoded = None if frame is None or frame.pts is None else index.number_by_pts.get(frame.pts)
+                if decoded is not None and decoded < next_number:
+                    continue  # the seek went further back than to the key frame
+                if frame is None or decoded != next_number or (frame.width, frame.height) != size:
                     return None
-                if sought and due == key and not frame.key_frame:
-                    return None  # the container calls it one
-                if due == number:
-                    kept.add(frame)
-                due += 1
-    return kept.frames()
+                if seeks and next_number == key and not frame.key_frame:
+                    return None  # only the container marks it as a key frame
+                if next_number == number:
+                    buffer.add(frame)
+                next_number += 1
+    return buffer.frames()
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """(H, W, 3), upright; width, height: of the picture as it is stored."""
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, like rot90
-    rgb = reformatter.reformat(frame, width, height, "rgb24", **ONE_THREAD).to_ndarray()
-    return np.rot90(rgb, turns)
+    """Scale a frame to the given size, convert it to RGB and rotate it upright: (H, W, 3)."""
+    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, like rot90
+    rgb = reformatter.reformat(frame, width, height, "rgb24", **REFORMAT_OPTIONS).to_ndarray()
+    return np.rot90(rgb, quarter_turns)

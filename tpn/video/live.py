@@ -1,4 +1,4 @@
-"""Frames as they come: from a camera, or raw from a pipe."""
+"""Read frames from cameras and pipes."""
 
 import sys
 import threading
@@ -19,21 +19,24 @@ from tpn.video.decode import VideoError
 T = TypeVar("T")
 
 FORMATS = {"linux": "video4linux2,v4l2", "darwin": "avfoundation", "win32": "dshow"}
-"""FFmpeg's input for cameras, by `sys.platform`."""
+"""FFmpeg's input format for cameras on each `sys.platform`."""
 
 
 class Camera:
-    """The frames of a camera, uint8 RGB (3, H, W), until the device is gone; they can be iterated over once.
+    """An iterable over the frames of a camera, uint8 RGB (3, H, W). It ends when the camera stops and can be iterated once.
 
     Args:
-        device: "/dev/video0", or its number (Linux); a number or a name (macOS); a name (Windows).
-        size, fps: width and height, and frames a second, to ask the device for. Default: its own.
-        format: FFmpeg's name for the kind of device. Default: the platform's cameras.
+        device: "/dev/video0" or its number (Linux), a number or a name (macOS), a name (Windows).
+        size: width and height to request. Default: chosen by the camera.
+        fps: frames per second to request. Default: chosen by the camera.
+        format: FFmpeg's input format. Default: that for cameras on this platform.
 
     Attributes:
-        fps: frames a second, as the device states them.
+        fps: frames per second as stated by the camera, otherwise as requested.
 
-    Raises VideoError: the device cannot be opened, or fails later; ValueError: it does not state its frame rate.
+    Raises:
+        VideoError: the camera cannot be opened, or fails during the iteration.
+        ValueError: the camera does not state its frame rate, and `fps` is missing.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Camera:
         rate = self._container.streams.video[0].average_rate
         if rate is None and fps is None:
             self._container.close()
-            raise ValueError(f"{device}: the camera does not state its frame rate; pass fps")
+            raise ValueError(f"{device}: the camera does not state its frame rate. Pass fps")
         self.fps = float(rate or fps or 0)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -63,27 +66,36 @@ class Camera:
 
 
 def raw_frames(file: BinaryIO, *, size: tuple[int, int]) -> Generator[Tensor]:
-    """Yield the frames that are written to a pipe as raw rgb24, such as by `ffmpeg -f rawvideo -pix_fmt rgb24 -`.
+    """Yield the frames of raw RGB video, for example from `ffmpeg -f rawvideo -pix_fmt rgb24 -`.
 
-    file: `sys.stdin.buffer`, or any binary file, buffered or not. size: width and height. Returns uint8 (3, H, W) each.
-    Raises VideoError: there is nothing to read, or it ends within a frame.
+    Args:
+        file: binary file, buffered or not, for example `sys.stdin.buffer`.
+        size: width and height of the frames.
+
+    Yields:
+        Frames, uint8 RGB (3, H, W).
+
+    Raises:
+        VideoError: the file is empty or ends within a frame.
     """
     width, height = size
+    num_bytes = 3 * width * height
+    name = getattr(file, "name", "the pipe")
     number = 0
-    while data := _read(file, 3 * width * height):
-        if len(data) < 3 * width * height:
+    while data := _read_up_to(file, num_bytes):
+        if len(data) < num_bytes:
             raise VideoError(
-                f"{_name(file)}: ends within frame {number}, {len(data)} bytes of {3 * width * height};"
-                f" are the frames rgb24 of {width}x{height}?"
+                f"{name}: ends within frame {number}, after {len(data)} of {num_bytes} bytes."
+                f" Check that the frames are rgb24 of {width}x{height}"
             )
         yield torch.from_numpy(np.frombuffer(data, np.uint8).reshape(height, width, 3)).permute(2, 0, 1)
         number += 1
     if number == 0:
-        raise VideoError(f"{_name(file)}: no frame came")
+        raise VideoError(f"{name}: no frames received")
 
 
-def _read(file: BinaryIO, count: int) -> bytearray:
-    """Return so many bytes, fewer at the end; a pipe without a buffer gives what there is."""
+def _read_up_to(file: BinaryIO, count: int) -> bytearray:
+    """Read `count` bytes, or fewer at the end of the file. One call of an unbuffered pipe's `read` may return less."""
     data = bytearray()
     while len(data) < count and (more := file.read(count - len(data))):
         data += more
@@ -91,16 +103,17 @@ def _read(file: BinaryIO, count: int) -> bytearray:
 
 
 def newest(items: Generator[T]) -> Generator[T]:
-    """Yield what a generator yields; of what comes while the consumer is busy, only the last.
+    """Run a generator in a thread and yield its newest item, skipping those that come while the consumer is busy.
 
-    The generator runs in a thread, at its own pace. What it raises is raised here. Whoever stops early ends it at its next item.
+    An exception in the generator is raised here. If the consumer closes this generator early, the other one is closed at its
+    next item.
     """
     changed = threading.Condition()
-    waiting: list[T] = []  # one at most
+    waiting: list[T] = []  # at most one item
     failures: list[Exception] = []
     ended = stopped = False
 
-    def read() -> None:
+    def run() -> None:
         nonlocal ended
         try:
             with closing(items):
@@ -110,13 +123,13 @@ def newest(items: Generator[T]) -> Generator[T]:
                             break
                         waiting[:] = [item]
                         changed.notify()
-        except Exception as error:  # for the consumer
+        except Exception as error:  # raised again in the consumer's thread
             failures.append(error)
         with changed:
             ended = True
             changed.notify()
 
-    thread = threading.Thread(target=read, name="tpn-live", daemon=True)  # a device that hangs does not keep the program
+    thread = threading.Thread(target=run, name="tpn-live", daemon=True)  # the program can exit while a camera hangs
     thread.start()
     try:
         while True:
@@ -144,12 +157,8 @@ def _open_device(device: str, format: str | None, options: dict[str, str]) -> In
     try:
         container = av.open(device, format=format, options=options)
     except av.FFmpegError as error:
-        raise VideoError(f"{device}: not a camera that can be opened ({error.strerror})") from error
+        raise VideoError(f"{device}: cannot open this camera ({error.strerror})") from error
     if not container.streams.video:
         container.close()
-        raise VideoError(f"{device}: gives no video")
+        raise VideoError(f"{device}: the device has no video stream")
     return container
-
-
-def _name(file: BinaryIO) -> str:
-    return str(getattr(file, "name", "the pipe"))

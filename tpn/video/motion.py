@@ -1,9 +1,9 @@
-"""A data set of rendered motion: classes that differ only over time, at tempos over an eightfold range.
+"""Render a dataset of motions: classes that differ only over time, at tempos over an eightfold range.
 
-A textured shape lies on a textured background. What a single frame shows (where the shape is, its size, angle and colour) has the
-same distribution in every class; the class says which of these changes, and how. Space wraps around, so a shape that leaves on
-one side comes back on the other. One cycle of a motion (once across the picture, one turn, one swing, ...) takes
-`SLOWEST_CYCLE / tempo` frames, for tempos from 1 to 8.
+A textured background shows one shape. Its position, size, angle and color have the same distribution in a single frame of every
+class; the class says which of them changes, and how. The picture wraps around: a shape that leaves on one side returns on the
+other. One cycle of a motion (once across the picture, one turn, one swing, ...) takes `SLOWEST_CYCLE / tempo` frames, with tempos
+from 1 to 8.
 """
 
 import os
@@ -33,27 +33,27 @@ CLASSES = (
     "jumping",
 )
 MIRRORED = ((0, 1), (4, 5), (8, 9))
-"""Classes that change places when a clip is flipped from left to right."""
+"""Pairs of labels that a horizontal flip swaps."""
 
 Order = Literal["as rendered", "shuffled", "one frame"]
 
 SLOWEST_CYCLE = 64
-"""Frames of one cycle at tempo 1."""
+"""Frames per cycle at tempo 1."""
 WIDTH, HEIGHT, FPS = 112, 112, 24
 
-_SHAPES = (  # corners in units of the size; none looks the same after a part of a turn
+_SHAPES = (  # corners relative to the size; without rotational symmetry, so that every angle looks different
     ((-1.0, -0.35), (0.1, -0.35), (0.1, -0.8), (1.0, 0.0), (0.1, 0.8), (0.1, 0.35), (-1.0, 0.35)),
     ((-0.7, -1.0), (0.0, -1.0), (0.0, 0.4), (0.9, 0.4), (0.9, 1.0), (-0.7, 1.0)),
     ((-0.9, -0.7), (1.0, 0.0), (-0.9, 0.7)),
     ((-0.6, -1.0), (0.8, -0.8), (0.8, 0.0), (0.0, 0.1), (0.0, 1.0), (-0.6, 1.0)),
 )
-_SIZES = np.log((9.0, 22.0))
+_LOG_SIZES = np.log((9.0, 22.0))  # smallest and largest
 _OVERSAMPLING = 3
 
 
 @dataclass(frozen=True)
 class State:
-    """What one frame shows: place (pixels), log of the size, angle (radians, clockwise), hue (0..1)."""
+    """The shape in one frame: center (pixels), log of the size (pixels), angle (radians, clockwise), hue (0..1)."""
 
     x: float
     y: float
@@ -63,38 +63,50 @@ class State:
 
 
 def render(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: int = 64) -> NDArray[np.uint8]:
-    """Render one clip of class `label`, uint8 RGB (num_frames, HEIGHT, WIDTH, 3); the same for the same arguments.
+    """Render a clip of a motion. The same arguments always give the same clip.
 
-    tempo: 1 (a cycle in `SLOWEST_CYCLE` frames) to 8; other positive tempos work too.
-    seed: of everything else: background, shape, place, phase, ...
+    Args:
+        label: index of the motion in `CLASSES`.
+        tempo: speed of the motion, usually 1 to 8: a cycle takes `SLOWEST_CYCLE / tempo` frames.
+        seed: seed of all other properties, such as background, shape, position and phase.
+        num_frames: number of frames, T.
+
+    Returns:
+        uint8 RGB (T, HEIGHT, WIDTH, 3).
     """
     background, shape, states = _scene(label, tempo, seed, num_frames)
     return np.stack([_draw(background, shape, state) for state in states])
 
 
 def masks(label: int, *, tempo: float, seed: int | Sequence[int], num_frames: int = 64) -> NDArray[np.bool_]:
-    """Return where the shape is in the clip that `render` gives for the same arguments, bool (num_frames, HEIGHT, WIDTH).
+    """Return the pixels that the shape covers in the clip that `render` returns for the same arguments.
 
-    A pixel belongs to the shape if half of it or more is covered. A shape that reaches over an edge is on both sides.
+    Returns:
+        bool (num_frames, HEIGHT, WIDTH), True where at least half of a pixel is covered.
     """
     _, shape, states = _scene(label, tempo, seed, num_frames)
     return np.stack([np.asarray(_mask(shape, state)) >= 128 for state in states])
 
 
 def render_sequence(parts: Sequence[tuple[int, float, int]], *, seed: int) -> NDArray[np.uint8]:
-    """Render one shape that moves in several ways in turn, uint8 RGB (T, HEIGHT, WIDTH, 3).
+    """Render one shape that performs several motions in turn.
 
-    parts: (label, tempo, frames) of each.
+    Args:
+        parts: (label, tempo, number of frames) of each motion; see `render`.
+        seed: seed of all other properties.
+
+    Returns:
+        uint8 RGB (T, HEIGHT, WIDTH, 3), where T is the total number of frames.
     """
     rng = np.random.default_rng(seed)
     background, shape, state = _background(rng), _SHAPES[rng.integers(len(_SHAPES))], _random_state(rng)
-    pictures = []
+    frames = []
     for label, tempo, num_frames in parts:
-        step = _steps(label, state, rng)
-        states = [step(i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
-        pictures += [_draw(background, shape, each) for each in states]
+        state_at = _trajectory(label, state, rng)
+        states = [state_at(i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
+        frames += [_draw(background, shape, state) for state in states]
         state = states[-1]
-    return np.stack(pictures)
+    return np.stack(frames)
 
 
 def write_dataset(
@@ -106,23 +118,25 @@ def write_dataset(
     num_frames: int = 64,
     order: Order = "as rendered",
 ) -> None:
-    """Write `root/class name/000123.mp4` for `VideoFolder`; clips that are there already are kept.
+    """Write clips of every class to `root/CLASS/000123.mp4`, which `VideoFolder` can read. Existing files are kept.
 
-    tempos: each clip's is drawn between these, evenly on a logarithmic scale.
-    seed: different seeds give different clips, e.g. for training and test sets.
-    order: "shuffled" writes the frames of each clip in random order, "one frame" repeats its first one: what is left then of
-        the classes is not motion.
+    Args:
+        root: folder of the dataset.
+        clips_per_class: number of clips of each class.
+        seed: use different seeds for different splits.
+        tempos: lowest and highest tempo. Tempos are drawn uniformly on a logarithmic scale.
+        num_frames: number of frames per clip.
+        order: "as rendered"; or, for controls without motion, "shuffled" (frames in random order) or "one frame" (the first frame
+            repeated).
     """
-    from tpn.video.encode import write_video  # rendering needs no encoder
+    from tpn.video.encode import write_video  # only writing needs PyAV
 
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
     low, high = np.log(tempos)
     for label, name in enumerate(CLASSES):
-        folder = Path(root, name)
-        folder.mkdir(parents=True, exist_ok=True)
         for i in range(clips_per_class):
-            path = folder / f"{i:06d}.mp4"
+            path = Path(root, name, f"{i:06d}.mp4")
             if not path.exists():
                 rng = np.random.default_rng([seed, label, i])
                 tempo = float(np.exp(rng.uniform(low, high)))
@@ -135,25 +149,25 @@ def write_dataset(
 def _scene(
     label: int, tempo: float, seed: int | Sequence[int], num_frames: int
 ) -> tuple[Image.Image, Sequence[tuple[float, float]], list[State]]:
-    """Return the background of a clip, its shape, and what each frame shows."""
+    """Return the background of a clip, the corners of its shape, and the state of the shape in each frame."""
     if label not in range(len(CLASSES)):
-        raise ValueError(f"label must be in 0..{len(CLASSES) - 1}, got {label}")
+        raise ValueError(f"label must be in 0..{len(CLASSES) - 1}, got {label!r}")
     if tempo <= 0 or num_frames < 1:
         raise ValueError(f"tempo and num_frames must be positive, got {tempo} and {num_frames}")
     rng = np.random.default_rng([label, *np.atleast_1d(seed)])
     background, shape = _background(rng), _SHAPES[rng.integers(len(_SHAPES))]
-    start = _random_state(rng)
-    step = _steps(label, start, rng)
+    state_at = _trajectory(label, _random_state(rng), rng)
     phase = rng.uniform()
-    return background, shape, [step(phase + i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
+    return background, shape, [state_at(phase + i * tempo / SLOWEST_CYCLE) for i in range(num_frames)]
 
 
 def _random_state(rng: np.random.Generator) -> State:
-    return State(rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(*_SIZES), rng.uniform(0, 2 * np.pi), rng.uniform())
+    x, y = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)
+    return State(x, y, rng.uniform(*_LOG_SIZES), rng.uniform(0, 2 * np.pi), rng.uniform())
 
 
-def _steps(label: int, start: State, rng: np.random.Generator) -> Callable[[float], State]:
-    """Return what turns cycles, counted from 0, into what is shown."""
+def _trajectory(label: int, start: State, rng: np.random.Generator) -> Callable[[float], State]:
+    """Return a function from time in cycles to the state of the shape."""
     turn = 2 * np.pi
     radius = rng.uniform(0.15, 0.25) * HEIGHT
     others = [_random_state(rng) for _ in range(64)]
@@ -165,7 +179,7 @@ def _steps(label: int, start: State, rng: np.random.Generator) -> Callable[[floa
         return lambda t: replace(start, angle=start.angle + direction * turn * t)
 
     def scale(direction: int) -> Callable[[float], State]:
-        return lambda t: replace(start, log_size=_SIZES[0] + (direction * t % 1) * (_SIZES[1] - _SIZES[0]))
+        return lambda t: replace(start, log_size=_LOG_SIZES[0] + (direction * t % 1) * (_LOG_SIZES[1] - _LOG_SIZES[0]))
 
     def circle(direction: int) -> Callable[[float], State]:
         return lambda t: replace(start, x=start.x + radius * np.cos(turn * t), y=start.y + direction * radius * np.sin(turn * t))
@@ -177,8 +191,8 @@ def _steps(label: int, start: State, rng: np.random.Generator) -> Callable[[floa
         return replace(start, hue=start.hue if t % 1 < 0.5 else others[0].hue)
 
     def jump(t: float) -> State:
-        there = others[int(2 * t) % len(others)]
-        return replace(start, x=there.x, y=there.y)
+        target = others[int(2 * t) % len(others)]
+        return replace(start, x=target.x, y=target.y)
 
     return (
         slide(-1, 0),
@@ -199,7 +213,7 @@ def _steps(label: int, start: State, rng: np.random.Generator) -> Callable[[floa
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """A static texture: blotches of several sizes, of little colour."""
+    """Return a texture of blotches of several sizes, with little color."""
     image = np.zeros((HEIGHT, WIDTH, 3))
     for cells, strength in ((3, 30), (8, 20), (24, 14)):
         noise = rng.uniform(-1, 1, (cells, cells, 3)) * 0.4 + rng.uniform(-1, 1, (cells, cells, 1)) * 0.6
@@ -215,7 +229,7 @@ def _draw(background: Image.Image, shape: Sequence[tuple[float, float]], state: 
 
 
 def _mask(shape: Sequence[tuple[float, float]], state: State) -> Image.Image:
-    """How much of each pixel the shape covers, 0..255, also where it reaches over an edge."""
+    """Return the coverage of each pixel by the shape, 0..255. Parts beyond an edge appear on the opposite side."""
     k = _OVERSAMPLING
     mask = Image.new("L", (WIDTH * k, HEIGHT * k))
     pen = ImageDraw.Draw(mask)

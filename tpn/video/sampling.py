@@ -1,4 +1,4 @@
-"""Which frames of a video a model sees: index arithmetic, no video needed.
+"""Choose which frames of a video a model sees. These functions compute indices only; they read no video.
 
 Dense sampling (Kinetics models), num_frames=3, frame_interval=2, num_clips=2, 11 frames:
 
@@ -14,23 +14,34 @@ Segment sampling (Something-Something models), num_segments=4, 11 frames, segmen
     clip 1   x     x           x        x        the start of each segment ("twice sampled")
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+FrameSampler = Callable[[int], NDArray[np.int64]]
+"""Returns the frame indices to read from a video with the given number of frames, for example `InputSpec.indices`."""
+
 
 def clip_span(num_frames: int, frame_interval: int) -> int:
-    """Return the number of consecutive frames that a clip reaches over."""
+    """Return the number of consecutive frames from the first to the last frame of a clip."""
     return frame_interval * (num_frames - 1) + 1
 
 
 def dense_indices(total_frames: int, *, num_frames: int, frame_interval: int, num_clips: int = 1) -> NDArray[np.int64]:
-    """Return frame indices (num_clips, num_frames) of clips spread evenly over a video.
+    """Return the frame indices of clips that are spread evenly over a video.
 
-    A single clip is centred. Indices past the end of a short video wrap around to its start.
+    A single clip is centered. Indices past the end of a short video wrap around to its start.
 
-    total_frames, num_frames, num_clips: counts >= 1. frame_interval: index step >= 1, 1 = consecutive frames.
+    Args:
+        total_frames: number of frames of the video, at least 1.
+        num_frames: number of frames of a clip, at least 1.
+        frame_interval: index step between the frames of a clip, at least 1; 1 takes consecutive frames.
+        num_clips: number of clips, at least 1.
+
+    Returns:
+        Indices (num_clips, num_frames).
     """
     _check_positive(total_frames=total_frames, num_frames=num_frames, frame_interval=frame_interval, num_clips=num_clips)
     last_start = max(total_frames - clip_span(num_frames, frame_interval), 0)
@@ -42,14 +53,19 @@ def dense_indices(total_frames: int, *, num_frames: int, frame_interval: int, nu
 
 
 def segment_indices(total_frames: int, *, num_segments: int, num_clips: int = 1) -> NDArray[np.int64]:
-    """Return frame indices (num_clips, num_segments), one frame for each of `num_segments` equal parts of a video.
+    """Divide a video into equal segments and return the index of one frame from each.
 
-    num_clips: 1 takes the middles of the segments; 2 adds a second clip of the segments' first frames.
-    total_frames, num_segments: counts >= 1; a video shorter than num_segments repeats frames.
+    Args:
+        total_frames: number of frames of the video, at least 1. Frames repeat if the video has fewer frames than segments.
+        num_segments: number of segments, at least 1.
+        num_clips: 1 takes the middle frame of each segment; 2 adds a second clip with the first frame of each segment.
+
+    Returns:
+        Indices (num_clips, num_segments).
     """
     _check_positive(total_frames=total_frames, num_segments=num_segments, num_clips=num_clips)
     if num_clips > 2:
-        raise ValueError(f"segment sampling knows 1 clip (middles) or 2 (middles, starts), got num_clips={num_clips}")
+        raise ValueError(f"num_clips must be 1 or 2 for segment sampling, got {num_clips}")
     length = total_frames / num_segments
     starts = np.arange(num_segments) * length
     return np.stack([starts + length / 2, starts])[:num_clips].astype(np.int64)
@@ -58,9 +74,10 @@ def segment_indices(total_frames: int, *, num_segments: int, num_clips: int = 1)
 def random_dense_indices(
     total_frames: int, *, num_frames: int, frame_interval: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Return frame indices (1, num_frames) of a training clip that starts anywhere it fits.
+    """Return the frame indices (1, num_frames) of a training clip with a random start.
 
-    A video shorter than the clip wraps around, as in `dense_indices`.
+    Every start at which the clip fits into the video is equally likely. Shorter videos wrap around as in `dense_indices`, which
+    describes the arguments.
     """
     _check_positive(total_frames=total_frames, num_frames=num_frames, frame_interval=frame_interval)
     last_start = max(total_frames - clip_span(num_frames, frame_interval), 0)
@@ -69,15 +86,34 @@ def random_dense_indices(
 
 
 def random_segment_indices(total_frames: int, *, num_segments: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return frame indices (1, num_segments) of a training clip, one random frame of each of `num_segments` equal parts.
+    """Return the frame indices (1, num_segments) of a training clip with one random frame from each segment.
 
-    The parts have `total_frames // num_segments` frames. A video with fewer frames than segments repeats frames evenly.
+    Each segment has `total_frames // num_segments` frames. A video with fewer frames than segments repeats frames evenly.
     """
     _check_positive(total_frames=total_frames, num_segments=num_segments)
     length = total_frames // num_segments
     if length == 0:
         return (np.arange(num_segments)[None] * total_frames) // num_segments
     return np.arange(num_segments)[None] * length + rng.integers(length, size=(1, num_segments))
+
+
+def at_frame_rate(sample: FrameSampler, fps: float | None, target_fps: float) -> FrameSampler:
+    """Return a sampler that chooses the frames that `sample` would choose at another frame rate.
+
+    Args:
+        sample: sampler for a video with `target_fps`.
+        fps: frames per second of the video. If it is None (unknown) or 0, `sample` is returned.
+        target_fps: frames per second that `sample` assumes.
+    """
+    if not fps:
+        return sample
+    ratio = fps / target_fps
+
+    def resampled(total_frames: int) -> NDArray[np.int64]:
+        indices = sample(max(round(total_frames / ratio), 1))
+        return np.minimum(np.floor(indices * ratio), total_frames - 1).astype(np.int64)
+
+    return resampled
 
 
 def _check_positive(**counts: Any) -> None:
