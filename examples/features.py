@@ -1,4 +1,4 @@
-"""Find the videos that are most like the first: cosine similarity of their features.
+"""Rank videos by the cosine similarity of their features to those of the first video.
 
 python examples/features.py query.mp4 *.mp4
 """
@@ -10,28 +10,28 @@ import torch.nn.functional as F
 
 import tpn
 from tpn.features import FeatureModel
-from tpn.training import command
+from tpn.training import run_cli
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("videos", nargs="+", help="the first one is compared with the others")
+    parser.add_argument("videos", nargs="+", help="the query, then the videos to rank")
     parser.add_argument("--model", default="tpn_slowonly_r50_k400")
-    parser.add_argument("--feature", help="c4, c5, top_down_fusion, ...; default: what the classifier reads")
+    parser.add_argument("--feature", help="c4, c5, top_down_fusion, ...; default: the input of the classifier")
     args = parser.parse_args()
 
     model = tpn.create_model(args.model, pretrained=True).eval()
-    # For clips in hand: model.forward_intermediates(clips) gives every map by name. For videos:
+    # For clips as tensors, model.forward_intermediates(clips) returns all feature maps by name.
     extract = tpn.VideoClassifier(FeatureModel(model, args.feature))
     features = {}
     for video, result in zip(args.videos, extract.predict_each(args.videos, num_clips=4, num_crops=1), strict=True):
         if isinstance(result, tpn.Prediction):
-            features[video] = result.view_logits.mean(dim=0)  # (C,): the views' mean
+            features[video] = result.view_logits.mean(dim=0)  # (C,), mean over the views
         else:
             print(result)
 
     if args.videos[0] not in features:
-        raise ValueError(f"{args.videos[0]}: the video to compare with cannot be read")
+        raise ValueError(f"cannot read the query {args.videos[0]}")
     query, *others = features
     similarity = {video: F.cosine_similarity(features[query], features[video], dim=0).item() for video in others}
     for video in sorted(others, key=similarity.__getitem__, reverse=True):
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Classify a video with a file of `tpn export`, without PyTorch and without tpn: numpy, onnxruntime and PyAV.
+"""Classify a video with an exported model, without PyTorch and tpn: only numpy, onnxruntime and PyAV.
 
 python examples/serve.py model.onnx video.mp4
 """
@@ -17,15 +17,15 @@ def frames(video: str) -> Iterator[av.VideoFrame]:
         yield from file.decode(video=0)
 
 
-def upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB (H, W, 3), turned as the file asks for: phones do not turn what they record."""
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """Return RGB (H, W, 3), rotated as the file specifies: phones store the rotation instead of rotating."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
 def clips(spec: dict, total: int) -> np.ndarray:
-    """Frame numbers (clips, frames) in a video of so many frames."""
+    """Return frame indices (clips, frames) in a video of `total` frames."""
     steps, count = np.arange(spec["num_frames"]), spec["num_clips"]
-    if spec["sampling"] == "segments":  # the middle of each segment; a second clip, its start
+    if spec["sampling"] == "segments":  # a first clip from the middles of the segments, a second one from their starts
         return np.array([(steps + start) * (total / len(steps)) for start in (0.5, 0.0)[:count]]).astype(int)
     last = max(total - ((len(steps) - 1) * spec["frame_interval"] + 1), 0)
     starts = np.round(np.arange(count) * (last / (count - 1))) if count > 1 else np.array([last // 2])
@@ -33,17 +33,17 @@ def clips(spec: dict, total: int) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, without antialiasing, as in training."""
+    """Resize bilinearly without antialiasing, as in training."""
     for axis, size, length in zip((1, 2), (height, width), frames.shape[1:3], strict=True):
-        place = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
-        low = place.astype(int)
-        weight = (place - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
+        position = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
+        low = position.astype(int)
+        weight = (position - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
         frames = frames.take(low, axis) * (1 - weight) + frames.take(np.minimum(low + 1, length - 1), axis) * weight
     return frames.round()
 
 
 def crops(spec: dict, frames: np.ndarray) -> list[np.ndarray]:
-    """Frames (N, H, W, 3), resized, then cut in the centre or at three places along the longer side."""
+    """Resize frames (N, H, W, 3); return the center crop, or three crops along the longer side."""
     size, sides = spec["crop_size"], frames.shape[1:3]
     scale = (size if spec["num_crops"] == 3 else spec["short_side"]) / min(sides)
     frames = resize(frames, *(int(side * scale + 0.5) for side in sides))
@@ -56,12 +56,12 @@ def main(model: str, video: str) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["tpn"])
     spec = about["input_spec"]
-    wanted = clips(spec, sum(1 for _ in frames(video)))
-    kept = {n: crops(spec, upright(frame)[None]) for n, frame in enumerate(frames(video)) if n in wanted}
-    views = np.array([[kept[n][i][0] for n in clip] for i in range(spec["num_crops"]) for clip in wanted])  # (views, T, S, S, 3)
+    indices = clips(spec, sum(1 for _ in frames(video)))
+    cropped = {n: crops(spec, to_rgb(frame)[None]) for n, frame in enumerate(frames(video)) if n in indices}
+    views = np.array([[cropped[n][i][0] for n in clip] for i in range(spec["num_crops"]) for clip in indices])  # (V, T, S, S, 3)
     x = ((views - spec["mean"]) / spec["std"]).transpose(0, 4, 1, 2, 3).astype(np.float32)
-    odds = np.exp(session.run(["logits"], {"clips": x})[0].astype(np.float64))
-    probs = (odds / odds.sum(axis=1, keepdims=True)).mean(axis=0)
+    exp = np.exp(session.run(["logits"], {"clips": x})[0].astype(np.float64))
+    probs = (exp / exp.sum(axis=1, keepdims=True)).mean(axis=0)
     for k in probs.argsort()[:-4:-1]:
         print(f"{probs[k]:7.2%}  {about['labels'][k]}")
 

@@ -1,10 +1,10 @@
-"""Ask the paper's question at a small size: does the pyramid help with actions at tempos that training did not show?
+"""Study whether the pyramid helps to recognize actions at tempos that are absent from the training data.
 
     python examples/tempo.py --output runs/tempo
 
-One narrow SlowOnly ResNet-18 is trained without pyramid, and with each of its flows, on rendered motion at half to twice a tempo,
-and tested at a quarter to four times that tempo; several seeds each. Two more models see clips from which time was removed: one
-repeated frame, and shuffled frames. Writes `tempo.json`, `tempo.png` and `tempo.md`. What is there already is not done again.
+Trains a narrow SlowOnly ResNet-18 on rendered motion at 0.5x to 2x a nominal tempo, without a pyramid and with each flow order,
+and tests it at 0.25x to 4x, with several seeds each. Two more models are trained on clips without motion: one repeated frame, and
+shuffled frames. Writes `tempo.json`, `tempo.png` and `tempo.md`. The same command resumes an interrupted study.
 """
 
 import argparse
@@ -22,14 +22,15 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import tpn
-from tpn.training import command, whole_file
+from tpn.files import atomic_write
+from tpn.training import run_cli
 from tpn.video import motion
 from tpn.video.datasets import VideoFolder
 
 NOMINAL = 3.0
-"""The tempo called x1: a cycle of motion in 21 frames."""
+"""Tempo x1: a cycle of the motion takes 21 frames."""
 NUM_FRAMES = 34
-"""Of each video, hardly more than the 31 that a clip reaches over: the less to decode."""
+"""Frames per video. A clip spans 31 frames; longer videos would take longer to decode."""
 TRAINED = (0.5, 2.0)
 TESTED = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 WITHOUT_TIME: tuple[motion.Order, ...] = ("one frame", "shuffled")
 REVERSED = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
-"""Classes that are each other's reversal in time."""
+"""Pairs of classes that time reversal exchanges."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,26 +50,26 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True)
     add("--seeds", type=int, default=3)
-    add("--clips", type=int, default=240, help="training clips of each class")
-    add("--test-clips", type=int, default=20, help="test clips of each class at each tempo")
+    add("--clips", type=int, default=240, help="training clips per class")
+    add("--test-clips", type=int, default=20, help="test clips per class and tempo")
     add("--epochs", type=int, default=5)
-    add("--jobs", type=int, default=1, help="trainings at once")
-    add("--workers", type=int, default=2, help="processes that read videos, for each training")
+    add("--jobs", type=int, default=1, help="concurrent trainings")
+    add("--workers", type=int, default=2, help="loader processes per training")
     return parser.parse_args()
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Results of other settings must not be mixed with these."""
+    """Refuse to mix results of different settings."""
     path = args.output / "settings.json"
     settings = {"clips": args.clips, "test_clips": args.test_clips, "epochs": args.epochs}
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{args.output} holds results of other settings, {path.read_text()}; choose another --output")
-    with whole_file(path, "w") as file:
-        json.dump(settings, file)
+        raise ValueError(f"{args.output} has results of other settings: {path.read_text()}. Choose another --output")
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(settings))
 
 
 def render(args: argparse.Namespace) -> None:
-    """Write all data sets; clips that are there already are kept."""
+    """Write all datasets, except clips that exist."""
 
     def write(name: str, clips: int, seed: int, tempos: tuple[float, float], order: motion.Order = "as rendered") -> None:
         low, high = (NOMINAL * tempo for tempo in tempos)
@@ -91,13 +92,13 @@ def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, 
         with open(args.output / f"{name} {seed}.log", "a") as log:
             done = subprocess.run([*map(str, arguments), "--resume", "auto"], stdout=log, stderr=log)
         if done.returncode:
-            raise RuntimeError(f"a training failed; {log.name} says why")
+            raise RuntimeError(f"a training failed; see {log.name}")
     return tpn.create_model(f"local-dir:{folder}")
 
 
 @torch.no_grad()
 def test(args: argparse.Namespace, model: tpn.TPNClassifier, data: str) -> dict[str, float]:
-    """Return top-1 accuracy on the centre clips, and how often a class beats its own reversal (50 by chance), in percent."""
+    """Return percentages of center clips: top1, and direction, where the class has a higher logit than its time reversal."""
     dataset = VideoFolder(args.output / data, model.input_spec, train=False, classes=motion.CLASSES)
     loader = DataLoader(dataset, batch_size=32, num_workers=args.workers)
     model.eval()
@@ -106,14 +107,14 @@ def test(args: argparse.Namespace, model: tpn.TPNClassifier, data: str) -> dict[
     reversal = torch.arange(len(motion.CLASSES))
     for a, b in REVERSED:
         reversal[[a, b]] = torch.tensor([b, a])
-    other = reversal[labels]
-    right = logits.gather(1, labels[:, None]) > logits.gather(1, other[:, None])
+    reversed_labels = reversal[labels]
+    higher = logits.gather(1, labels[:, None]) > logits.gather(1, reversed_labels[:, None])
     top1 = (logits.argmax(dim=1) == labels).double().mean()
-    return {"top1": 100 * float(top1), "direction": 100 * float(right[other != labels].double().mean())}
+    return {"top1": 100 * float(top1), "direction": 100 * float(higher[reversed_labels != labels].double().mean())}
 
 
 def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, dict[str, float]]:
-    """Train a variant and test it; return the result of each test set."""
+    """Train and test a variant; return the metrics of each test set."""
     path = args.output / f"{name} {seed}.json"
     if not path.exists():
         if name in WITHOUT_TIME:
@@ -121,16 +122,16 @@ def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, dict[st
         else:
             model = train(args, name, seed, VARIANTS[name])
             tests = [f"test {key}" for key in (*TESTED, *WITHOUT_TIME)]
-        with whole_file(path, "w") as file:
-            json.dump({key: test(args, model, key) for key in tests}, file)
+        with atomic_write(path) as unfinished:
+            unfinished.write_text(json.dumps({key: test(args, model, key) for key in tests}))
     return json.loads(path.read_text())
 
 
 def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
-    """curves: accuracy (seeds, tempos) of each variant."""
+    """Draw accuracy over tempo. curves: accuracy (seeds, tempos) of each variant."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.axvspan(*TRAINED, color="0.93", label="tempos of the training")
+    axes.axvspan(*TRAINED, color="0.93", label="training tempos")
     for name, values in curves.items():
         mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(TESTED))
         style = {"color": "0.35", "linestyle": "--"} if name == "no pyramid" else {}
@@ -145,7 +146,7 @@ def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def table(curves: dict[str, np.ndarray]) -> str:
+def tempo_table(curves: dict[str, np.ndarray]) -> str:
     head = ["variant", *(f"x{factor:g}" for factor in TESTED), "within", "outside"]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     within = np.array([TRAINED[0] <= factor <= TRAINED[1] for factor in TESTED])
@@ -156,14 +157,14 @@ def table(curves: dict[str, np.ndarray]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_time(args: argparse.Namespace, results: dict[tuple[str, int], dict[str, dict[str, float]]]) -> str:
-    """What models do on clips from which time was removed."""
+def order_table(args: argparse.Namespace, results: dict[tuple[str, int], dict[str, dict[str, float]]]) -> str:
+    """Return a table of the accuracies on clips without motion."""
     lines = ["| clips | trained on | top-1 | class or its reversal |", "|---|---|---:|---:|"]
     for order in WITHOUT_TIME:
-        own = results[order, 0][f"test {order}"]
-        lines.append(f"| {order} | the same | {own['top1']:.1f} | {own['direction']:.1f} |")
-        seen = [results["cascade", seed][f"test {order}"] for seed in range(args.seeds)]
-        top1, direction = (np.mean([one[key] for one in seen]) for key in ("top1", "direction"))
+        same = results[order, 0][f"test {order}"]
+        lines.append(f"| {order} | the same | {same['top1']:.1f} | {same['direction']:.1f} |")
+        tests = [results["cascade", seed][f"test {order}"] for seed in range(args.seeds)]
+        top1, direction = (np.mean([test[key] for test in tests]) for key in ("top1", "direction"))
         lines.append(f"| {order} | motion | {top1:.1f} | {direction:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -172,7 +173,7 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers need the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # leaves cores to the loader processes
     render(args)
     runs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS] + [(order, 0) for order in WITHOUT_TIME]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -181,13 +182,15 @@ def main() -> None:
     for name in VARIANTS:
         rows = [[results[name, seed][f"test {factor}"]["top1"] for factor in TESTED] for seed in range(args.seeds)]
         curves[name] = np.array(rows)
-    with whole_file(args.output / "tempo.json", "w") as file:
-        json.dump({f"{name} {seed}": result for (name, seed), result in results.items()}, file, indent=1)
+    with atomic_write(args.output / "tempo.json") as unfinished:
+        content = {f"{name} {seed}": result for (name, seed), result in results.items()}
+        unfinished.write_text(json.dumps(content, indent=1))
     draw(args.output / "tempo.png", curves)
-    with whole_file(args.output / "tempo.md", "w") as file:
-        file.write(table(curves) + "\n" + without_time(args, results))
-    print((args.output / "tempo.md").read_text())
+    tables = tempo_table(curves) + "\n" + order_table(args, results)
+    with atomic_write(args.output / "tempo.md") as unfinished:
+        unfinished.write_text(tables, encoding="utf-8")
+    print(tables)
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""The scripts of `examples/`, as modules and as commands."""
+"""Import and run the scripts of `examples/`."""
 
 import importlib.util
 import os
@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def example(name):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    """Import a script, such as "train" or "benchmarks/speed"."""
+    spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def run_example(name, *args, processes=0, before="", check=True):
-    """Run a script as a command, under torchrun if `processes`. `before`: what a module with the name `example` undergoes first."""
+    """Run a script as a command, with `processes` under torchrun. `before` is code that changes the module `example` first."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     script = ROOT / "examples" / f"{name}.py"
     command = [sys.executable]
@@ -32,7 +32,7 @@ def run_example(name, *args, processes=0, before="", check=True):
             script = Path(folder, "changed.py")
             script.write_text(
                 f"import sys\nfrom scripts import example\nexample = example({name!r})\n{before}\n"
-                "if __name__ == '__main__':\n    example.command(example.main)\n"
+                "if __name__ == '__main__':\n    example.run_cli(example.main)\n"
             )
         done = subprocess.run([*map(str, (*command, script, *args))], env=env, capture_output=True, text=True, timeout=300)
     if check:

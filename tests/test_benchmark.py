@@ -1,7 +1,8 @@
-"""The benchmark runs, and says what it measured; nothing here depends on how long it took."""
+"""`examples/benchmarks/`: the scripts run and report what they measured. No test depends on the measured times."""
 
 import importlib.util
 import json
+import re
 
 import pytest
 from scripts import run_example
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_every_part(tmp_path):
     video = write_video(tmp_path / "v.mp4", 40)
     small = ["--model", "tpn_slowonly_tiny_motion", "--batch-size", 2, "--repeats", 1, "--device", "cpu"]
-    done = run_example("benchmark", *small, "--video", video, "--output", tmp_path / "results.json")
+    done = run_example("benchmarks/speed", *small, "--video", video, "--output", tmp_path / "results.json")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["about"]["model"] == "tpn_slowonly_tiny_motion"
     titles = [title.partition(":")[0] for title in content["results"]]
@@ -27,28 +28,34 @@ def test_every_part(tmp_path):
     assert all(row["clips_per_s"] * row["ms"] == pytest.approx(2e3) for row in inference)
 
 
-def test_a_part_that_fails_loses_no_other(tmp_path):
+def test_loader(tmp_path):
+    video = write_video(tmp_path / "v.mp4", 40)
+    (tmp_path / "list.txt").write_text(f"{video} 0\n")
+    options = ["--model", "tpn_slowonly_tiny_motion", "--clips", 2, "--repeats", 1]
+    done = run_example("benchmarks/loader", tmp_path / "list.txt", *options)
+    assert done.stdout.count(" clips/s per process") == 3
+    assert done.stdout.splitlines()[1].endswith(" 1.00x")
+
+
+def test_results_before_an_error_are_kept(tmp_path):
     small = ["--model", "tpn_slowonly_tiny_motion", "--batch-size", 2, "--repeats", 1, "--device", "cpu"]
     parts = ["--only", "latency", "decode", "--video", tmp_path / "none.mp4"]
-    done = run_example("benchmark", *small, *parts, "--output", tmp_path / "results.json", check=False)
+    done = run_example("benchmarks/speed", *small, *parts, "--output", tmp_path / "results.json", check=False)
     assert done.returncode == 1
     assert [title.partition(":")[0] for title in json.loads((tmp_path / "results.json").read_text())["results"]] == ["latency"]
 
 
 def test_errors():
-    done = run_example("benchmark", "--device", "warp", check=False)
+    done = run_example("benchmarks/speed", "--device", "warp", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: cannot use device 'warp': ")
-    done = run_example("benchmark", "--against", "torchvision", "--only", "inference", "training", check=False)
+    assert re.match("error: .*'warp'", done.stderr)
+    done = run_example("benchmarks/speed", "--against", "torchvision", "--only", "inference", "training", check=False)
     assert done.returncode == 2
-    assert done.stderr.endswith("error: --against torchvision compares inference alone\n")
-    done = run_example("benchmark", "--against", "mmaction2", "--model", "tpn_tsm_r50_sthv1", check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "error: the reference is built for tpn_slowonly_r50_k400 only, got tpn_tsm_r50_sthv1\n",
-    )
+    assert re.search("error: .*--against torchvision.*inference", done.stderr)
+    done = run_example("benchmarks/speed", "--against", "mmaction2", "--model", "tpn_tsm_r50_sthv1", check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*tpn_slowonly_r50_k400.*got tpn_tsm_r50_sthv1\n", done.stderr)
     if importlib.util.find_spec("mmaction") is None:
-        done = run_example("benchmark", "--against", "mmaction2", check=False)
+        done = run_example("benchmarks/speed", "--against", "mmaction2", check=False)
         assert done.returncode == 1
-        assert done.stderr.startswith("error: the reference cannot be imported (No module named 'mmaction'")
-        assert 'pip install mmaction2 "mmcv-lite<2.2"' in done.stderr
+        assert re.match("error: .*No module named 'mmaction'.*pip install mmaction2", done.stderr)

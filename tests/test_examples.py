@@ -1,4 +1,4 @@
-"""The short examples, as a user runs them."""
+"""The short scripts of `examples/`."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Call a script's main function in an empty folder; return the lines that it printed."""
+    """Return a function that calls the `main` of a script in an empty folder, and returns the lines that it printed."""
 
     def run(name, *args):
         monkeypatch.chdir(tmp_path)
@@ -43,43 +43,43 @@ def test_is_short(name):
 
 def test_predict(run, video):
     missing = video.with_name("missing.mp4")
-    said = run("predict", video, missing, "--model", TINY, "--clips", 3)
-    assert said[0] == str(video)
-    assert all(line.split("%  ")[1] in motion.CLASSES for line in said[1:6])
-    assert "No such file" in said[7]
+    lines = run("predict", video, missing, "--model", TINY, "--clips", 3)
+    assert lines[0] == str(video)
+    assert all(line.split("%  ")[1] in motion.CLASSES for line in lines[1:6])
+    assert "No such file" in lines[7]
 
 
 def test_features(run, video):
     copy = shutil.copy(video, video.with_name("copy.mp4"))
-    said = run("features", video, copy, "--model", TINY, "--feature", "c4")
-    assert said == [f"1.000  {copy}", "2 videos, 64 features each"]
+    lines = run("features", video, copy, "--model", TINY, "--feature", "c4")
+    assert lines == [f"1.000  {copy}", "2 videos, 64 features each"]
 
 
 def test_own_backbone(run):
-    said = run("own_backbone")
-    assert said[0] == "own: clips (2, 3, 16, 112, 112), levels (channels: frames) {64: 8, 128: 4, 256: 2}, logits (2, 12)"
-    assert said[-1] == "the same after saving: True"
+    lines = run("own_backbone")
+    assert lines[0] == "your own: clips (2, 3, 16, 112, 112), levels (channels: frames) {64: 8, 128: 4, 256: 2}, logits (2, 12)"
+    assert lines[-1] == "same logits after loading: True"
 
 
 def test_finetune(run, tmp_path):
     motion.write_dataset(tmp_path / "videos", 1, seed=1, num_frames=34)
     for name in motion.CLASSES[3:]:
         shutil.rmtree(tmp_path / "videos" / name)
-    said = run("finetune", "videos", "videos", "--model", TINY, "--epochs", 2)
-    assert said[1].startswith("epoch 1: loss ")
-    assert said[1].endswith("% of 3")
+    lines = run("finetune", "videos", "videos", "--model", TINY, "--epochs", 2)
+    assert lines[1].startswith("epoch 1: loss ")
+    assert lines[1].endswith("% of 3")
     assert tpn.create_model(f"local-dir:{tmp_path}/my-tpn").labels == tuple(sorted(motion.CLASSES[:3]))
 
 
 def test_timeline(run, video):
-    said = run("timeline", video, "--model", TINY)
-    assert any("turning clockwise" in line for line in said)
-    assert all(" s – " in line for line in said)
+    lines = run("timeline", video, "--model", TINY)
+    assert any("turning clockwise" in line for line in lines)
+    assert all(" s – " in line for line in lines)
 
 
 @pytest.mark.parametrize("output", ["model.onnx", "model.pt2"])
 def test_export(run, video, output):
-    difference, *said = run("export", video, "--output", output)
-    assert difference.startswith("largest difference of a logit: ")
-    assert len(said) == 2
-    assert said[0] == said[1]
+    difference, *predictions = run("export", video, "--output", output)
+    assert difference.startswith("largest relative difference of a logit: ")
+    assert len(predictions) == 2
+    assert predictions[0] == predictions[1]

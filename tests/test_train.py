@@ -1,4 +1,4 @@
-"""`examples/train.py`: what it learns, what it writes, and that an interrupted run ends like one that was not."""
+"""`examples/train.py`: its options, its files, and that an interrupted run gives the same result."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = ["--model", "tpn_slowonly_tiny_motion", "--model-args", '{"base_channels
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Three classes of four short videos for training, two for validation."""
+    """Return a folder with three classes of four short videos for training, and of two for validation."""
     root = tmp_path_factory.mktemp("motion")
     for part, clips, seed in (("train", 4, 1), ("val", 2, 2)):
         motion.write_dataset(root / "all" / part, clips, seed=seed, num_frames=34)
@@ -45,13 +45,14 @@ def weights(folder):
     return tpn.create_model(f"local-dir:{folder}").state_dict()
 
 
-def test_from_videos_to_a_model(videos, tmp_path, capsys):
+def test_training_writes_metrics_and_models(videos, tmp_path, capsys):
     lines = train(
         videos, tmp_path, "--val", videos / "val", "--epochs", 3, "--batch-size", 4, "--warmup", 1, "--lr", 0.04, "--lr-batch", 16
     )
-    said = capsys.readouterr().out
-    assert "12 videos of 3 classes, 3 steps an epoch, float32 on cpu" in said
-    assert "learning rate 0.01: 0.04 for 16 clips a step, scaled to 4 x 1 passes x 1 devices = 4 clips" in said
+    printed = capsys.readouterr().out
+    assert "12 videos, 3 classes, 3 steps per epoch, float32 on cpu" in printed
+    assert "4 clips per step: 4 x 1 forward passes x 1 devices" in printed
+    assert "learning rate 0.01, scaled from 0.04 for 16 clips per step" in printed
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
     assert steps[0]["lr"] == pytest.approx(0.0001)  # warm-up
@@ -64,19 +65,42 @@ def test_from_videos_to_a_model(videos, tmp_path, capsys):
         model = tpn.create_model(f"local-dir:{folder}")
         assert model.labels == tuple(sorted(CLASSES))
         assert model.input_spec.crop_size == 32
-        assert model.input_spec.mirrored == ()
+        assert model.input_spec.flip_label_pairs == ()
     video = next((videos / "val").rglob("*.mp4"))
     assert {name for name, _ in VideoClassifier(model)(video).top(5)} == set(CLASSES)
 
 
-def test_the_models_own_classes_keep_their_order(videos, tmp_path):
+def test_the_order_of_the_models_classes_is_kept(videos, tmp_path):
     train(videos / "all", tmp_path, "--epochs", 1, "--batch-size", 8)
     model = tpn.create_model(f"local-dir:{tmp_path}")
     assert model.labels == motion.CLASSES != tuple(sorted(motion.CLASSES))
-    assert model.input_spec.mirrored == motion.MIRRORED
+    assert model.input_spec.flip_label_pairs == motion.MIRRORED
 
 
-def test_workers_change_nothing(videos, tmp_path):
+@pytest.mark.parametrize("loaded", [True, False], ids=["saved model", "no weights"])
+def test_replacing_a_loaded_classifier_is_printed(videos, tmp_path, capsys, loaded):
+    """The list's numeric labels are fewer than the model's 14 classes."""
+    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4)
+    tpn.save_pretrained(model, tmp_path / "start")
+    files = sorted((videos / "train").rglob("*.mp4"))
+    (tmp_path / "list.txt").write_text("".join(f"{file.relative_to(videos)} {i % 3}\n" for i, file in enumerate(files)))
+    options = ["--model", f"local-dir:{tmp_path / 'start'}", *SMALL[4:]] if loaded else SMALL
+    options = [*options, "--train", tmp_path / "list.txt", "--root", videos, "--epochs", 1, "--batch-size", 4]
+    example("train").main([*map(str, options), "--output", str(tmp_path / "run")])
+    printed = [line for line in capsys.readouterr().out.splitlines() if "untrained" in line]
+    assert len(printed) == loaded
+    for line in printed:
+        assert re.search(r"\b3 classes.*\b14\b.*\bhead\.fc\b.*\baux_head\.fc\b", line)
+    assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").labels == ("class 0", "class 1", "class 2")
+
+
+def test_keeping_a_loaded_classifier_is_not_printed(videos, tmp_path, capsys):
+    options = ["--model", "tpn_slowonly_tiny_motion", "--pretrained", *SMALL[4:]]
+    train(videos / "all", tmp_path, "--epochs", 1, "--batch-size", 8, small=options)
+    assert "untrained" not in capsys.readouterr().out
+
+
+def test_workers_do_not_change_the_result(videos, tmp_path):
     runs = [
         train(videos, tmp_path / str(workers), "--epochs", 2, "--batch-size", 4, "--val", videos / "val", "--workers", workers)
         for workers in (0, 2)
@@ -95,31 +119,28 @@ class Log(training.MetricsLog):
 training.MetricsLog = Log
 """
 KILL_WHILE_WRITING = """
-import io, os, signal, torch
-whole, count = torch.save, 0
-def save(content, file):
+import os, signal, torch
+original, count = torch.save, 0
+def save(content, path):
     global count
     count += 1
-    if count < 3:
-        return whole(content, file)
-    buffer = io.BytesIO()
-    whole(content, buffer)
-    file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+    original(content, path)
+    if count == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save
 """
 
 
 @pytest.mark.parametrize(
-    ("kill", "left"),
+    ("kill", "step"),
     [
         pytest.param(KILL, 4, id="within an epoch"),
         pytest.param(KILL_WHILE_WRITING, 3, id="while a checkpoint is written", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_continues_bit_for_bit(videos, tmp_path, kill, left):
-    """Six steps of two epochs; a checkpoint and a line of metrics after every second step and every epoch."""
+def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
+    """The run has two epochs of three steps; it writes checkpoints and metrics at every second step and after every epoch."""
     args = [
         "--val",
         videos / "val",
@@ -140,13 +161,10 @@ def test_a_killed_run_continues_bit_for_bit(videos, tmp_path, kill, left):
     done = run_example("train", *args, before=kill, check=False)
     assert done.returncode < 0
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == left
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == step
     again = run_example("train", *args, check=False)
     assert again.returncode == 1
-    assert (
-        again.stderr
-        == f"error: {tmp_path / 'killed'} holds a run already: continue it with --resume auto, or choose another --output\n"
-    )
+    assert re.fullmatch(rf"error: {re.escape(str(tmp_path / 'killed'))} .*--resume auto.*\n", again.stderr)
     run_example("train", *args, "--resume", "auto")
     lines = [
         without_times(map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())) for run in ("whole", "killed")
@@ -157,10 +175,10 @@ def test_a_killed_run_continues_bit_for_bit(videos, tmp_path, kill, left):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
-def test_other_settings_are_not_continued(videos, tmp_path):
+def test_other_settings_are_refused_on_resume(videos, tmp_path):
     args = ["--epochs", 1, "--batch-size", 4]
     train(videos, tmp_path, *args)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other settings: seed=0, now 1"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt.*settings: seed=0, now 1"):
         train(videos, tmp_path, *args, "--seed", 1, "--resume", "auto")
     before = (tmp_path / "model.safetensors").read_bytes()
     train(videos, tmp_path, *args, "--resume", "auto", "--workers", 1)
@@ -206,27 +224,27 @@ if __name__ == "__main__":
 
 
 def test_two_devices_give_the_gradients_of_one(tmp_path):
-    """Half of the batch each, batch norm frozen; also with class weights, whose sums differ between the halves."""
+    """Each device has half of the batch; batch norm is frozen. With class weights, the halves have different sums of weights."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    said, _ = run_python(
+    printed, _ = run_python(
         f"import runpy, sys; sys.argv = ['x', {str(tmp_path)!r}]; runpy.run_path({str(script)!r}, run_name='__main__')",
         tmp_path,
         **env,
     )
-    assert len(re.findall(r"\de-\d\d", said)) == 4  # two processes, two losses
+    assert len(re.findall(r"\de-\d\d", printed)) == 4  # two processes, two losses
 
 
 ELSEWHERE = """
 import os
-if os.environ["RANK"] == "1":  # on another machine, whose disk has no checkpoint
+if os.environ["RANK"] == "1":  # as on another machine, without the checkpoint
     sys.argv[sys.argv.index("--output") + 1] += " elsewhere"
 """
 
 
 @pytest.mark.slow
-def test_two_devices_continue_bit_for_bit(videos, tmp_path):
+def test_two_devices_resume_bit_for_bit(videos, tmp_path):
     args = [*SMALL, "--train", videos / "train", "--val", videos / "val", "--epochs", 2, "--batch-size", 2, "--workers", 1]
     args += ["--ema", 0.9, "--checkpoint-interval", 2]
     run_example("train", *args, "--output", tmp_path / "whole", processes=2)
@@ -244,8 +262,8 @@ def test_two_devices_continue_bit_for_bit(videos, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_files_of_all_devices_count(videos, tmp_path):
-    """Five of 25 are bad: each of two processes meets less than a sixth of all, together they meet a fifth."""
+def test_bad_files_of_all_devices_are_counted(videos, tmp_path):
+    """Five of 25 files are bad. Neither of the two processes meets more than max_bad alone, but both together do."""
     for i in range(20):
         source = sorted((videos / "train").rglob("*.mp4"))[i % 12]
         (tmp_path / "train" / source.parent.name).mkdir(parents=True, exist_ok=True)
@@ -255,7 +273,7 @@ def test_bad_files_of_all_devices_count(videos, tmp_path):
     args = [*SMALL, "--train", tmp_path / "train", "--epochs", 1, "--batch-size", 2, "--output", tmp_path / "run"]
     done = run_example("train", *args, "--max-bad", 0.17, processes=2, check=False)
     assert done.returncode != 0
-    assert "error: 5 of 25 videos cannot be read" in done.stderr
+    assert re.search("error: .*5 of 25 videos", done.stderr)
     assert 'train.py", line' not in done.stderr
 
 
@@ -309,7 +327,7 @@ def test_freezing(videos, tmp_path, freeze):
             "--optimizer",
             "sgd",
             "--deterministic",
-        ],  # which fills new memory with NaN
+        ],  # fills uninitialized memory with NaN
         ["--schedule", "multistep", "--milestones", "1", "--accumulate", "2", "--batch-size", "2"],
         ["--deterministic", "--flip-prob", "0", "--no-color-jitter", "--crop-area", "0.5", "1", "--target-fps", "12"],
     ],
@@ -335,7 +353,7 @@ def test_options(videos, tmp_path, options):
 
 @pytest.fixture(scope="module")
 def plain(videos, tmp_path_factory):
-    """What two epochs are without any option."""
+    """Return the metrics of two epochs without options."""
     return without_times(train(videos, tmp_path_factory.mktemp("plain"), "--epochs", 2, "--batch-size", 4))
 
 
@@ -361,18 +379,18 @@ def plain(videos, tmp_path_factory):
 def test_an_option_changes_something(videos, tmp_path, plain, option):
     lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, *option))
     assert [line["loss"] for line in lines] != [line["loss"] for line in plain]
-    assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with --layer-decay the classifier's
+    assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with --layer-decay, that of the classifier
 
 
 @pytest.mark.parametrize("option", ["--checkpointing", "--no-channels-last", "--compile", "--deterministic"])
-def test_an_option_changes_no_result(videos, tmp_path, plain, monkeypatch, option):
+def test_an_option_does_not_change_the_result(videos, tmp_path, plain, monkeypatch, option):
     compiled, original = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))  # no C++ compiler
     try:
         lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, option))
     finally:
         torch.use_deterministic_algorithms(False)
-    if option == "--no-channels-last":  # sums in another order; batch norm over so few clips, and the steps, magnify that
+    if option == "--no-channels-last":  # sums have another order; small batches and steps magnify the difference
         lines, plain = lines[0]["loss"], pytest.approx(plain[0]["loss"], rel=1e-5)
     assert lines == plain
     assert len(compiled) == (option == "--compile")
@@ -414,9 +432,9 @@ def test_bad_files_are_replaced_and_listed(videos, tmp_path, capsys):
     shutil.copytree(videos / "train", tmp_path / "train")
     (tmp_path / "train" / "blinking" / "broken.mp4").write_bytes(b"not a video")
     train(tmp_path, tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--max-bad", 0.1)
-    assert "unreadable videos, replaced by others: 1" in capsys.readouterr().out
+    assert "1 unreadable videos were replaced" in capsys.readouterr().out
     assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("blinking/broken.mp4")
-    with pytest.raises(TooManyBadFilesError, match=r"1 of 13 videos cannot be read, more than max_bad=0\.05 allows"):
+    with pytest.raises(TooManyBadFilesError, match=r"1 of 13 .*max_bad.*0\.05"):
         train(tmp_path, tmp_path / "strict", "--epochs", 1, "--batch-size", 4)
 
 
@@ -428,29 +446,29 @@ def test_errors_are_one_line(videos, tmp_path):
     done = run_example("train", *args, "--workers", 2, check=False)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("skipped")]
-    assert re.match(r"error: [123] of 15 videos cannot be read", errors[0])  # two processes may have met one each
+    assert re.match(r"error: .*[123] of 15 videos", errors[0])  # each loader process may have met another one
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "says"),
+    ("options", "error", "message"),
     [
-        (["--batch-size", "13"], ValueError, "12 videos do not fill one step of 13 clips; make --batch-size smaller"),
-        (["--lr", "1e30", "--epochs", "3", "--log-interval", "100"], FloatingPointError, "the loss is nan; try a smaller --lr"),
-        (["--model", "tpn_slowonly_r5"], ValueError, "unknown model"),
+        (["--batch-size", "13"], ValueError, "12 videos.*13 clips.*--batch-size"),
+        (["--lr", "1e30", "--epochs", "3", "--log-interval", "100"], FloatingPointError, "loss is nan.*--lr"),
+        (["--model", "tpn_slowonly_r5"], ValueError, "tpn_slowonly_r5"),
         (["--val", "nowhere"], FileNotFoundError, "nowhere"),
-        (["--crop-size", "64"], ValueError, "a crop of 64 pixels does not fit into 36; make --short-side larger"),
-        (["--device", "gpu"], ValueError, "cannot use device 'gpu'"),
-        (["--pretrained", "--imagenet"], ValueError, "pass one of pretrained=True"),
+        (["--crop-size", "64"], ValueError, "crop_size.*short_side=36.*64"),
+        (["--device", "gpu"], ValueError, "device.*'gpu'"),
+        (["--pretrained", "--imagenet"], ValueError, "pretrained"),
     ],
 )
-def test_errors(videos, tmp_path, options, error, says):
-    with pytest.raises(error, match=says):
+def test_errors(videos, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
         train(videos, tmp_path, "--batch-size", 4, *options)
 
 
-def test_a_real_size_video_and_numbered_classes(tmp_path):
-    """A list whose labels are numbers, as many as the model has classes: the model's names are kept."""
+def test_numeric_labels_keep_the_names_of_the_models_classes(tmp_path):
+    """The list has as many numeric labels as the model has classes."""
     for i in range(2):
         write_video(tmp_path / f"{i}.mp4", num_frames=9)
     (tmp_path / "list.txt").write_text("".join(f"{i % 2}.mp4 {i}\n" for i in range(14)))

@@ -1,4 +1,4 @@
-"""Order of the batches, files, checkpoints, metrics: what `examples/train.py` is made of."""
+"""Batch order, validation, checkpoints and metrics: the parts of `examples/train.py`."""
 
 import argparse
 import json
@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from tpn.training import Checkpoint, MetricsLog, RunningMeans, class_weights, epoch_batches, positive_int, whole_file
+import tpn
+from tpn.models.layers import freeze_batch_norm
+from tpn.training import (
+    Checkpoint,
+    MetricsLog,
+    RunningMeans,
+    class_weights,
+    epoch_batches,
+    positive_int,
+    report_bad_files,
+    validate,
+)
 
 LABELS = [0] * 13 + [1] * 3 + [2] * 21
 
@@ -21,7 +32,7 @@ def test_class_weights():
     assert (weights[0] * 13).item() == pytest.approx((weights[1] * 3).item())
 
 
-def test_every_video_once():
+def test_every_video_is_drawn_once():
     (batch,) = epoch_batches(LABELS, 37, seed=1, epoch=0)
     assert sorted(index for index, _ in batch) == list(range(37))
     assert {draw for _, draw in batch} == {0}
@@ -32,8 +43,8 @@ def test_every_video_once():
 
 
 @pytest.mark.parametrize(("world", "size", "accumulate"), [(1, 6, 1), (2, 3, 1), (3, 2, 1), (1, 2, 3), (3, 1, 2)])
-def test_a_step_takes_the_same_videos_however_it_is_divided(world, size, accumulate):
-    """37 videos in steps of 6: the last is left out."""
+def test_a_step_uses_the_same_videos_for_every_division(world, size, accumulate):
+    """37 videos in steps of 6: the last video is dropped."""
     whole = epoch_batches(LABELS, 6, seed=3, epoch=5)
     parts = [
         epoch_batches(LABELS, size, seed=3, epoch=5, accumulate=accumulate, rank=rank, world_size=world) for rank in range(world)
@@ -44,26 +55,24 @@ def test_a_step_takes_the_same_videos_however_it_is_divided(world, size, accumul
         assert sorted(item for part in parts for i in passes for item in part[i]) == sorted(expected)
 
 
-def test_balanced():
+def test_balanced_batches():
     counts = Counter()
     for epoch in range(60):
         (batch,) = epoch_batches(LABELS, 37, seed=0, epoch=epoch, balanced=True)
-        assert len(set(batch)) == 37  # a video that comes twice is drawn in two ways
+        assert len(set(batch)) == 37  # a video that is drawn twice gives two different clips
         counts.update(LABELS[index] for index, _ in batch)
     assert max(counts.values()) < 1.15 * min(counts.values())
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "file.txt"
-    with whole_file(path, "w") as file:
-        file.write("fïrst")
-    with pytest.raises(TypeError), whole_file(path, "w") as file:
-        file.write(2)
-    assert path.read_text(encoding="utf-8") == "fïrst"
-    with whole_file(path) as binary:
-        binary.write(b"third")
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-    assert path.read_bytes() == b"third"
+def test_validation_leaves_frozen_batch_norms_frozen():
+    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4).train()
+    freeze_batch_norm(model.backbone)
+    modes = [module.training for module in model.modules()]
+    clips = torch.randint(256, (3, 16, 3, 32, 32), dtype=torch.uint8)
+    metrics = validate(model, [(clip, label) for label, clip in enumerate(clips)], batch_size=2)
+    assert metrics.keys() == {"val_top1", "val_top5", "val_loss"}
+    assert not all(modes)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_checkpoint(tmp_path):
@@ -71,23 +80,23 @@ def test_checkpoint(tmp_path):
     Checkpoint(tmp_path / "c.pt", {"model": model}, {"lr": 0.1, "list": [1, 2]}).save({"step": 7})
     assert Checkpoint(tmp_path / "c.pt", {"model": other}, {"lr": 0.1, "list": [1, 2]}).load() == {"step": 7}
     assert torch.equal(model.weight, other.weight)
-    with pytest.raises(ValueError, match=r"c\.pt was written with other settings: list=\[1, 2\], now None; lr=0\.1, now 0\.2"):
+    with pytest.raises(ValueError, match=r"c\.pt.*list=\[1, 2\], now None; lr=0\.1, now 0\.2"):
         Checkpoint(tmp_path / "c.pt", {"model": other}, {"lr": 0.2}).load()
 
 
-def test_metrics_go_on_after_the_step_of_a_checkpoint(tmp_path, capsys):
+def test_metrics_resume_after_the_step_of_a_checkpoint(tmp_path, capsys):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": 0.1 * step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # killed while it wrote
+        file.write('{"step": 4, "lo')  # killed while writing
     MetricsLog(tmp_path, 2).write(3, {"loss": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
     assert "step 3: loss 0.5" in capsys.readouterr().out
 
 
-def test_metrics_are_json_whatever_happens(tmp_path):
+def test_metrics_that_are_not_finite_are_null(tmp_path):
     MetricsLog(tmp_path).write(1, {"loss": 0.5, "grad_norm": math.inf})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
         "step": 1,
@@ -107,39 +116,48 @@ def test_running_means():
     means.add(torch.tensor(3.0), torch.tensor([True, True]))
     assert means.read() == expected
     means.add(torch.tensor(math.nan), torch.tensor([True, True]))
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
+    with pytest.raises(FloatingPointError, match="loss is nan"):
         means.collect()
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", None])
-def test_a_file_that_is_no_checkpoint(tmp_path, content):
+def test_file_that_is_not_a_checkpoint(tmp_path, content):
     checkpoint = Checkpoint(tmp_path / "c.pt", {}, {})
     assert checkpoint.load() is None
     (tmp_path / "c.pt").write_bytes(content) if content is not None else torch.save([1], tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c\.pt is no checkpoint of such a training; remove it to start anew"):
+    with pytest.raises(ValueError, match=r"c\.pt.*checkpoint.*remove it"):
         checkpoint.load()
 
 
-def test_names_that_are_not_unicode(tmp_path):
-    with whole_file(tmp_path / "report.txt", "w") as file:
-        file.write("caf\udce9.mp4")
-    assert (tmp_path / "report.txt").read_text() == r"caf\udce9.mp4"
+def test_bad_files_are_reported_once_for_each_dataset(tmp_path):
+    checked = []
+
+    class Bad:
+        def bad_files(self):
+            return {"caf\udce9.mp4": "not a video"}
+
+        check_bad = checked.append
+
+    path = tmp_path / "bad.txt"
+    assert report_bad_files(path, Bad(), Bad()) == 1
+    assert checked == [Bad().bad_files()] * 2
+    assert path.read_text() == "caf\\udce9.mp4\tnot a video\n"  # a name that is not Unicode is escaped
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
 def test_positive_int(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"must be an integer >= 1, got '{text}'"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f">= 1, got '{text}'"):
         positive_int(text)
     assert positive_int("12") == 12
 
 
-def test_tensorboard_shows_the_same(tmp_path):
+def test_tensorboard_has_the_same_metrics(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": 0.1 * step})
-    time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
-    MetricsLog(tmp_path, 2).write(4, {"loss": 0.5})  # continues after step 2
+    time.sleep(1.1)  # TensorBoard sorts files by the seconds in their names
+    MetricsLog(tmp_path, 2).write(4, {"loss": 0.5})  # resumes after step 2
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [
         (step, pytest.approx(loss)) for step, loss in ((1, 0.1), (2, 0.2), (4, 0.5))

@@ -1,4 +1,4 @@
-"""The reference implementation, MMAction2's TPN on SlowOnly R50 8x8, with the weights of a model of ours."""
+"""The reference implementation, MMAction2's TPN on SlowOnly R50 8x8, for comparison with the same weights."""
 
 import sys
 import types
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 import tpn
 from tpn.zoo.convert import convert_state_dict, load_strict
 
-NEEDED = (
-    'pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, and no transformers, which its old code cannot import'
-)
+NEEDED = 'pip install mmaction2 "mmcv-lite<2.2" mmengine importlib_metadata, without transformers, whose import fails there'
 
-# The package on PyPI lacks a module that its __init__ imports: https://github.com/open-mmlab/mmaction2/issues/2714
+# mmaction2's __init__ imports a module that its package on PyPI lacks: https://github.com/open-mmlab/mmaction2/issues/2714
 for missing in ("mmaction.models.localizers.drn", "mmaction.models.localizers.drn.drn"):
     sys.modules.setdefault(missing, types.ModuleType(missing)).DRN = None  # type: ignore[attr-defined]
 
 
 def build(num_classes: int) -> nn.Module:
-    """The reference, TPN on SlowOnly R50 8x8, from MMAction2's own modules; randomly initialised."""
+    """Build the recognizer from MMAction2's registry, with random weights."""
     try:
         import mmaction.models  # noqa: F401
         from mmaction.registry import MODELS
         from mmengine.registry import init_default_scope
     except ImportError as error:
-        raise ValueError(f"the reference cannot be imported ({error}); it needs {NEEDED}") from error
+        raise ValueError(f"cannot import MMAction2 ({error}). Run {NEEDED}") from error
 
     init_default_scope("mmaction")
     backbone = {"type": "ResNet3dSlowOnly", "depth": 50, "pretrained": None, "lateral": False, "out_indices": (2, 3)}
@@ -53,7 +51,7 @@ def build(num_classes: int) -> nn.Module:
 
 
 class Reference(nn.Module):
-    """MMAction2's recognizer with our interface: clips (B, 3, T, H, W) → logits, and auxiliary logits."""
+    """MMAction2's recognizer with the interface of `TPNClassifier`: clips (B, 3, T, H, W) to logits and auxiliary logits."""
 
     def __init__(self, recognizer: Any) -> None:
         super().__init__()
@@ -65,13 +63,16 @@ class Reference(nn.Module):
         return logits
 
     def forward_with_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.recognizer.backbone(x)
-        features, _ = self.recognizer.neck(maps)
-        return self.recognizer.cls_head(features), self.recognizer.neck.aux_head(maps[-2])
+        levels = self.recognizer.backbone(x)
+        features, _ = self.recognizer.neck(levels)
+        return self.recognizer.cls_head(features), self.recognizer.neck.aux_head(levels[-2])
 
 
-def with_reference(model: tpn.TPNClassifier) -> Reference:
-    """Return the reference with the weights of `model`, which receives random ones; ValueError if they differ in a logit."""
+def build_reference(model: tpn.TPNClassifier) -> Reference:
+    """Build the reference, and load its random weights into `model`.
+
+    Raises ValueError if their logits then differ.
+    """
     torch.manual_seed(0)
     reference = Reference(build(model.num_classes)).eval()
     for module in reference.modules():
@@ -84,13 +85,13 @@ def with_reference(model: tpn.TPNClassifier) -> Reference:
     with torch.inference_mode():
         for a, b in zip(reference.forward_with_aux(clips), model.eval().forward_with_aux(clips), strict=True):
             if (difference := float((a - b).abs().max() / a.abs().max())) > 2e-5:
-                raise ValueError(f"the reference and tpn differ by {difference:.1e} of the largest logit")
+                raise ValueError(f"the logits of mmaction2 and tpn differ by {difference:.1e} of the largest")
     print("mmaction2 and tpn give the same logits")
     return reference
 
 
 def reader(spec: tpn.InputSpec) -> Callable[[Path], np.ndarray[Any, Any]]:
-    """The reference's reading of a video for a dense test: uint8 (views, 3, T, S, S), all clips of crop 0 first."""
+    """Return a function that reads all views of a video in MMAction2: uint8 (views, 3, T, S, S), ordered by crop, then clip."""
     import mmaction.datasets.transforms  # noqa: F401
     from mmaction.registry import TRANSFORMS
 

@@ -1,12 +1,12 @@
-"""Measure speed and memory, as ratios within one run: medians of repeats that take turns.
+"""Compare the speed and memory of models: medians of interleaved repeats, as ratios to the first.
 
-    python examples/benchmark.py                                        # this library against its own plain float32
-    python examples/benchmark.py --against mmaction2 --compile          # against the reference implementation, same weights
-    python examples/benchmark.py --against torchvision --only inference  # against torchvision's video models
-    python examples/benchmark.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
+    python examples/benchmarks/speed.py                                         # tpn.optimize against the plain model
+    python examples/benchmarks/speed.py --against mmaction2 --compile           # the reference implementation, same weights
+    python examples/benchmarks/speed.py --against torchvision --only inference  # torchvision's video models
+    python examples/benchmarks/speed.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
 
-docs/pages/performance.md records results. `--against mmaction2` needs what `NEEDED` in mmaction2.py says. Both sides must give
-the same logits before either is timed.
+docs/pages/performance.md has results. `--against mmaction2` requires the packages that mmaction2.py lists, and checks that both
+implementations give the same logits before it times them.
 """
 
 import argparse
@@ -26,14 +26,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from measuring import Bench, Run, half_of, work_of  # the file beside this one
 from numpy.typing import NDArray
+from timing import Bench, Run, fast_half, layer_work
 from torch import Tensor, nn
 
 import tpn
 from tpn.models.layers import channels_last
-from tpn.optimize import usable_device
-from tpn.training import command, positive_int
+from tpn.optimization import resolve_device
+from tpn.training import positive_int, run_cli
 from tpn.video import decode
 from tpn.video.encode import write_video
 
@@ -45,16 +45,16 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tpn_slowonly_r50_k400")
     add("--against", choices=["itself", "mmaction2", "torchvision"], default="itself")
-    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; torchvision: inference alone")
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}; with torchvision, inference")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--batch-size", type=positive_int, help="of inference and training; default: 32 on a GPU, 2 on a CPU")
+    add("--batch-size", type=positive_int, help="for inference and training; default: 32 on a GPU, 2 on a CPU")
     add("--compile", action="store_true", help="also time compiled models")
     add("--repeats", type=positive_int, default=7)
-    add("--video", type=Path, help="for decode and end-to-end; default: 10 s of 340 x 256 are rendered")
-    add("--output", type=Path, help="write the results as JSON, after each part")
+    add("--video", type=Path, help="for decode and end-to-end; default: a rendered one, 10 s of 340x256 pixels")
+    add("--output", type=Path, help="JSON file for the results, updated after each part")
     args = parser.parse_args()
     if args.against == "torchvision" and (args.only or ["inference"]) != ["inference"]:
-        parser.error("--against torchvision compares inference alone")
+        parser.error("--against torchvision supports only --only inference")
     args.only = args.only or PARTS
     return args
 
@@ -69,13 +69,13 @@ def autocast(model: nn.Module, dtype: str, device: torch.device) -> Callable[[Te
 
 
 def inference_variants(args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None) -> dict[str, Any]:
-    """What is compared: name → function of clips."""
-    half = half_of(args.device)
+    """Return the compared models by name, as functions of clips."""
+    half = fast_half(args.device)
     variants: dict[str, Any] = {}
     if reference is not None:
         variants["mmaction2 float32"] = reference
         variants |= {f"mmaction2 autocast {half}": autocast(reference, half, args.device)} if half else {}
-    variants["tpn float32, as it is"] = model
+    variants["tpn float32"] = model
     for dtype in ("float32", *([half] if half else [])):
         variants[f"tpn.optimize {dtype}"] = tpn.optimize(model, dtype)
         if args.compile:
@@ -92,7 +92,7 @@ def time_inference(bench: Bench, args: argparse.Namespace, variants: dict[str, A
         clips = torch.randn(batch, 3, spec.num_frames, size, size, device=args.device)
         runs = {name: in_batches(variant, clips, args.batch_size) for name, variant in variants.items()}
         title = f"{part}: {batch} x {spec.num_frames} x {size} x {size}"
-        bench.compare(title, runs, clips=batch, work=work_of(model, clips))
+        bench.compare(title, runs, clips=batch, work=layer_work(model, clips))
 
 
 def in_batches(variant: Callable[[Tensor], Tensor], clips: Tensor, batch_size: int) -> Run:
@@ -105,7 +105,7 @@ def in_batches(variant: Callable[[Tensor], Tensor], clips: Tensor, batch_size: i
 
 
 def step_of(network: Any, clips: Tensor, labels: Tensor, dtype: str, compile: bool = False) -> Run:
-    """A training step: forward with both losses, backward, SGD."""
+    """Return a training step: forward, loss with auxiliary loss, backward, SGD."""
     ours = isinstance(network, tpn.TPNClassifier)
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, nesterov=True, fused=ours)
     forward = torch.compile(network.forward_with_aux) if compile else network.forward_with_aux
@@ -122,7 +122,7 @@ def step_of(network: Any, clips: Tensor, labels: Tensor, dtype: str, compile: bo
 
 
 def time_training(bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None) -> None:
-    spec, half = model.input_spec, half_of(args.device)
+    spec, half = model.input_spec, fast_half(args.device)
     shape = (args.batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size)
     clips = torch.randn(shape, device=args.device)
     labels = torch.randint(model.num_classes, (args.batch_size,), device=args.device)
@@ -134,15 +134,18 @@ def time_training(bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifi
     channels_last(ours)
     precisions = ["float32", *([half] if half else [])]
     runs = {f"mmaction2 {dtype}": run(reference, dtype) for dtype in precisions} if reference is not None else {}
-    runs |= {} if reference is not None else {"tpn float32, as it is": run(model, "float32")}
+    runs |= {} if reference is not None else {"tpn float32": run(model, "float32")}
     runs |= {f"tpn channels-last {dtype}": run(ours, dtype) for dtype in precisions}
     if args.compile:
         runs |= {f"tpn channels-last {dtype} compiled": run(ours, dtype, True) for dtype in precisions}
     bench.compare(f"training step: {' x '.join(map(str, shape[:1] + shape[2:]))}", runs, clips=args.batch_size)
 
 
-def peak_of_step(name: str, device: torch.device, batch_size: int, dtype: str, checkpointing: bool) -> tuple[int, float]:
-    """In a process of its own: bytes that training takes beyond the model, and seconds of the second step."""
+def measure_step(name: str, device: torch.device, batch_size: int, dtype: str, checkpointing: bool) -> tuple[int, float]:
+    """Return the peak memory of training in bytes, without the model, and the seconds of the second step.
+
+    The peak never decreases, so each measurement needs a new process.
+    """
     model = tpn.create_model(name).to(device).train()
     channels_last(model)
     model.set_grad_checkpointing(checkpointing)
@@ -150,14 +153,14 @@ def peak_of_step(name: str, device: torch.device, batch_size: int, dtype: str, c
     clips = torch.randn(batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     step = step_of(model, clips, labels, dtype)
-    before = peak(device)
+    before = peak_memory(device)
     step()
     seconds = Bench(device, 1).seconds(step)
-    return peak(device) - before, seconds
+    return peak_memory(device) - before, seconds
 
 
-def peak(device: torch.device) -> int:
-    """The largest number of bytes so far, of the process or, on a GPU, of its tensors."""
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory so far in bytes: tensors on a GPU, otherwise the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -166,30 +169,30 @@ def peak(device: torch.device) -> int:
 def measure_memory(bench: Bench, args: argparse.Namespace, spec: tpn.InputSpec) -> None:
     batch_size = 8 if args.device.type == "cuda" else 1
     rows: list[dict[str, Any]] = []
-    for dtype in ("float32", *filter(None, [half_of(args.device)])):
+    for dtype in ("float32", *filter(None, [fast_half(args.device)])):
         for checkpointing in (False, True):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(peak_of_step, (args.model, args.device, batch_size, dtype, checkpointing))
-            what = f"tpn {dtype}{', checkpointing' if checkpointing else ''}"
-            ms = 1e3 * found[1]
-            rows.append({"what": what, "ms": ms, "ratio": (rows or [{"ms": ms}])[0]["ms"] / ms, "memory_gib": found[0] / 2**30})
+                memory, seconds = pool.apply(measure_step, (args.model, args.device, batch_size, dtype, checkpointing))
+            row = {"what": f"tpn {dtype}{', checkpointing' if checkpointing else ''}", "ms": 1e3 * seconds}
+            first = rows[0] if rows else row
+            rows.append(row | {"ratio": first["ms"] / row["ms"], "memory_gib": memory / 2**30})
     size = f"{batch_size} x {spec.num_frames} x {spec.crop_size} x {spec.crop_size}"
-    bench.record(f"memory of a training step: {args.model}, {size}, beyond the model", rows)
+    bench.record(f"memory of a training step: {args.model}, {size}, without the model", rows)
 
 
 def sample_video(folder: Path, seconds: int = 10) -> Path:
-    """Render a video of 340 x 256, 30 frames a second, with something of everything in it."""
+    """Render a video of 340x256 pixels at 30 frames per second: a textured background that moves diagonally."""
     rng = np.random.default_rng(0)
     background = rng.integers(0, 256, (32, 42, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    shown = [np.roll(background, (i // 2, i), (0, 1)) for i in range(30 * seconds)]
-    frames = np.stack([np.pad(image, ((0, 0), (0, 4), (0, 0)), mode="wrap") for image in shown])
+    images = [np.roll(background, (i // 2, i), (0, 1)) for i in range(30 * seconds)]
+    frames = np.stack([np.pad(image, ((0, 0), (0, 4), (0, 0)), mode="wrap") for image in images])
     path = folder / "video.mp4"
     write_video(path, frames, fps=30)
     return path
 
 
 def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.InputSpec) -> None:
-    """Frames of all clips, resized, and their crops, uint8; from the file, which is in the system's cache."""
+    """Time decoding, resizing and cropping all views, uint8; the file is in the cache of the operating system."""
     info = decode.probe(video)
     last = int(spec.indices(info.num_frames).max())
 
@@ -201,44 +204,44 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
                     break
 
     def read(views: tpn.InputSpec = spec) -> tuple[list[Tensor], NDArray[np.int64]]:
-        frames, places = decode.sample_frames(video, views.indices, short_side=views.short_side)
-        return views.crop_views(frames), places
+        frames, clips = decode.sample_frames(video, views.indices, short_side=views.short_side)
+        return views.crop_views(frames), clips
 
-    # A thread that decodes beside others, as in predict_each: what it takes of one core.
-    alone = ThreadPoolExecutor(1, initializer=decode.decode_in_one_thread)
+    # predict_each decodes each video in one thread, several videos at a time.
+    one_thread = ThreadPoolExecutor(1, initializer=decode.decode_in_one_thread)
     single = replace(spec, num_clips=1, num_crops=1, flip=False)
     what = f"{spec.num_clips} clips x {spec.num_crops} crops"
     runs: dict[str, Run] = {"decoding alone": decode_only, f"tpn {what}": read}
-    runs[f"tpn {what}, one thread"] = lambda: alone.submit(read).result()
-    runs["tpn 1 clip x 1 crop, one thread"] = lambda: alone.submit(read, single).result()
+    runs[f"tpn {what}, one thread"] = lambda: one_thread.submit(read).result()
+    runs["tpn 1 clip x 1 crop, one thread"] = lambda: one_thread.submit(read, single).result()
     if args.against == "mmaction2":
         from mmaction2 import reader
 
         reference = reader(spec)
-        crops, places = read()
-        ours = torch.stack([crop[torch.from_numpy(clip)] for crop in crops for clip in places]).transpose(1, 2)
+        crops, clips = read()
+        ours = torch.stack([crop[torch.from_numpy(clip)] for crop in crops for clip in clips]).transpose(1, 2)
         difference = (ours.int() - torch.from_numpy(reference(video)).int()).abs().max()
-        print(f"mmaction2 and tpn read the same pixels, within {difference} of 255")
+        print(f"largest difference between pixels of mmaction2 and tpn: {difference} of 255")
         runs[f"mmaction2 {what}"] = lambda: reference(video)
-    with alone:
+    with one_thread:
         bench.compare(f"reading: {video.name}, {info.num_frames} frames of {info.width} x {info.height}", runs)
 
 
 def time_end_to_end(bench: Bench, args: argparse.Namespace, video: Path, model: tpn.TPNClassifier) -> None:
-    """Videos to probabilities, one clip each, so that reading and computing are both seen."""
+    """Time the way from files to probabilities, with one view per video, so that reading takes a visible share."""
     videos = [video] * 8
     plain = tpn.VideoClassifier(model, device=args.device)
     fast = tpn.VideoClassifier(model, device=args.device, precision="auto")
     views = {"num_clips": 1, "num_crops": 1}
-    half = half_of(args.device) or "float32"
+    precision = fast_half(args.device) or "float32"
     runs = {
-        "one by one, float32 as it is": lambda: [plain(path, **views) for path in videos],
-        f"predict_each, {half}": lambda: list(fast.predict_each(videos, **views)),
+        "one by one, float32": lambda: [plain(path, **views) for path in videos],
+        f"predict_each, {precision}": lambda: list(fast.predict_each(videos, **views)),
     }
     bench.compare(f"end to end: {len(videos)} videos, 1 view each", runs, clips=len(videos))
 
 
-TORCHVISION = {  # frames and side of a clip, as its documentation says the accuracy was measured with
+TORCHVISION = {  # number of frames and crop size with which torchvision reports the accuracy
     "r3d_18": (16, 112),
     "mc3_18": (16, 112),
     "r2plus1d_18": (16, 112),
@@ -249,16 +252,16 @@ TORCHVISION = {  # frames and side of a clip, as its documentation says the accu
 
 
 def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifier) -> None:
-    """torchvision's video models, in the same precision, with the accuracies that their publishers report."""
-    # On a CPU in float32: some of them have no bfloat16 there.
+    """Compare with torchvision's video models in the same precision, next to their reported accuracies."""
+    # Not in bfloat16 on a CPU, which some of them do not support.
     dtype = torch.float16 if args.device.type == "cuda" else torch.float32
     optimized = tpn.optimize(model, dtype, compile=args.compile)
     spec = model.input_spec
     clips = torch.randn(args.batch_size, 3, spec.num_frames, spec.crop_size, spec.crop_size, device=args.device)
     name = str(dtype).removeprefix("torch.")
     about = tpn.model_info(args.model)
-    reported = about.weights.reported_top1
-    label = f"{about.weights.model} {'–' if reported is None else f'{reported:.1f} %'}, {spec.num_frames} frames, {name}"
+    reported = about.checkpoint.reported_top1
+    label = f"{about.checkpoint.model} {'–' if reported is None else f'{reported:.1f} %'}, {spec.num_frames} frames, {name}"
     runs: dict[str, Run] = {label: in_batches(optimized, clips, args.batch_size)}
     for other, (frames, size) in TORCHVISION.items():
         weights = torchvision.models.get_model_weights(other).DEFAULT
@@ -275,7 +278,7 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
 
 def main() -> None:
     args = parse_args()
-    args.device = usable_device(args.device)
+    args.device = resolve_device(args.device)
     args.batch_size = args.batch_size or (32 if args.device.type == "cuda" else 2)
     name = (
         torch.cuda.get_device_name()
@@ -286,17 +289,17 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.device.type == "cuda" and torch.__version__.startswith("2.9."):
         print(
-            "warning: PyTorch 2.9 is slow in 3D convolutions in half precision: https://github.com/pytorch/pytorch/issues/166122"
+            "warning: 3D convolutions in half precision are slow in PyTorch 2.9: https://github.com/pytorch/pytorch/issues/166122"
         )
     bench = Bench(args.device, args.repeats, about, args.output)
     model = tpn.create_model(args.model).eval()
     reference = None
     if args.against == "mmaction2":
         if args.model != "tpn_slowonly_r50_k400":
-            raise ValueError(f"the reference is built for tpn_slowonly_r50_k400 only, got {args.model}")
-        from mmaction2 import with_reference  # the file beside this one
+            raise ValueError(f"--against mmaction2 supports only --model tpn_slowonly_r50_k400, got {args.model}")
+        from mmaction2 import build_reference
 
-        reference = with_reference(model).to(args.device)
+        reference = build_reference(model).to(args.device)
     model.to(args.device)
     if args.against == "torchvision":
         time_torchvision(bench, args, model)
@@ -317,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Timing by turns: medians, ratios, memory, and the share of what the device could do at best."""
+"""Time functions in turns: medians, ratios, memory, and the share of the device's attainable speed."""
 
 import copy
 import gc
@@ -16,14 +16,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tpn.optimize import DTYPES, fastest_dtype
-from tpn.training import whole_file
+from tpn.files import atomic_write
+from tpn.optimization import DTYPES, fastest_dtype
 
 Run = Callable[[], Any]
 
 
 class Bench:
-    """Times callables by turns, and collects what came out; in a file, too, which begins with `about` the run."""
+    """Time functions in turns; print the results and write them to a file.
+
+    Args:
+        device: of the functions.
+        repeats: timed calls of each function.
+        about: description of the run, for the file.
+        output: JSON file, rewritten after each comparison. Default: none.
+    """
 
     def __init__(
         self, device: torch.device, repeats: int, about: dict[str, Any] | None = None, output: Path | None = None
@@ -34,7 +41,14 @@ class Bench:
         self._limits: dict[torch.dtype, tuple[float, float]] = {}
 
     def compare(self, title: str, runs: dict[str, Run], *, clips: int = 0, work: "list[Work] | None" = None) -> None:
-        """Time the runs, the first of which is 1x. clips: of a run. work: its layers, for the floor."""
+        """Time functions and record the results.
+
+        Args:
+            title: of the table.
+            runs: functions by name; ratios are relative to the first. With `work`, each name contains a precision.
+            clips: processed per call. Default: no clips per second.
+            work: layers of the model. Default: no comparison with the floor.
+        """
         memory = {name: self._warm_up(run) for name, run in runs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.repeats):
@@ -46,26 +60,26 @@ class Bench:
         for name, median in medians.items():
             row = {"what": name, "ms": 1e3 * median, "ratio": first / median, "spread": max(seconds[name]) / min(seconds[name])}
             row |= {"clips_per_s": clips / median} if clips else {}
-            row |= {"percent_of_floor": 100 * self.floor(work, dtype_of(name)) / median} if work else {}
+            row |= {"percent_of_floor": 100 * self.floor(work, dtype_in(name)) / median} if work else {}
             row |= {"memory_gib": memory[name] / 2**30} if self.device.type == "cuda" else {}
             rows.append(row)
         self.record(title, rows)
 
     def record(self, title: str, rows: list[dict[str, Any]]) -> None:
-        """Keep and print results, the first of which is 1x."""
+        """Print results and add them to the file."""
         self.results[title] = rows
         self._show(title, rows)
         if self.output is not None:
-            with whole_file(self.output, "w") as file:
-                json.dump({"about": self.about, "results": self.results}, file, indent=1)
+            with atomic_write(self.output) as unfinished:
+                unfinished.write_text(json.dumps({"about": self.about, "results": self.results}, indent=1), encoding="utf-8")
 
     def floor(self, work: "list[Work]", dtype: torch.dtype) -> float:
-        """Seconds that the layers must take: each by its arithmetic or by what it reads and writes, whichever is more."""
+        """Return the seconds that the layers take at best: each is limited by arithmetic or by memory, whichever is slower."""
         per_s, bytes_per_s = self.limits(dtype)
-        return sum(max(layer.operations / per_s, layer.numbers * dtype.itemsize / bytes_per_s) for layer in work)
+        return sum(max(layer.operations / per_s, layer.elements * dtype.itemsize / bytes_per_s) for layer in work)
 
     def limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Operations a second, of a large matrix product or convolution, and bytes a second, of a copy: what the device does."""
+        """Return the measured limits: operations per second of a large product or convolution, bytes per second of a copy."""
         if dtype not in self._limits:
             size, images = (8192, 64) if self.device.type == "cuda" else (2048, 4)
             like: dict[str, Any] = {"device": self.device, "dtype": dtype, "memory_format": torch.channels_last}
@@ -80,6 +94,7 @@ class Bench:
         return self._limits[dtype]
 
     def seconds(self, run: Run) -> float:
+        """Time one call."""
         self._sync()
         start = time.perf_counter()
         run()
@@ -87,7 +102,7 @@ class Bench:
         return time.perf_counter() - start
 
     def _warm_up(self, run: Run) -> int:
-        """Run twice; return the peak of the device's memory."""
+        """Call twice; return the peak memory of the second call in bytes, 0 on a CPU."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -117,14 +132,14 @@ class Bench:
 
 @dataclass
 class Work:
-    """What a layer cannot do without: multiplications and additions; numbers read and written, weights included."""
+    """Cost of a layer: multiplications and additions, and elements that are read or written, weights included."""
 
     operations: int
-    numbers: int
+    elements: int
 
 
-def work_of(model: nn.Module, clips: Tensor) -> list[Work]:
-    """Return the work of each convolution and linear layer; all else could be done on the way."""
+def layer_work(model: nn.Module, clips: Tensor) -> list[Work]:
+    """Return the work of each convolution and linear layer. Other layers could be fused with them."""
     layers: list[Work] = []
 
     def after(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
@@ -132,7 +147,7 @@ def work_of(model: nn.Module, clips: Tensor) -> list[Work]:
         operations = 2 * result.numel() * weight[0].numel()
         layers.append(Work(operations, args[0].numel() + weight.numel() + result.numel()))
 
-    shapes = copy.deepcopy(model).to("meta")  # computes nothing
+    shapes = copy.deepcopy(model).to("meta")  # shapes without computation
     for module in shapes.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
             module.register_forward_hook(after)
@@ -141,12 +156,12 @@ def work_of(model: nn.Module, clips: Tensor) -> list[Work]:
     return layers
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """What a run computes in: the word in its name that is a precision."""
+def dtype_in(name: str) -> torch.dtype:
+    """Return the precision that a function's name contains."""
     return next(DTYPES[word] for word in name.replace(",", " ").split() if word in DTYPES)
 
 
-def half_of(device: torch.device) -> str | None:
-    """The half precision that the device is fast in, if any."""
+def fast_half(device: torch.device) -> str | None:
+    """Return the half precision in which the device is fastest, or None if that is float32."""
     dtype = fastest_dtype(device)
     return None if dtype == torch.float32 else str(dtype).removeprefix("torch.")

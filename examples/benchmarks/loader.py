@@ -1,9 +1,9 @@
-"""Measure what the training loader costs beyond decoding.
+"""Compare the time for decoding training clips with the time for cropping, flipping and color jitter.
 
-    python examples/loader.py videos/train --model tpn_slowonly_r50_k400 --workers 2
+    python examples/benchmarks/loader.py videos/train --model tpn_slowonly_r50_k400 --workers 2
 
-In turn, over the same draws and with as many loader processes: decoding alone, then with crop and flip, then with colours too.
-Prints clips per second of a process, and the time in terms of decoding alone; medians.
+Reads the same clips in turns: only decoded, also cropped and flipped, also with color jitter. Prints medians: clips per second
+and loader process, and the ratio to decoding alone.
 """
 
 import argparse
@@ -17,22 +17,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import tpn
-from tpn.training import command, positive_int
+from tpn.training import positive_int, run_cli
 from tpn.video.datasets import VideoDataset, open_dataset
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of class folders, or list")
-    parser.add_argument("--model", default="tpn_slowonly_r50_k400", help="whose clips to read")
-    parser.add_argument("--clips", type=int, default=64, help="clips of one measurement")
+    parser.add_argument("--model", default="tpn_slowonly_r50_k400", help="determines the length and size of the clips")
+    parser.add_argument("--clips", type=int, default=64, help="clips per repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=positive_int, default=1, help="loader processes")
     return parser.parse_args()
 
 
 class Decoded(Dataset[int]):
-    """Reads the frames that a data set reads, and nothing more."""
+    """Decode the frames of a dataset's clips without transforming them."""
 
     def __init__(self, data: VideoDataset) -> None:
         self.data = data
@@ -58,20 +58,20 @@ def main() -> None:
         for _ in DataLoader(Subset(dataset, indices), batch_size=8, num_workers=args.workers):
             pass
 
-    ways = {"decoding alone": Decoded(data), "and crop and flip": plain, "and colours": data}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    datasets = {"decode": Decoded(data), "decode, crop, flip": plain, "decode, crop, flip, color jitter": data}
+    seconds: dict[str, list[float]] = {name: [] for name in datasets}
     for repeat in range(args.repeats + 1):
-        for name, dataset in ways.items():
-            began = time.perf_counter()
+        for name, dataset in datasets.items():
+            start = time.perf_counter()
             load(dataset)
-            if repeat:  # the first is to warm up
-                seconds[name].append((time.perf_counter() - began) * args.workers)
-    base = seconds["decoding alone"]
-    print(f"{data.spec.num_frames} frames to {data.spec.crop_size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
+            if repeat:  # the first one warms up
+                seconds[name].append((time.perf_counter() - start) * args.workers)
+    base = seconds["decode"]
+    print(f"{data.spec.num_frames} frames, {data.spec.crop_size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
     for name, values in seconds.items():
         ratio = statistics.median(value / reference for value, reference in zip(values, base, strict=True))
-        print(f"{name:<32} {args.clips / statistics.median(values):7.1f} clips/s per process  {ratio:5.2f} x decoding")
+        print(f"{name:<32} {args.clips / statistics.median(values):7.1f} clips/s per process  {ratio:5.2f}x")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

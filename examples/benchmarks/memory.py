@@ -1,11 +1,13 @@
-"""How much memory a long video takes, where decoding stops, and whether memory grows from video to video.
+"""Measure the peak memory of long videos and of many videos.
 
-Writes a 10-minute 1280x720 H.264 video (once, in the given folder), predicts it with 10 clips x 3 crops, and prints the
-peak memory above that of the process with the model loaded. Then classifies 500 times a part of it, with damaged files in
-between, and prints the peak after every hundredth. Last, `tpn timeline` goes over two minutes, and an hour, of rendered motion.
+    python examples/benchmarks/memory.py FOLDER
+    python examples/benchmarks/memory.py FOLDER --only timeline
 
-    python examples/memory.py /tmp
-    python examples/memory.py /tmp --only timeline
+long: classifies 30 views of a 10-minute video of 1280x720 pixels, and times reading single frames of it.
+many: classifies 500 videos, one in ten damaged.
+timeline: runs `tpn timeline` on 2 minutes and on 1 hour of rendered motion.
+
+The videos are written to FOLDER and used again by the next run.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import tpn
 from tpn.video import decode, motion
 from tpn.video.encode import write_video
 
-MINUTES, RATE, WIDTH, HEIGHT = 10, 30, 1280, 720
+MINUTES, FPS, WIDTH, HEIGHT = 10, 30, 1280, 720
 
 
 def peak_mb() -> float:
@@ -37,7 +39,7 @@ def write_long_video(path: Path, frames: int) -> None:
     rng = np.random.default_rng(0)
     background = rng.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=RATE, options={"preset": "ultrafast"})
+        stream = out.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for i in range(frames):
             image = np.roll(background, i % WIDTH, axis=1)
@@ -45,31 +47,32 @@ def write_long_video(path: Path, frames: int) -> None:
         out.mux(stream.encode(None))
 
 
-def written(folder: Path, seconds: int) -> Path:
+def long_video(folder: Path, seconds: int) -> Path:
+    """Return a video in the folder; write it if it is missing."""
     path = folder / f"long_{seconds}s_{WIDTH}x{HEIGHT}.mp4"
     if not path.exists():
-        in_a_process(write_long_video, path, seconds * RATE)
+        run_in_process(write_long_video, path, seconds * FPS)
     return path
 
 
 def one_long_video(path: Path) -> None:
-    classifier = tpn.VideoClassifier("tpn_slowonly_r50_k400", device="cpu")
-    bare = peak_mb()
+    classifier = tpn.VideoClassifier(tpn.create_model("tpn_slowonly_r50_k400"), device="cpu", precision="float32")
+    before = peak_mb()
     start = time.perf_counter()
     prediction = classifier(path)
     seconds = time.perf_counter() - start
     info = decode.probe(path)
     print(f"{info.num_frames} frames of {info.width}x{info.height}, {len(prediction.view_logits)} views, {seconds:.0f} s")
-    print(f"peak memory {peak_mb():.0f} MB, {peak_mb() - bare:.0f} MB above the loaded model ({bare:.0f} MB)")
+    print(f"peak memory {peak_mb():.0f} MB, {before:.0f} MB after loading the model")
 
-    for wanted in (100, 1000, 10000):
+    for index in (100, 1000, 10000):
         start = time.perf_counter()
-        decode.read_frames(path, [wanted], short_side=256)
-        print(f"reading frame {wanted}: {time.perf_counter() - start:.2f} s")
+        decode.read_frames(path, [index], short_side=256)
+        print(f"reading frame {index}: {time.perf_counter() - start:.2f} s")
 
 
 def many_videos(path: Path, damaged: Path) -> None:
-    classifier = tpn.VideoClassifier("tpn_slowonly_r50_k400", device="cpu", precision="auto")
+    classifier = tpn.VideoClassifier(tpn.create_model("tpn_slowonly_r50_k400"), device="cpu", precision="auto")
     damaged.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     sources = [damaged if i % 10 == 9 else path for i in range(500)]
     errors = 0
@@ -80,7 +83,7 @@ def many_videos(path: Path, damaged: Path) -> None:
 
 
 def write_hour(part: Path, hour: Path) -> None:
-    """Two minutes of motion, and the same thirty times."""
+    """Write two minutes of motion, and repeat its packets 30 times in another file."""
     parts = [(i % len(motion.CLASSES), 2.0 + i % 3, 5 * motion.FPS) for i in range(24)]
     write_video(part, motion.render_sequence(parts, seed=1), fps=motion.FPS)
     with av.open(str(part)) as source, av.open(str(hour), "w") as out:
@@ -89,7 +92,7 @@ def write_hour(part: Path, hour: Path) -> None:
         for i in range(30):
             source.seek(0)
             for packet in source.demux(video=0):
-                if packet.dts is not None:  # the last one is empty
+                if packet.dts is not None:  # the last packet is empty
                     packet.stream, packet.pts, packet.dts = stream, packet.pts + i * length, packet.dts + i * length
                     out.mux(packet)
 
@@ -106,27 +109,27 @@ def timelines(*paths: Path) -> None:
         print(f"timeline of {frames} frames: exit code {status}, {seconds:.0f} s, peak memory {used.ru_maxrss / 1024:.0f} MB")
 
 
-def in_a_process(run: Callable[..., None], *args: Any) -> None:
-    """From a fresh start: its memory is not ours."""
-    process = multiprocessing.get_context("spawn").Process(target=run, args=args)
+def run_in_process(function: Callable[..., None], *args: Any) -> None:
+    """Call a function in a new process: peak memory is a property of the process and never decreases."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
     process.start()
     process.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the videos are written")
+    parser.add_argument("folder", type=Path, help="for the videos")
     parser.add_argument("--only", choices=("long", "many", "timeline"))
     args = parser.parse_args()
     if args.only in (None, "long"):
-        in_a_process(one_long_video, written(args.folder, MINUTES * 60))
+        run_in_process(one_long_video, long_video(args.folder, MINUTES * 60))
     if args.only in (None, "many"):
-        in_a_process(many_videos, written(args.folder, 10), args.folder / "damaged.mp4")
+        run_in_process(many_videos, long_video(args.folder, 10), args.folder / "damaged.mp4")
     if args.only in (None, "timeline"):
         part, hour = args.folder / "two_minutes.mp4", args.folder / "hour.mp4"
         if not hour.exists():
-            in_a_process(write_hour, part, hour)
-        in_a_process(timelines, part, hour)
+            run_in_process(write_hour, part, hour)
+        run_in_process(timelines, part, hour)
 
 
 if __name__ == "__main__":
