@@ -1,4 +1,4 @@
-"""The model that comes with the package, and `tpn demo`."""
+"""The model that ships with tpn, and `tpn demo`."""
 
 import subprocess
 
@@ -14,7 +14,7 @@ import tpn
 from tpn import demo
 from tpn.predict import VideoClassifier
 from tpn.video import motion
-from tpn.zoo.weights import get_weights
+from tpn.zoo.checkpoints import get_checkpoint
 
 NAME = "tpn_slowonly_tiny_motion"
 
@@ -25,9 +25,9 @@ def classifier():
 
 
 def test_weights_in_the_package():
-    entry = get_weights(NAME)
-    assert entry.embedded.stat().st_size < 4e6
-    with safe_open(entry.embedded, "pt") as file:
+    entry = get_checkpoint(NAME)
+    assert entry.source.path.stat().st_size < 4e6
+    with safe_open(entry.source.path, "pt") as file:
         kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert kinds == {torch.float16, torch.int64}
     assert entry.measured_top1 > 95
@@ -44,35 +44,35 @@ for create in (tpn.create_model, timm.create_model):
     print(model.labels[0], model.input_spec.num_frames, next(model.parameters()).dtype)
 print(tpn.create_model({NAME!r}, pretrained=True, num_classes=3).num_classes)
 """
-    said, _ = run_python(script, tmp_path, HF_HUB_OFFLINE="1")
-    assert said.splitlines() == ["moving left 16 torch.float32"] * 2 + ["3"]
+    output, _ = run_python(script, tmp_path, HF_HUB_OFFLINE="1")
+    assert output.splitlines() == ["moving left 16 torch.float32"] * 2 + ["3"]
 
 
-def test_it_knows_videos_it_has_not_seen(classifier, tmp_path):
-    """Through the whole path, files included; seeds that neither training nor validation had."""
+def test_accuracy_on_new_videos(classifier, tmp_path):
+    """Video files rendered with seeds of neither training nor validation."""
     motion.write_dataset(tmp_path, 4, seed=987)
     right = [classifier(path).top(1)[0][0] == name for name in motion.CLASSES for path in sorted((tmp_path / name).glob("*.mp4"))]
     assert len(right) == 56
-    assert np.mean(right) > 0.92  # 98 of 100 would fall below once in thousands of draws
+    assert np.mean(right) > 0.92  # a model with 98 % fails once in thousands of draws
 
 
-def test_it_needs_motion(classifier, tmp_path):
-    """One repeated frame says nothing: near chance, which is 1 in 14."""
+def test_accuracy_without_motion_is_near_chance(classifier, tmp_path):
+    """On one repeated frame. Chance is 1 in 14."""
     motion.write_dataset(tmp_path, 4, seed=988, order="one frame")
     right = [classifier(path).top(1)[0][0] == name for name in motion.CLASSES for path in (tmp_path / name).glob("*.mp4")]
     assert np.mean(right) < 0.25
 
 
-def test_rendered_video_shows_what_it_says(classifier, tmp_path):
+def test_rendered_video_is_classified_scene_by_scene(classifier, tmp_path):
     demo.render_video(tmp_path / "demo.mp4")
-    seen = demo.look(classifier, tmp_path / "demo.mp4")
-    assert {name for name, _ in seen.prediction.top(5)} == {name for name, _ in demo.SCENES}
+    analysis = demo.analyze(classifier, tmp_path / "demo.mp4")
+    assert {name for name, _ in analysis.prediction.top(5)} == {name for name, _ in demo.SCENES}
     for i, (name, _) in enumerate(demo.SCENES):
         middle = (i + 0.5) * demo.SCENE_FRAMES / motion.FPS
-        nearest = np.abs(seen.times - middle).argmin()
-        assert motion.CLASSES[seen.probs[nearest].argmax()] == name
-    np.testing.assert_allclose(seen.probs.mean(axis=0), seen.prediction.probs, atol=1e-6)
-    assert seen.duration == pytest.approx(len(demo.SCENES) * demo.SCENE_FRAMES / motion.FPS)
+        nearest = np.abs(analysis.times - middle).argmin()
+        assert motion.CLASSES[analysis.probs[nearest].argmax()] == name
+    np.testing.assert_allclose(analysis.probs.mean(axis=0), analysis.prediction.probs, atol=1e-6)
+    assert analysis.duration == pytest.approx(len(demo.SCENES) * demo.SCENE_FRAMES / motion.FPS)
 
 
 def run(*args, cwd, before=""):
@@ -87,12 +87,12 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tpn-demo.mp4", "tpn-demo.png"]
     assert len(done.stdout.splitlines()) == 6
-    assert "drew tpn-demo.png" in done.stderr
+    assert "wrote tpn-demo.png" in done.stderr
     with Image.open(tmp_path / "tpn-demo.png") as picture:
         assert min(picture.size) > 500
 
 
-def test_a_video_of_ones_own(tmp_path):
+def test_your_own_video(tmp_path):
     write_video(tmp_path / "mine.mp4", num_frames=3)
     done = run("mine.mp4", "--output", "picture.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -105,15 +105,15 @@ def test_a_video_of_ones_own(tmp_path):
 
 
 def test_without_matplotlib(tmp_path):
-    done = run(cwd=tmp_path, before="demo.can_draw = lambda: False")
+    done = run(cwd=tmp_path, before="demo.has_matplotlib = lambda: False")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "tpn-demo.png").exists()
     assert "swinging up and down" in done.stdout
     assert 'pip install "tpn[viz]"' in done.stderr
 
 
-def test_models_of_segments_have_no_course(tmp_path):
+def test_models_of_segments_have_no_predictions_along_time(tmp_path):
     model = tpn.create_model("tpn_tsm_r50_sthv1", base_channels=4)
     write_video(tmp_path / "mine.mp4", num_frames=12)
-    with pytest.raises(ValueError, match="sees a whole video at once"):
-        demo.look(VideoClassifier(model), tmp_path / "mine.mp4")
+    with pytest.raises(ValueError, match="samples segments"):
+        demo.analyze(VideoClassifier(model), tmp_path / "mine.mp4")

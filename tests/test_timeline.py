@@ -1,8 +1,9 @@
-"""`tpn timeline`: files, pipes, cameras, and how they end."""
+"""`tpn timeline` with files, pipes, and cameras."""
 
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import two_motions
 from PIL import Image
 from scripts import example
+from terminal import run_in_terminal, screen
 from test_cli import run
 from two_motions import FPS, NAME, SPAN, numbers, raw
 from videos import write_video as write_numbered
@@ -61,7 +63,7 @@ def check_document(document, classifier, clips, stride):
 def test_file(classifier, folder, tmp_path):
     done = command_line(folder / "both.mp4", "--stride", 16, "--json", "a.json", "--output", "a.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "wrote a.json\ndrew a.png\n"
+    assert done.stderr == "wrote a.json\nwrote a.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
     document = json.loads((tmp_path / "a.json").read_text())
     clips = list(tempo.slide(classifier, folder / "both.mp4", stride=16))
@@ -91,19 +93,19 @@ def test_standard_input_and_an_array_give_the_same(classifier, folder, tmp_path,
 
 
 def test_without_matplotlib(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "can_draw", lambda: False)
+    monkeypatch.setattr(demo, "has_matplotlib", lambda: False)
     done = command_line(folder / "both.mp4", "--stride", 100, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, 'no picture without matplotlib: pip install "tpn[viz]"\n')
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_seen_before_a_failure_is_kept(folder, tmp_path, monkeypatch):
+def test_clips_before_an_error_are_written(folder, tmp_path, monkeypatch):
     frames = np.load(folder / "frames.npy")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(raw(frames[:60])[:-5])))
     options = ("--size", "112x112", "--fps", FPS, "--stride", 16, "--json", "a.json")
     done = command_line("-", *options, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[:2] == ["wrote a.json", "drew tpn-timeline.png"]
+    assert done.stderr.splitlines()[:2] == ["wrote a.json", "wrote tpn-timeline.png"]
     (error,) = done.stderr.splitlines()[2:]
     assert error.startswith("error: the pipe: ends within frame 59")
     document = json.loads((tmp_path / "a.json").read_text())
@@ -112,14 +114,14 @@ def test_what_was_seen_before_a_failure_is_kept(folder, tmp_path, monkeypatch):
     assert len(document["segments"]) == 1
 
 
-def test_what_fails_at_once_leaves_nothing(tmp_path, monkeypatch):
+def test_an_error_before_the_first_clip_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
     done = command_line("-", "--size", "4x4", "--fps", 24, "--json", "a.json", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: the pipe: no frame came\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: the pipe: no frames received\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_live_is_not_gathered_into_batches(folder, tmp_path, monkeypatch):
+def test_live_frames_do_not_wait_for_a_batch(folder, tmp_path, monkeypatch):
     asked = []
 
     def refuse(*args, batch_size, **kwargs):
@@ -134,23 +136,23 @@ def test_what_is_live_is_not_gathered_into_batches(folder, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("while_writing", [False, True])
 def test_interrupted_pipe(folder, tmp_path, monkeypatch, while_writing):
-    """Ctrl-C while a frame is waited for that never comes; and in the middle of writing."""
+    """Ctrl-C while waiting for a frame that never arrives, and while writing a clip."""
     frames = io.BytesIO(raw(np.load(folder / "frames.npy")[:50]))
 
     def read(size):
         if not while_writing and not (data := frames.read(size)):
             signal.raise_signal(signal.SIGINT)
-            pytest.fail("it waits on")
+            pytest.fail("Ctrl-C did not stop the wait")
         return frames.read(size) if while_writing else data
 
-    add = timeline._Document.add_clip
+    add = timeline._JsonWriter.add_clip
 
     def interrupted(document, clip, time):
         if while_writing:
             signal.raise_signal(signal.SIGINT)
         add(document, clip, time)
 
-    monkeypatch.setattr(timeline._Document, "add_clip", interrupted)
+    monkeypatch.setattr(timeline._JsonWriter, "add_clip", interrupted)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=read)))
     before = signal.getsignal(signal.SIGINT)
     done = command_line("-", "--size", "112x112", "--fps", FPS, "--stride", 16, "--json", "a.json", cwd=tmp_path)
@@ -178,12 +180,12 @@ def test_interrupted_camera_that_hangs(folder, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             gone.wait(20)
 
-    add = timeline._Document.add_clip
-    monkeypatch.setattr(timeline._Document, "add_clip", lambda *args: (add(*args), seen.set()))
+    add = timeline._JsonWriter.add_clip
+    monkeypatch.setattr(timeline._JsonWriter, "add_clip", lambda *args: (add(*args), seen.set()))
     monkeypatch.setattr(live, "Camera", Hanging)
     done = command_line("--camera", "7", "--size", "112x112", "--stride", 100, "--json", "a.json", cwd=tmp_path)
     (reader,) = (thread for thread in threading.enumerate() if thread.name == "tpn-live")
-    assert reader.daemon  # it does not keep the program
+    assert reader.daemon  # a daemon does not keep the process alive
     gone.set()
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "a.json").read_text())
@@ -197,13 +199,13 @@ def test_interrupted_before_the_first_clip(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=read)))
     done = command_line("-", "--size", "112x112", "--fps", FPS, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "wrote a.json\nstopped before a first clip was complete, which takes 31 frames\n"
+    assert re.fullmatch(r"wrote a\.json\nstopped before the first clip of 31 frames .*\n", done.stderr)
     document = json.loads((tmp_path / "a.json").read_text())
     assert (document["clips"], document["segments"]) == ([], [])
 
 
-def test_interrupted_file_leaves_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(timeline._Document, "add_clip", lambda *args: signal.raise_signal(signal.SIGINT))
+def test_an_interrupted_file_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(timeline._JsonWriter, "add_clip", lambda *args: signal.raise_signal(signal.SIGINT))
     done = command_line(folder / "both.mp4", "--json", "a.json", cwd=tmp_path)
     assert done.returncode == 130
     assert not list(tmp_path.iterdir())
@@ -219,7 +221,7 @@ def start_live(script, *args, cwd, **kwargs):
 
 
 def interrupt(process):
-    """After the first segment; return what it then said."""
+    """Send Ctrl-C after the first segment. Return standard output and error."""
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     out, complaints = process.communicate(timeout=60)
@@ -229,15 +231,15 @@ def interrupt(process):
 
 @pytest.mark.slow
 def test_interrupted_camera(folder, tmp_path):
-    """The real program, and a camera that FFmpeg plays, at its own pace and for ever."""
+    """The real program with a camera that FFmpeg simulates, endless and in real time."""
     camera = f"movie={folder / 'both.mp4'}:loop=0,setpts=N/FRAME_RATE/TB,realtime=speed=3"
     script = "from tpn.video import live\nlive.FORMATS[sys.platform] = 'lavfi'"
-    said, complaints = interrupt(start_live(script, "--camera", camera, cwd=tmp_path))
-    assert complaints.splitlines()[-2:] == ["wrote a.json", "drew tpn-timeline.png"]
+    output, messages = interrupt(start_live(script, "--camera", camera, cwd=tmp_path))
+    assert messages.splitlines()[-2:] == ["wrote a.json", "wrote tpn-timeline.png"]
     document = json.loads((tmp_path / "a.json").read_text())
     assert document["source"] == camera
     assert len(document["clips"]) >= 2
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         f"{s['start']:.1f} s – {s['end']:.1f} s  {s['label']}  {s['probability']:.1%}" for s in document["segments"]
     ]
     assert (tmp_path / "tpn-timeline.png").exists()
@@ -245,7 +247,7 @@ def test_interrupted_camera(folder, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_standard_input(folder, tmp_path):
-    """The real program, and a writer that has stopped writing but keeps the pipe open."""
+    """The real program with a pipe that stays open without new frames."""
     process = start_live("", "-", "--size", "112x112", "--fps", FPS, "--stride", 20, cwd=tmp_path, stdin=subprocess.PIPE)
     process.stdin.write(raw(np.load(folder / "frames.npy")))
     process.stdin.flush()
@@ -259,30 +261,30 @@ def test_interrupted_standard_input(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
-        ([], 2, "give a VIDEO, - for standard input, or --camera"),
-        (["a.mp4", "--camera", "0"], 2, "give a VIDEO"),
-        (["-", "--fps", "24"], 2, "need --size WIDTHxHEIGHT and --fps"),
-        (["-", "--fps", "24", "--size", "640"], 2, "must be WIDTHxHEIGHT, such as 640x480"),
-        (["-", "--fps", "0", "--size", "4x4"], 2, "must be positive"),
-        (["both.mp4", "--fps", "inf"], 2, "must be positive"),
-        (["a.mp4", "--size", "4x4"], 2, "a file has its own size"),
-        (["a.mp4", "--output", "picture"], 2, "ends in .png"),
+        ([], 2, "VIDEO, - for standard input, or --camera"),
+        (["a.mp4", "--camera", "0"], 2, "VIDEO, - for standard input, or --camera"),
+        (["-", "--fps", "24"], 2, "--size WIDTHxHEIGHT and --fps"),
+        (["-", "--fps", "24", "--size", "640"], 2, "'640'"),
+        (["-", "--fps", "0", "--size", "4x4"], 2, "got 0.0"),
+        (["both.mp4", "--fps", "inf"], 2, "got inf"),
+        (["a.mp4", "--size", "4x4"], 2, "--size"),
+        (["a.mp4", "--output", "picture"], 2, "'picture'"),
         (["a.mp4", "--output", "nowhere/a.png"], 1, "nowhere: no such folder"),
         (["missing.mp4"], 1, "missing.mp4: No such file"),
         (["missing.mp4", "--json", "nowhere/a.json"], 1, "missing.mp4: No such file"),
         (["text.mp4"], 1, "error: text.mp4: not a video"),
-        (["--camera", "/dev/null/9"], 1, "not a camera that can be opened"),
+        (["--camera", "/dev/null/9"], 1, "cannot open this camera"),
         (["a.mp4", "--json", "nowhere/a.json"], 1, "nowhere: no such folder"),
     ],
 )
-def test_failures_are_one_line(tmp_path, args, code, says):
+def test_errors_are_one_line(tmp_path, args, code, message):
     (tmp_path / "text.mp4").write_text("no video\n" * 50)
     write_numbered(tmp_path / "a.mp4", num_frames=3)
     done = command_line(*args, cwd=tmp_path)
     assert done.returncode == code
-    assert says in " ".join(done.stderr.replace("│", "").split())
+    assert message in " ".join(done.stderr.replace("│", "").split())
     assert not done.stdout
     if code == 1:
         assert len(done.stderr.splitlines()) == 1
@@ -302,21 +304,30 @@ def test_models_of_segments_need_an_interval(folder, tmp_path):
     assert (document["clip_span"], [entry["last"] for entry in document["clips"]]) == (29, [28, 68, 108])
 
 
-def test_a_long_timeline_is_drawn_in_few_columns(monkeypatch, tmp_path):
-    monkeypatch.setattr(timeline, "COLUMNS", 8)
+def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
+    monkeypatch.setattr(timeline, "MAX_POINTS", 8)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(3), size=50).astype(np.float32)
-    columns = timeline._Columns(("a", "b", "c"))
+    curves = timeline._Curves(("a", "b", "c"))
     for i, row in enumerate(probs):
-        columns.add(float(i), row, i + 1.0)
-    times, curves = columns.curves()
-    # 50 clips: 6 columns of 8, and one of the last 2
+        curves.add(float(i), row, i + 1.0)
+    times, means = curves.means()
+    # 50 clips: 6 points of 8 clips, and one of the last 2
     np.testing.assert_allclose(times, [3.5, 11.5, 19.5, 27.5, 35.5, 43.5, 48.5])
-    np.testing.assert_allclose(curves[:6], probs[:48].reshape(6, 8, 3).mean(axis=1), atol=1e-6)
-    np.testing.assert_allclose(curves[6], probs[48:].mean(axis=0), atol=1e-6)
-    assert (columns.clips, columns.end) == (50, 50.0)
-    timeline._draw(columns, 2, tmp_path / "a.png")
+    np.testing.assert_allclose(means[:6], probs[:48].reshape(6, 8, 3).mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(means[6], probs[48:].mean(axis=0), atol=1e-6)
+    assert (curves.num_clips, curves.duration) == (50, 50.0)
+    timeline._draw(curves, 2, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_segments_are_printed_above_the_progress_bar(folder, tmp_path):
+    _, _, text = run_in_terminal("timeline", folder / "both.mp4", *OF_TINY, "--stride", 16, "--threshold", 0, cwd=tmp_path)
+    assert "\x1b[2K" in text
+    *segments, wrote = [line for line in screen(text) if line]
+    assert wrote == "wrote tpn-timeline.png"
+    assert len(segments) >= 2
+    assert all(re.fullmatch(r"\d+\.\d s – \d+\.\d s  [a-z -]+  \d+\.\d%", line) for line in segments)
 
 
 def test_example(folder, monkeypatch, capsys):

@@ -1,8 +1,7 @@
-"""What happens when in a video, and at what tempo: a clip that slides over its frames.
+"""Classify a clip that slides over a video, find actions in time, and measure their tempo.
 
-Files, arrays and live frames are seen in the same way, in memory for one clip's span of cropped frames, however long they are.
-The paper's measure of visual tempo (Yang et al., CVPR 2020) comes from the same curves: how long the probability of an action
-stays above half of its maximum, in one video; and how much that varies among the videos of a class.
+Files, arrays, and live frames give the same results. For videos of any length, only the cropped frames of one clip are kept.
+The tempo of an action (Yang et al., CVPR 2020) is the full width at half maximum of its probability along time.
 """
 
 import os
@@ -16,27 +15,27 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from tpn.config import InputSpec
 from tpn.predict import Prediction, VideoClassifier, channels_first
 from tpn.video import decode
 from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
 from tpn.video.live import newest
 from tpn.video.sampling import dense_indices
-from tpn.video.spec import InputSpec
 from tpn.video.transforms import center_crop, resize_short_side
 
-Path = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 Frame = np.ndarray[Any, Any] | Tensor
 Window = tuple[int, int, Tensor]
-"""Numbers of its first and last frame, and a clip, uint8 (T, 3, S, S)."""
+"""Indices of the first and the last frame of a clip, and its frames, uint8 (T, 3, S, S)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """What a model says of one clip.
+    """The prediction for one clip.
 
     Attributes:
-        first, last: numbers of its first and last frame, from 0.
+        first, last: indices of its first and last frame in the video, from 0.
         probs: (K,) float32 on the CPU.
     """
 
@@ -45,18 +44,18 @@ class Clip:
     probs: Tensor
 
     def time(self, fps: float) -> float:
-        """Return the middle of the clip, in seconds."""
+        """Return the middle of the clip in seconds."""
         return (self.first + self.last) / 2 / fps
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A time in which one class is the most probable one.
+    """A part of a video in which one class is the most probable one.
 
     Attributes:
-        label: number of the class.
-        start, end: seconds.
-        probability: of the class, the mean over the clips.
+        label: index of the class.
+        start, end: in seconds.
+        probability: mean probability of the class over the clips of the segment, 0..1.
     """
 
     label: int
@@ -67,7 +66,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class InstanceTempo:
-    """The tempo of one video of a data set: seconds as in `instance_tempo`, or None and the reason why it cannot be read."""
+    """The tempo of one video of a dataset.
+
+    Attributes:
+        item: the video.
+        seconds: as returned by `instance_tempo`, or None if the video is unreadable.
+        reason: why the video is unreadable, or None.
+    """
 
     item: Item
     seconds: float | None
@@ -76,12 +81,13 @@ class InstanceTempo:
 
 @dataclass(frozen=True, eq=False)
 class GainAgainstVariance:
-    """How what a model gains goes with the variance of the tempo, over the classes for which all is known.
+    """The relation between the accuracy gain and the tempo variance of the classes.
 
     Attributes:
-        gain: (K,) of each class, NaN where it is not known.
-        num_classes: that are known.
-        pearson, spearman: correlation of gain and variance, and of their ranks; NaN where one of them is the same everywhere.
+        gain: accuracy gain of each class (K,), NaN where it is unknown.
+        num_classes: number of classes with a known gain and a known variance; only these are correlated.
+        pearson: Pearson correlation of gain and variance. NaN if one of them is constant.
+        spearman: Spearman rank correlation of gain and variance. NaN if one of them is constant.
     """
 
     gain: NDArray[np.float64]
@@ -92,30 +98,36 @@ class GainAgainstVariance:
 
 def slide(
     classifier: VideoClassifier,
-    frames: Path | Iterable[Frame],
+    frames: PathLike | Iterable[Frame],
     *,
     stride: int | None = None,
     frame_interval: int | None = None,
     live: bool = False,
 ) -> Generator[Clip]:
-    """Classify a clip that slides over a video, its centre crop; the clips start at frame 0, `stride`, 2 `stride`, ...
+    """Classify the center crop of a clip that slides over a video.
 
-    A clip counts only if all of it is there; a video shorter than one wraps around, as in `dense_indices`, and is one clip.
-    Only the frames that coming clips need are kept, cropped.
+    The clips start at frame 0, `stride`, 2 `stride`, ... and end within the video. A video that is shorter than one clip gives
+    one clip, which repeats its frames as in `dense_indices`.
 
     Args:
-        frames: a file; or frames in order, uint8 RGB 0..255, (H, W, 3) or (3, H, W): an array, a `Camera`, a generator, ...
-        stride: in frames. Default: a quarter of the clip, `num_frames // 4 * frame_interval`.
-        frame_interval: between the frames of a clip. Default: the model's own.
-        live: for frames that do not wait, a camera's. They are read in a thread, each clip is classified as soon as it is
-            complete, and those that are complete while the model is at work are skipped, all but the last: it never lags.
-            Otherwise clips go through a model on a GPU in batches of `classifier.batch_size`; 1 gives each when it is complete.
+        classifier: its batch size applies on a GPU; 1 yields each clip as soon as it is complete.
+        frames: a video file; or an array, a `Camera`, or another iterable of frames, uint8 RGB 0..255, (H, W, 3) or (3, H, W).
+        stride: step from clip to clip, in frames. Default: a quarter of a clip, `num_frames // 4 * frame_interval`.
+        frame_interval: step between the frames of a clip, 1 for consecutive frames. Default: that of the model's `input_spec`.
+        live: keep up with a camera. Frames are read in a thread and each clip is classified as soon as it is complete. If several
+            clips are complete before the model is ready, only the last of them is classified.
 
-    Raises ValueError: a model that samples segments, without `frame_interval`; no frames. TypeError, ValueError: frames of
-    another type or shape. And what reading raises, on the way.
+    Yields:
+        A `Clip` for each position.
+
+    Raises:
+        ValueError: `stride` or `frame_interval` is less than 1, there are no frames, the model has no classes, or it samples
+            segments and `frame_interval` is None.
+        TypeError: a frame is not a uint8 array.
+        VideoError, OSError: the video cannot be read. Clips before the error are yielded first.
     """
     if not classifier.model.num_classes:
-        raise ValueError("the model has no classes, num_classes is 0; tpn features writes what it gives")
+        raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
     spec = sliding_spec(classifier.spec, frame_interval)
     stride = default_stride(spec) if stride is None else stride
     if stride < 1:
@@ -123,15 +135,15 @@ def slide(
     if isinstance(frames, str | os.PathLike):
         frames = decode.iter_frames(frames)
     windows = _windows(frames, spec, stride, classifier.device)
-    return _classified(classifier, newest(windows) if live else windows, spec, at_once=live or classifier.batch_size == 1)
+    return _classify(classifier, newest(windows) if live else windows, spec, one_by_one=live or classifier.batch_size == 1)
 
 
 def sliding_spec(spec: InputSpec, frame_interval: int | None = None) -> InputSpec:
-    """Return the input of a model whose clips slide over a video: dense, one crop. Raises ValueError as `slide` does."""
+    """Return the input of a model for sliding clips: dense sampling and one center crop. Raises ValueError as `slide` does."""
     if spec.sampling != "dense" and frame_interval is None:
         raise ValueError(
-            "the model sees whole videos, as segments, not clips that can slide; pass frame_interval (--frame-interval)"
-            f" to show it clips of {spec.num_frames} frames that far apart, which it was not trained for"
+            f"the model samples {spec.num_frames} segments of a whole video and has no frame interval; pass frame_interval"
+            " (--frame-interval) to classify clips, for which it was not trained"
         )
     interval = spec.frame_interval if frame_interval is None else frame_interval
     if interval < 1:
@@ -145,7 +157,7 @@ def default_stride(spec: InputSpec) -> int:
 
 
 def curves(clips: Iterable[Clip], *, fps: float) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Return the middles of the clips in seconds, (N,), and the probability of every class there, (N, K)."""
+    """Return the middles of the clips in seconds (N,) and the probabilities of all classes (N, K)."""
     clips = list(clips)
     if not clips:
         raise ValueError("there are no clips")
@@ -153,22 +165,27 @@ def curves(clips: Iterable[Clip], *, fps: float) -> tuple[NDArray[np.float64], N
 
 
 def segments(clips: Iterable[Clip], *, fps: float, threshold: float = 0.5) -> Generator[Segment]:
-    """Join neighbouring clips that have the same most probable class, at or above `threshold`; yield each run when it ends.
+    """Join neighboring clips with the same most probable class, and yield each segment when it ends.
 
-    A run reaches halfway to the middles of the clips before and after it; from the start of the video, and to the end of its last
-    clip.
+    A segment starts and ends halfway between the middles of its outer clips and of their neighbors. The first one starts with the
+    video, the last one ends with the last clip.
+
+    Args:
+        clips: in order, such as from `slide`.
+        fps: frame rate of the video.
+        threshold: minimum probability of the class, 0..1. Clips below it belong to no segment.
     """
     before: Clip | None = None
-    label, start, total, count = -1, 0.0, 0.0, 0  # of the run under way: its class, or -1 for none
+    label, start, total, count = -1, 0.0, 0.0, 0  # the current segment; label -1: no class reaches the threshold
     for clip in clips:
         best = int(clip.probs.argmax())
         probability = float(clip.probs[best])
-        now = best if probability >= threshold else -1
-        if now != label:
-            edge = 0.0 if before is None else (before.time(fps) + clip.time(fps)) / 2
+        clip_label = best if probability >= threshold else -1
+        if clip_label != label:
+            boundary = 0.0 if before is None else (before.time(fps) + clip.time(fps)) / 2
             if label >= 0:
-                yield Segment(label, start, edge, total / count)
-            label, start, total, count = now, edge, 0.0, 0
+                yield Segment(label, start, boundary, total / count)
+            label, start, total, count = clip_label, boundary, 0.0, 0
         total, count = total + probability, count + 1
         before = clip
     if before is not None and label >= 0:
@@ -176,34 +193,45 @@ def segments(clips: Iterable[Clip], *, fps: float, threshold: float = 0.5) -> Ge
 
 
 def full_width_at_half_maximum(times: ArrayLike, values: ArrayLike, *, ends: tuple[float, float] | None = None) -> float:
-    """Return how long a curve stays at half of its maximum or above, around that maximum (the first one of equals).
+    """Return how long a curve stays at or above half of its maximum, around the first maximum.
 
-    times: (N,), increasing. values: (N,), at least 0; the curve is linear between them.
-    ends: where the video starts and ends. Default: the first and the last of the times. A curve that has not fallen below the
-        half there, such as one that is the same everywhere, is cut there.
+    Args:
+        times: (N,), increasing.
+        values: (N,), at least 0. The curve is linear between them.
+        ends: start and end of the video. A curve that has not fallen below half of its maximum there is cut there. Default: the
+            first and the last time.
 
-    Returns a time in the units of `times`; 0 for a curve that is 0 everywhere. Raises ValueError for other arrays.
+    Returns:
+        The width in the unit of `times`; 0 for a curve that is 0 everywhere.
+
+    Raises:
+        ValueError: the arrays or the ends are not as described.
     """
     t, v = np.asarray(times, np.float64), np.asarray(values, np.float64)
     if t.ndim != 1 or t.shape != v.shape or not len(t):
-        raise ValueError(f"times and values must be lists of the same length, of one or more, got {t.shape} and {v.shape}")
-    if not (np.diff(t) > 0).all() or not (v >= 0).all():
-        raise ValueError("times must increase, and values must be at least 0")
+        raise ValueError(f"times and values must have the same shape (N,) with N >= 1, got {t.shape}, {v.shape}")
+    if not (np.diff(t) > 0).all():
+        raise ValueError("times must increase")
+    if not (v >= 0).all():
+        raise ValueError("values must be at least 0")
     start, end = (t[0], t[-1]) if ends is None else ends
     if not start <= t[0] <= t[-1] <= end:
         raise ValueError(f"ends must enclose the times {t[0]}..{t[-1]}, got {start}..{end}")
     peak = int(v.argmax())
     if v[peak] == 0:
         return 0.0
-    after = _falls_to_half(t[peak:], v[peak:])
-    before = _falls_to_half(-t[peak::-1], v[peak::-1])
+    after = _half_maximum_time(t[peak:], v[peak:])
+    before = _half_maximum_time(-t[peak::-1], v[peak::-1])
     return float((end if after is None else after) - (start if before is None else -before))
 
 
 def instance_tempo(clips: Iterable[Clip], label: int, *, fps: float) -> float:
-    """Return the tempo of an action in one video, in seconds: the full width at half maximum of its probability along time.
+    """Return the tempo of an action in one video: the full width at half maximum of its probability, in seconds.
 
-    clips: of the whole video. label: number of the class.
+    Args:
+        clips: all clips of the video, such as from `slide`.
+        label: index of the class.
+        fps: frame rate of the video.
     """
     rows = [(clip.time(fps), float(clip.probs[label]), clip.last) for clip in clips]
     if not rows:
@@ -219,19 +247,27 @@ def dataset_tempos(
     stride: int | None = None,
     frame_interval: int | None = None,
 ) -> Generator[InstanceTempo]:
-    """Measure the tempo of every video of a `VideoFolder` or `VideoList`, by the probability of its own class.
+    """Measure the tempo of every video of a `VideoFolder` or `VideoList` from the probability of its own class.
 
-    stride, frame_interval: as in `slide`. A video that cannot be read is reported in its place, with the reason.
-    Raises ValueError: a class that the model does not know, or videos whose frame rate is changed or unknown by design.
+    Args:
+        classifier: its labels must include the classes of the dataset.
+        dataset: a `VideoFolder` or `VideoList` without `target_fps`.
+        stride, frame_interval: as in `slide`.
+
+    Yields:
+        The tempo of each video, or the reason why it is unreadable.
+
+    Raises:
+        ValueError: the classifier lacks a class, or the dataset does not have the videos' own frame rates.
     """
     if isinstance(dataset, RawFrames) or dataset.target_fps is not None:
-        raise ValueError("tempo is measured at the videos' own frame rate; pass a VideoFolder or VideoList without target_fps")
+        raise ValueError("tempo is measured at the videos' own frame rates; pass a VideoFolder or VideoList without target_fps")
     unknown = [name for name in dataset.classes if name not in classifier.labels]
     if unknown:
-        raise ValueError(f"the model does not know the class {unknown[0]!r}; pass classes=classifier.labels to the data set")
+        raise ValueError(f"the model has no class {unknown[0]!r}; pass classes=classifier.labels to the dataset")
     labels = [classifier.labels.index(name) for name in dataset.classes]
 
-    def measured(item: Item) -> InstanceTempo:
+    def measure(item: Item) -> InstanceTempo:
         try:
             fps, _ = decode.header(item.path)
             if fps is None:
@@ -241,14 +277,11 @@ def dataset_tempos(
         except (VideoError, OSError) as error:
             return InstanceTempo(item, None, bad_reason(item, error))
 
-    return (measured(item) for item in dataset.items)
+    return (measure(item) for item in dataset.items)
 
 
 def tempo_variance(tempos: Iterable[InstanceTempo], num_classes: int) -> NDArray[np.float64]:
-    """Return the variance of the tempo in each class, (K,) in s², with N - 1; NaN for fewer than two videos.
-
-    Videos that could not be read do not count.
-    """
+    """Return the sample variance of the tempo in each class, (K,) in s². NaN for classes with fewer than two readable videos."""
     seconds: list[list[float]] = [[] for _ in range(num_classes)]
     for tempo in tempos:
         if tempo.seconds is not None:
@@ -261,13 +294,15 @@ def gain_against_variance(
     improved: Sequence[float] | NDArray[np.floating],
     variance: Sequence[float] | NDArray[np.floating],
 ) -> GainAgainstVariance:
-    """Relate what a model gains in each class to the variance of its tempo.
+    """Correlate the accuracy gain of one model over another with the tempo variance, class by class.
 
-    baseline, improved: accuracies of two models, (K,) each. variance: (K,), of `tempo_variance`. NaN: not known.
+    Args:
+        baseline, improved: accuracies of both models in each class (K,), NaN where unknown.
+        variance: (K,), from `tempo_variance`.
     """
     one, two, var = (np.asarray(values, np.float64) for values in (baseline, improved, variance))
     if not one.shape == two.shape == var.shape or one.ndim != 1:
-        raise ValueError(f"expected a value for each class, three times, got shapes {one.shape}, {two.shape}, {var.shape}")
+        raise ValueError(f"baseline, improved, and variance must have one shape (K,), got {one.shape}, {two.shape}, {var.shape}")
     gain = two - one
     known = np.isfinite(gain) & np.isfinite(var)
     x, y = var[known], gain[known]
@@ -275,72 +310,73 @@ def gain_against_variance(
 
 
 def _windows(frames: Iterable[Frame], spec: InputSpec, stride: int, device: torch.device) -> Generator[Window]:
-    """Clips, each as soon as its last frame is there."""
+    """Yield each clip as soon as its last frame has been read. Keep only frames that this clip and later ones need."""
     span, interval = spec.clip_span, spec.frame_interval
     kept: dict[int, Tensor] = {}
-    start, number = 0, -1  # of the next clip; of the frame
+    start, index = 0, -1  # first frame of the next clip; current frame
 
-    def needed(number: int) -> bool:
-        return any((number - first) % interval == 0 for first in range(start, number + 1, stride))
+    def is_needed(index: int) -> bool:
+        return any((index - first) % interval == 0 for first in range(start, index + 1, stride))
 
-    for number, frame in enumerate(frames):
-        if start == 0 or needed(number):  # if the video ends before the first clip does, every frame may be wanted
-            kept[number] = _prepared(frame, spec, device)
-        if number == start + span - 1:
-            clip = torch.stack([kept[i] for i in range(start, number + 1, interval)])
+    for index, frame in enumerate(frames):
+        if start == 0 or is_needed(index):  # a video shorter than the first clip may need every frame
+            kept[index] = _preprocess(frame, spec, device)
+        if index == start + span - 1:
+            clip = torch.stack([kept[i] for i in range(start, index + 1, interval)])
             start += stride
-            kept = {i: image for i, image in kept.items() if needed(i)}
-            yield start - stride, number, clip
-    if number < 0:
+            kept = {i: image for i, image in kept.items() if is_needed(i)}
+            yield start - stride, index, clip
+    if index < 0:
         raise ValueError("there are no frames")
     if start == 0:
-        (indices,) = dense_indices(number + 1, num_frames=spec.num_frames, frame_interval=interval)
-        yield 0, number, torch.stack([kept[i] for i in indices.tolist()])
+        (indices,) = dense_indices(index + 1, num_frames=spec.num_frames, frame_interval=interval)
+        yield 0, index, torch.stack([kept[i] for i in indices.tolist()])
 
 
-def _prepared(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
-    """uint8 (3, S, S), a copy: the whole frame need not be kept, and its owner may overwrite it."""
+def _preprocess(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
+    """Resize and crop a frame to uint8 (3, S, S)."""
     if not isinstance(frame, np.ndarray | Tensor) or frame.ndim != 3:
         shape = getattr(frame, "shape", type(frame).__name__)
-        raise TypeError(f"expected frames as arrays (3, H, W) or (H, W, 3), got {shape}")
+        raise TypeError(f"frames must be arrays (3, H, W) or (H, W, 3), got {shape}")
     image = channels_first(frame[None])[0].to(device)
+    # The copy frees the memory of the whole frame, and lets the caller overwrite it.
     return center_crop(resize_short_side(image, spec.short_side), spec.crop_size).clone()
 
 
-def _classified(classifier: VideoClassifier, windows: Generator[Window], spec: InputSpec, *, at_once: bool) -> Generator[Clip]:
-    spec = replace(spec, short_side=spec.crop_size)  # they are resized
+def _classify(classifier: VideoClassifier, windows: Generator[Window], spec: InputSpec, *, one_by_one: bool) -> Generator[Clip]:
+    spec = replace(spec, short_side=spec.crop_size)  # the frames are resized and cropped already
     spans: deque[tuple[int, int]] = deque()
-    places = torch.arange(spec.num_frames)[None]
+    clip_indices = torch.arange(spec.num_frames)[None]
 
-    def put_through(windows: Iterable[Window]) -> Generator[Clip]:
+    def classify(windows: Iterable[Window]) -> Generator[Clip]:
         failures: list[Exception] = []
 
         def videos() -> Generator[tuple[Tensor, Tensor]]:
             try:
                 for first, last, frames in windows:
                     spans.append((first, last))
-                    yield frames, places
-            except Exception as error:  # raised below, when the clips before it, which wait for a batch, have been through
+                    yield frames, clip_indices
+            except Exception as error:  # raised below, after the earlier clips that still wait for a full batch
                 failures.append(error)
 
         for result in classifier.classify_each(videos(), spec=spec):
-            assert isinstance(result, Prediction)  # errors were never handed in
+            assert isinstance(result, Prediction)  # `videos` yields no errors
             yield Clip(*spans.popleft(), result.probs)
         if failures:
             raise failures[0]
 
     try:
-        if not at_once:
-            yield from put_through(windows)
-        else:
+        if one_by_one:
             for window in windows:
-                yield from put_through([window])
+                yield from classify([window])
+        else:
+            yield from classify(windows)
     finally:
         windows.close()
 
 
-def _falls_to_half(times: NDArray[np.float64], values: NDArray[np.float64]) -> float | None:
-    """When a curve that starts at its maximum first goes below half of it; None: never."""
+def _half_maximum_time(times: NDArray[np.float64], values: NDArray[np.float64]) -> float | None:
+    """Return when a curve that starts at its maximum first falls below half of it, or None."""
     half = values[0] / 2
     below = np.flatnonzero(values < half)
     if not len(below):
@@ -350,7 +386,7 @@ def _falls_to_half(times: NDArray[np.float64], values: NDArray[np.float64]) -> f
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Equal values share the mean of their ranks."""
+    """Return ranks from 1. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

@@ -1,10 +1,10 @@
-"""The command line, `tpn COMMAND`, also as `python -m tpn`.
+"""The command line, `tpn COMMAND` or `python -m tpn COMMAND`.
 
-Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 something failed (one line says
-what), 2 wrong usage.
+Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 error (described in one line),
+2 wrong usage, 130 interrupted.
 """
 
-from tpn.cli import videos, features, timeline, explain, models, export  # isort: skip  # the order in which `tpn --help` lists the commands
+from tpn.cli import videos, features, timeline, explain, models, export  # isort: skip  # the order of commands in `tpn --help`
 from tpn.cli.app import app, main
 
 __all__ = ["app", "explain", "export", "features", "main", "models", "timeline", "videos"]

@@ -1,4 +1,4 @@
-"""The program itself: what all commands share, and how it ends."""
+"""What all commands share: the application, common options, results, progress bars, and error messages."""
 
 import errno
 import io
@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-import tpn
+from tpn.errors import WeightsUnavailableError
+from tpn.version import __version__
 
 app = typer.Typer(
     name="tpn",
@@ -22,78 +23,101 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+DEFAULT_MODEL = "tpn_slowonly_r50_k400"
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Model name (see tpn list), local-dir:FOLDER, or hf-hub:OWNER/NAME.")
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(help="Weights file, .safetensors or .pth, saved by tpn, MMAction2, or the original TPN code."),
+]
+ViewsOption = Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="float32, float16, bfloat16, or auto, the fastest one that the device supports.")
+]
 
 
 @app.callback(invoke_without_command=True)
-def _app(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _app(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        typer.echo(f"tpn {tpn.__version__}")
+        print_result(f"tpn {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the program; every failure is one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
+    """Run the command line. Report an error as one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if os.environ.get("TPN_DEBUG"):
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | tpn.WeightsUnavailableError)
-        decode = sys.modules.get("tpn.video.decode")  # not loaded: not its error
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | WeightsUnavailableError)
+        decode = sys.modules.get("tpn.video.decode")  # importing it here could fail: it needs PyAV
         expected |= decode is not None and isinstance(error, decode.VideoError)
         kind = "" if expected else f"{type(error).__name__}: "
-        err.print(f"error: {kind}{one_line(error)}" + ("" if expected else " (TPN_DEBUG=1 shows where)"))
+        err.print(f"error: {kind}{one_line_message(error)}" + ("" if expected else " (set TPN_DEBUG=1 for the traceback)"))
         sys.exit(1)
+
+
+def print_result(text: str) -> None:
+    """Print to standard output, above the progress bar if there is one.
+
+    `print` writes to `sys.stdout`, which rich redirects while it shows a bar. `typer.echo` bypasses that redirection.
+    """
+    print(text, flush=True)
 
 
 @contextmanager
 def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
-    """Show bars where standard error is a terminal, until the work is done; what is printed meanwhile appears above them.
+    """Show progress bars if standard error is a terminal. Text from `print_result` and `err.print` appears above them.
 
-    columns: what they say, beside the time that is left. Default: the task and its count.
+    Args:
+        columns: shown before the remaining time. Default: description, bar, and count.
     """
     progress = Progress(
         *(columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())),
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=not err.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),  # untouched in a file or pipe
+        redirect_stdout=sys.stdout.isatty(),  # rich redirects to standard error, which would leave a file or pipe empty
     )
-    # Bars that are disabled end in an empty line with rich before 14.3.
+    # rich before 14.3 prints an empty line even if `disable=True`.
     with progress if err.is_terminal else nullcontext():
         yield progress
 
 
-def check_there(*files: str | Path) -> None:
-    """Refuse files of which none is there, before a model is fetched. One of several that is missing does not stop the others."""
-    if files and not any(Path(file).exists() for file in files):
-        raise not_there(files[0])
+def require_exists(path: str | Path) -> None:
+    """Raise FileNotFoundError if `path` does not exist, before the model is downloaded."""
+    os.stat(path)
 
 
-def not_there(file: str | Path) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
-
-
-def check_folder(output: Path) -> None:
-    """Refuse a file whose folder is not there, before the work."""
+def require_parent_folder(output: Path) -> None:
+    """Raise an error if the folder of `output` is missing or `output` is a folder itself, before the model is downloaded."""
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output.parent}: no such folder")
     if output.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
 
 
-def read_views(views: str | None) -> tuple[int | None, int | None]:
-    """Read --views as (num_clips, num_crops), None for those that were published."""
+def require_picture_path(output: Path) -> None:
+    """Raise an error if matplotlib cannot write a picture to `output`, before the model is downloaded."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix.removeprefix(".").lower() not in formats:
+        raise typer.BadParameter(f"must end in .png, .svg, or another picture format, got {str(output)!r}", param_hint="--output")
+    require_parent_folder(output)
+
+
+def parse_views_option(views: str | None) -> tuple[int | None, int | None]:
+    """Parse --views to (num_clips, num_crops), or (None, None) for the published views."""
     from tpn.predict import parse_views
 
     if views is None:
@@ -104,17 +128,8 @@ def read_views(views: str | None) -> tuple[int | None, int | None]:
         raise typer.BadParameter(str(error), param_hint="--views") from error
 
 
-def check_picture(output: Path) -> None:
-    """Refuse a picture that could not be drawn, before the work. Needs matplotlib."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if output.suffix.removeprefix(".").lower() not in formats:
-        raise typer.BadParameter(f"a picture's name ends in .png, .svg, ..., got {str(output)!r}", param_hint="--output")
-    check_folder(output)
-
-
-def one_line(error: BaseException) -> str:
+def one_line_message(error: BaseException) -> str:
+    """Return the first line of an error's message, without "[Errno 2]" in front of it."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return next(iter(str(error).splitlines()), type(error).__name__)

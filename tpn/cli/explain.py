@@ -1,52 +1,67 @@
-"""The command that says why: explain."""
+"""The command explain."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from tpn.cli.app import app, check_picture, check_there, err
+from tpn.cli.app import (
+    DEFAULT_MODEL,
+    CheckpointOption,
+    DeviceOption,
+    ModelOption,
+    app,
+    err,
+    print_result,
+    require_exists,
+    require_parent_folder,
+    require_picture_path,
+)
 
 
 @app.command()
 def explain(
-    video: Annotated[Path, typer.Argument(help="A video file.")],
+    video: Annotated[Path, typer.Argument(help="Video file.")],
     target: Annotated[
-        str | None, typer.Option("--class", "-c", help="A class, its name or number. Default: the most probable one.")
+        str | None, typer.Option("--class", "-c", help="Class to explain, by name or index. Default: the most probable one.")
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
-    ] = "tpn_slowonly_r50_k400",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, .safetensors or .pth.")] = None,
-    clip: Annotated[int | None, typer.Option(help="Which clip of the protocol, from 0. Default: one from the middle.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    checkpoint: CheckpointOption = None,
+    clip: Annotated[
+        int | None, typer.Option(help="Index of a clip of the published protocol, from 0. Default: a clip from the middle.")
+    ] = None,
     method: Annotated[
         Literal["occlusion", "grad-cam"],
-        typer.Option(help="occlusion: paint over one part after the other; or grad-cam: faster, points less well."),
+        typer.Option(help="occlusion covers one part of the clip at a time. grad-cam is faster but less precise."),
     ] = "occlusion",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("tpn-explain.png"),
-    movie: Annotated[Path | None, typer.Option("--video", help="Also write the maps as a video, .mp4.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-explain.png"),
+    video_output: Annotated[Path | None, typer.Option("--video", help="Also write the maps as a video, .mp4.")] = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Draw where in a clip a class is seen, level by level, and say what each level and flow of the pyramid adds to it."""
-    from tpn.demo import can_draw
-    from tpn.explain import explain as look_into
+    """Draw the evidence for a class in a clip, level by level.
+
+    Also print what each level and each flow of the pyramid adds to the logit of the class.
+    """
+    from tpn.demo import has_matplotlib
+    from tpn.explain import explain as explain_clip
     from tpn.predict import VideoClassifier
 
-    if not can_draw():
+    if not has_matplotlib():
         raise ModuleNotFoundError('pictures need matplotlib: pip install "tpn[explain]"')
-    check_there(video)
-    check_picture(output)
-    if movie is not None and (movie.suffix.lower() != ".mp4" or not movie.parent.is_dir()):
-        raise typer.BadParameter(
-            f"must be a file FOLDER/NAME.mp4 in a folder that is there, got {str(movie)!r}", param_hint="--video"
-        )
+    require_exists(video)
+    require_picture_path(output)
+    if video_output is not None:
+        if video_output.suffix.lower() != ".mp4":
+            raise typer.BadParameter(f"must end in .mp4, got {str(video_output)!r}", param_hint="--video")
+        require_parent_folder(video_output)
     classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=device)
-    seen = look_into(classifier, video, target=target, clip=clip, method=method)
-    typer.echo(f"{video}\n  {seen.probability:7.2%}  {seen.label}")
-    for name, part in [*((f"level {i}", part) for i, part in enumerate(seen.levels)), *seen.flows.items()]:
-        typer.echo(f"  {part.logit:+7.2f}  {name} ({part.share:.0%})")
-    seen.save_png(output)
-    err.print(f"drew {output}")
-    if movie is not None:
-        seen.save_mp4(movie)
-        err.print(f"wrote {movie}")
+    explanation = explain_clip(classifier, video, target=target, clip=clip, method=method)
+    print_result(f"{video}\n  {explanation.probability:7.2%}  {explanation.label}")
+    levels = {f"level {i}": share for i, share in enumerate(explanation.levels)}
+    for name, share in (levels | dict(explanation.flows)).items():
+        print_result(f"  {share.logit:+7.2f}  {name} ({share.share:.0%})")
+    explanation.save_png(output)
+    err.print(f"wrote {output}")
+    if video_output is not None:
+        explanation.save_mp4(video_output)
+        err.print(f"wrote {video_output}")

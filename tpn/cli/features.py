@@ -1,73 +1,83 @@
-"""`tpn features`: what a model makes of videos, for other programs."""
+"""The command features."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-import tpn
-from tpn.cli.app import app, check_there, err, one_line, progress_bars, read_views
-
-Level = Literal["video", "clip"]
+from tpn.cli.app import (
+    DEFAULT_MODEL,
+    CheckpointOption,
+    DeviceOption,
+    ModelOption,
+    ViewsOption,
+    app,
+    err,
+    one_line_message,
+    parse_views_option,
+    print_result,
+    progress_bars,
+    require_exists,
+)
 
 
 @app.command()
 def features(
-    videos: Annotated[list[Path], typer.Argument(help="Video files, or folders of them.", metavar="VIDEO...")],
-    out: Annotated[Path, typer.Option(help="Where to write them: FILE.npz or FILE.parquet.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
-    ] = "tpn_slowonly_r50_k400",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights file, .safetensors or .pth, ours, MMAction2's or the original TPN's.")
-    ] = None,
+    videos: Annotated[list[Path], typer.Argument(help="Video files, or folders to search for them.", metavar="VIDEO...")],
+    out: Annotated[Path, typer.Option(help="File to write, .npz or .parquet.")],
+    model: ModelOption = DEFAULT_MODEL,
+    checkpoint: CheckpointOption = None,
     feature: Annotated[
         str | None,
         typer.Option(
-            help="Another map than the one that is classified: c4, c5, top_down_fusion, ...; averaged over time and space."
+            help="Feature map to average over time and space: c4, c5, top_down_fusion, ... Default: the one that is classified."
         ),
     ] = None,
-    level: Annotated[Level, typer.Option(help="A row for each video, or for each clip of it.")] = "video",
-    views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    level: Annotated[Literal["video", "clip"], typer.Option(help="Write one row per video or one per clip.")] = "video",
+    views: ViewsOption = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Write the features of videos into a file. The same command again goes on where it was stopped."""
+    """Write the features of videos to a file.
+
+    Run the same command again to resume. Videos that are already in the file are skipped.
+    """
     import torch
 
     from tpn.features import FeatureModel, check_path, extract
-    from tpn.optimize import usable_device
+    from tpn.optimization import resolve_device
     from tpn.predict import VideoClassifier
     from tpn.video.datasets import videos_below
+    from tpn.zoo.create import create_model
 
-    num_clips, num_crops = read_views(views)
-    check_path(out)  # before the model is fetched
-    found = {video: videos_below(video) if video.is_dir() else [video] for video in videos}
-    paths = [path for inside in found.values() for path in inside]
-    empty = [video for video, inside in found.items() if not inside]
-    for video in empty:
-        err.print(f"error: {video}: no videos in it")
+    num_clips, num_crops = parse_views_option(views)
+    check_path(out)  # before the model is downloaded
+    files_of = {video: videos_below(video) if video.is_dir() else [video] for video in videos}
+    paths = [path for files in files_of.values() for path in files]
+    empty_folders = [video for video, files in files_of.items() if not files]
+    for folder in empty_folders:
+        err.print(f"error: {folder}: no videos in this folder")
     if not paths:
         raise typer.Exit(1)
-    if not out.exists():  # which may hold what is gone
-        check_there(*paths)
-    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    built = tpn.create_model(model, checkpoint is None, checkpoint_path=checkpoint)
-    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=place)
-    done = failed = 0
+    if not out.exists() and not any(path.exists() for path in paths):  # an existing file may have the rows of deleted videos
+        require_exists(paths[0])
+    torch_device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    built = create_model(model, checkpoint is None, checkpoint_path=checkpoint)
+    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=torch_device)
+    added = failed = 0
     with progress_bars() as progress:
         results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
         try:
-            for _, problem in progress.track(results, total=None, description="files"):
-                if problem is None:
-                    done += 1
+            for _, error in progress.track(results, total=None, description="files"):
+                if error is None:
+                    added += 1
                 else:
                     failed += 1
-                    err.print(f"error: {one_line(problem)}")
+                    err.print(f"error: {one_line_message(error)}")
         except KeyboardInterrupt:
             results.close()
-            err.print(f"interrupted; {done} videos were added to {out}, and the same command goes on from there")
+            err.print(f"interrupted; added {added} videos to {out}. Run the same command to resume.")
             raise
-    before = len(set(paths)) - done - failed
-    typer.echo(f"{out}: {done} videos added, {before} were there already, {failed} cannot be read")
-    if failed or empty:
+    skipped = len(set(paths)) - added - failed
+    print_result(f"{out}: {added} videos added, {skipped} already there, {failed} unreadable")
+    if failed or empty_folders:
         raise typer.Exit(1)

@@ -1,35 +1,36 @@
-"""Commands about models: list, info, convert, publish."""
+"""The commands list, info, convert, and publish."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import tpn
-from tpn.cli.app import app, err
+from tpn.cli.app import app, err, print_result
+from tpn.zoo import fetch
 from tpn.zoo import publish as publishing
-from tpn.zoo import sources
-from tpn.zoo.registry import count
-from tpn.zoo.weights import WEIGHTS, get_weights
+from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles, get_checkpoint
+from tpn.zoo.create import count, create_model, list_models, model_info
 
 
 @app.command("list")
 def list_(
-    pattern: Annotated[str, typer.Argument(help="Wildcard, such as 'tpn_*r101*'.")] = "*",
-    weights: Annotated[bool, typer.Option("--weights", help="Every checkpoint, not only each model's default.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    pattern: Annotated[str, typer.Argument(help="Wildcard for model names, such as 'tpn_*r101*'.")] = "*",
+    weights: Annotated[
+        bool, typer.Option("--weights", help="List every checkpoint, not only the default of each model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """List the models with the accuracy that the publisher of their default weights reports."""
-    names = tpn.list_models(pattern, pretrained=weights)
+    """List models with their size and reported accuracy."""
+    names = list_models(pattern, pretrained=weights)
     if not names:
-        raise ValueError(f"no model matches {pattern!r}; tpn list shows all")
+        raise ValueError(f"no model matches {pattern!r}; tpn list shows all models")
     rows = [_facts(name) for name in names]
     if as_json:
         for row in rows:
-            typer.echo(json.dumps(row))
+            print_result(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = ["model", "params", "GMACs", "frames x interval", "dataset", "top-1", "top-5", "source"]
@@ -39,8 +40,7 @@ def list_(
         table.add_column(column, no_wrap=True, justify="left" if column in ("model", "dataset", "source", "weights") else "right")
     for row in rows:
         table.add_row(row["model" if weights else "architecture"], *(row["shown"][c] for c in columns[1:]))
-    console = Console()
-    console.width = max(console.width, 140)  # a row is a line, also in a pipe
+    console = Console(width=1000)  # more than any row needs: a narrow terminal wraps rows, and nothing is truncated
     console.print(table)
     legend = "\ntop-1, top-5: percent, reported upstream (* measured by this project). GMACs: one clip at the training size."
     console.print(legend, highlight=False)
@@ -51,12 +51,12 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model, with or without a tag: tpn_slowonly_r50_k400.scratch; local-dir:FOLDER, hf-hub:OWNER/NAME."
+            help="Model name, also with a tag (tpn_slowonly_r50_k400.scratch), local-dir:FOLDER, or hf-hub:OWNER/NAME."
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what is known of a model and its weights."""
+    """Show the properties of a model and its weights."""
     if ":" in name:
         facts = _saved_facts(name)
         shown = facts | {"labels": ", ".join(facts["labels"][:5]) + (", ..." if len(facts["labels"]) > 5 else "")}
@@ -64,111 +64,117 @@ def info(
         facts = _facts(name)
         shown = {"model": facts["model"], **facts["shown"], **facts["details"]}
     if as_json:
-        typer.echo(json.dumps(facts))
+        print_result(json.dumps(facts))
         return
     for key, value in shown.items():
-        typer.echo(f"{key:<18} {value}")
+        print_result(f"{key:<18} {value}")
 
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth of MMAction2 or of the original TPN, or a .safetensors.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="The model it holds, with a tag if it has several.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Weights file, .pth or .safetensors, saved by tpn, MMAction2, or the original TPN code.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model name, with the checkpoint tag if the model has several.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: the cache, so that pretrained=True finds it.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write. Default: the cache, for pretrained=True.")
     ] = None,
 ) -> None:
-    """Write a checkpoint as safetensors with its configuration, for local-dir:FOLDER or pretrained=True."""
-    weights = get_weights(model)
-    path = sources.store(weights, checkpoint, output) if output else sources.convert(weights, checkpoint)
-    how = f'"local-dir:{path.parent}"' if output else f'"{weights.name}", pretrained=True'
+    """Convert a checkpoint to model.safetensors and config.json.
+
+    Load the result as local-dir:FOLDER, or with pretrained=True if it is in the cache.
+    """
+    entry = get_checkpoint(model)
+    path = fetch.store(entry, checkpoint, output) if output else fetch.convert(entry, checkpoint)
+    how = f'"local-dir:{path.parent}"' if output else f'"{entry.name}", pretrained=True'
     err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
 
 
 @app.command()
 def publish(
-    namespace: Annotated[str, typer.Option(help="Your account or organisation on the Hugging Face Hub.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make new repositories private.")] = False,
+    namespace: Annotated[str, typer.Option(help="Your user or organization name on the Hugging Face Hub.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the uploads without doing them.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create private repositories.")] = False,
 ) -> None:
-    """Upload the published checkpoints to the Hub, converted: all that are in the cache or have a direct link.
+    """Convert the published checkpoints and upload them to the Hugging Face Hub.
 
-    The others have to be fetched by hand, and are listed with the way to do it. Needs HF_TOKEN, or `hf auth login`.
+    Checkpoints that need a manual download are listed with instructions. Set HF_TOKEN or run hf auth login first.
     """
     failed = False
     for done in publishing.publish(namespace, dry_run=dry_run, private=private):
-        typer.echo(f"{done.state:<20} {done.repo_id}" + (f"  {done.detail}" if done.detail else ""))
+        print_result(f"{done.state:<20} {done.repo_id}" + (f"  {done.detail}" if done.detail else ""))
         failed |= done.state == "failed"
     if failed:
         raise typer.Exit(1)
 
 
 def _saved_facts(name: str) -> dict[str, Any]:
-    """Return what `info` prints of somebody's own model."""
-    model = tpn.create_model(name)
-    spec, args = tpn.input_spec(model), dict(model.model_args or {})
+    """Return the properties of a saved model for `info`."""
+    model = create_model(name)
+    config, spec = model.config, model.config.input_spec
     params, gmacs = count(model)
+    parts = {"backbone": config.backbone, **({"neck": config.neck} if config.neck else {})}
     return {
         "model": name,
-        "architecture": cast("Any", model).pretrained_cfg["architecture"],
-        **{key: args[key] for key in sorted(args.keys() - {"num_frames"})},
+        "architecture": config.architecture,
+        **{kind: " ".join([part.name, *(f"{key}={value}" for key, value in part.args.items())]) for kind, part in parts.items()},
         "params": params,
         "GMACs": round(gmacs, 2),
         "num_frames": spec.num_frames,
         "frame_interval": spec.frame_interval if spec.sampling == "dense" else None,
         "views": f"{spec.num_clips}x{spec.num_crops}",
         "crop_size": spec.crop_size,
-        "num_classes": model.num_classes,
-        "labels": list(model.labels or ()),
+        "num_classes": config.num_classes,
+        "labels": list(config.labels or ()),
     }
 
 
 def _facts(name: str) -> dict[str, Any]:
-    """Return what `list` and `info` print of "model" or "model.tag"."""
-    about = tpn.model_info(name)
-    w, spec = about.weights, about.weights.input
-    here = (sources.cache_folder(w) / "model.safetensors").is_file()
+    """Return the properties of "model" or "model.tag" for `list` and `info`."""
+    about = model_info(name)
+    entry, source, spec = about.checkpoint, about.checkpoint.source, about.checkpoint.config.input_spec
+    here = (fetch.cache_folder(entry) / "model.safetensors").is_file()
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
-    measured = "not yet" if w.measured_top1 is None else f"{w.measured_top1:.2f}"
-    top1 = f"{measured}*" if w.reported_top1 is None else f"{w.reported_top1:.2f}"
-    place = "in the package" if w.embedded else "in the cache" if here else "by hand" if w.manual else "direct link"
+    measured = "not yet" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
+    top1 = f"{measured}*" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}"
+    tags = [other.tag for other in CHECKPOINTS.values() if other.model == entry.model and other is not entry]
     return {
-        "architecture": w.model,
-        "model": w.name,
+        "architecture": entry.model,
+        "model": entry.name,
         "params": about.params,
         "gmacs": round(about.gmacs, 2),
         "num_frames": spec.num_frames,
         "frame_interval": spec.frame_interval,
-        "dataset": w.dataset.title,
-        "reported_top1": w.reported_top1,
-        "reported_top5": w.reported_top5,
-        "measured_top1": w.measured_top1,
-        "measured_top5": w.measured_top5,
-        "protocol": w.protocol,
-        "source": w.source,
-        "url": w.url,
-        "sha256": w.sha256,
-        "repo_id": w.repo_id,
-        "license": w.license,
+        "dataset": entry.dataset,
+        "reported_top1": entry.reported_top1,
+        "reported_top5": entry.reported_top5,
+        "measured_top1": entry.measured_top1,
+        "measured_top5": entry.measured_top5,
+        "protocol": entry.protocol,
+        "source": entry.publisher,
+        "url": source.url,
+        "sha256": source.sha256,
+        "repo_id": source.repo_id if isinstance(source, HubFiles) else entry.mirror,
+        "license": entry.license,
         "cached": here,
         "shown": {
             "params": f"{about.params / 1e6:.1f} M",
             "GMACs": f"{about.gmacs:.1f}",
             "frames x interval": f"{spec.num_frames}{interval}",
-            "dataset": w.dataset.title,
+            "dataset": entry.dataset,
             "top-1": top1,
-            "top-5": "" if w.reported_top5 is None else f"{w.reported_top5:.2f}",
-            "source": w.source,
-            "weights": place,
+            "top-5": "" if entry.reported_top5 is None else f"{entry.reported_top5:.2f}",
+            "source": entry.publisher,
+            "weights": "in the cache" if here else source.access,
         },
         "details": {
-            "accuracy": f"{'reported upstream; ' if w.reported_top1 else ''}measured by this project: {measured}",
-            "protocol": w.protocol,
-            "classes": str(w.dataset.num_classes),
-            "initialised from": w.initialised_from or "random",
-            "note": w.note,
-            "license": w.license,
-            "link": w.url or "none, it comes with tpn",
-            "other tags": ", ".join(e.tag for e in WEIGHTS.values() if e.model == w.model and e is not w) or "none",
+            "accuracy": f"{'reported upstream; ' if entry.reported_top1 else ''}measured by this project: {measured}",
+            "protocol": entry.protocol,
+            "classes": str(entry.config.num_classes),
+            "initialized from": entry.initialized_from,
+            "note": entry.note,
+            "license": entry.license,
+            "link": source.url or source.access,
+            "other tags": ", ".join(tags) or "none",
         },
     }

@@ -1,85 +1,100 @@
-"""Commands about videos: demo, predict, check."""
+"""The commands demo, predict, and check."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import tpn
-from tpn.cli.app import app, check_folder, check_picture, check_there, err, not_there, one_line, progress_bars, read_views
+from tpn.cli.app import (
+    DEFAULT_MODEL,
+    CheckpointOption,
+    DeviceOption,
+    ModelOption,
+    PrecisionOption,
+    ViewsOption,
+    app,
+    err,
+    one_line_message,
+    parse_views_option,
+    print_result,
+    progress_bars,
+    require_exists,
+    require_parent_folder,
+    require_picture_path,
+)
 
-DEFAULT = "tpn_slowonly_r50_k400"
+MAX_SHOWN_BAD_FILES = 10
 
 
 @app.command()
 def demo(
-    video: Annotated[Path | None, typer.Argument(help="A video. Default: one that is rendered.", metavar="[VIDEO]")] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Another model; by default a small one that knows 14 motions and comes with tpn.")
-    ] = "tpn_slowonly_tiny_motion",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("tpn-demo.png"),
+    video: Annotated[Path | None, typer.Argument(help="Video file. Default: render one.", metavar="[VIDEO]")] = None,
+    model: ModelOption = "tpn_slowonly_tiny_motion",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-demo.png"),
 ) -> None:
-    """Classify a video and draw what was seen when. Needs no network."""
+    """Classify a video and draw the predictions along time.
+
+    The default model recognizes 14 rendered motions. It ships with tpn and needs no network.
+    """
     from tpn import demo as drawing
     from tpn.predict import VideoClassifier
 
     if video is not None:
-        check_there(video)
-    if drawing.can_draw():
-        check_picture(output)
+        require_exists(video)
+    if drawing.has_matplotlib():
+        require_picture_path(output)
     else:
-        check_folder(output)
+        require_parent_folder(output)
     classifier = VideoClassifier(model, pretrained=True)
     if video is None:
         video = output.with_name("tpn-demo.mp4")
         drawing.render_video(video)
         err.print(f"rendered {video}")
-    seen = drawing.look(classifier, video)
-    _print_prediction(video, seen.prediction, 5, as_json=False)
-    if not drawing.can_draw():
+    analysis = drawing.analyze(classifier, video)
+    _print_prediction(video, analysis.prediction, 5, as_json=False)
+    if not drawing.has_matplotlib():
         err.print('no picture without matplotlib: pip install "tpn[viz]"')
         return
-    drawing.draw(seen, output)
-    err.print(f"drew {output}")
+    drawing.draw(analysis, output)
+    err.print(f"wrote {output}")
 
 
 @app.command()
 def predict(
     videos: Annotated[list[Path], typer.Argument(help="Video files.", metavar="VIDEO...")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A name from tpn list, local-dir:FOLDER or hf-hub:OWNER/NAME.")
-    ] = DEFAULT,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights file, .safetensors or .pth, ours, MMAction2's or the original TPN's.")
+    model: ModelOption = DEFAULT_MODEL,
+    checkpoint: CheckpointOption = None,
+    views: ViewsOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
+    device: DeviceOption = None,
+    exported: Annotated[
+        Path | None,
+        typer.Option("--onnx", "--exported", help="Run this .onnx or .pt2 file from tpn export instead of --model."),
     ] = None,
-    views: Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to print.")] = 5,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
-    onnx: Annotated[
-        Path | None, typer.Option("--onnx", "--exported", help="Run this file of tpn export, .onnx or .pt2, instead of --model.")
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16, or auto: the fastest that the device has.")
-    ] = "float32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model first: worth it for many videos.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, a line a file.")] = False,
+    precision: PrecisionOption = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model first. Pays off for many videos.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video.")] = False,
 ) -> None:
-    """Say what happens in videos. A file that cannot be read is reported, and the rest go on."""
+    """Classify videos. Unreadable files are reported and skipped."""
     from tpn.export import load as load_exported
-    from tpn.predict import VideoClassifier
+    from tpn.predict import Prediction, VideoClassifier
 
-    num_clips, num_crops = read_views(views)
-    if not any(video.exists() for video in videos):  # before a model is fetched
+    num_clips, num_crops = parse_views_option(views)
+    if not any(video.exists() for video in videos):  # before the model is downloaded
         for video in videos:
-            _print_failure(video, not_there(video), as_json)
+            _print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
         raise typer.Exit(1)
-    if onnx is not None:
+    if exported is not None:
         if checkpoint is not None or precision != "float32" or compile:
-            raise typer.BadParameter("a file runs as it is, without --checkpoint, --precision and --compile", param_hint="--onnx")
-        if model != DEFAULT:
-            err.print(f"{onnx} is run, not {model}")
-        classifier = VideoClassifier(load_exported(onnx), device=device)
+            raise typer.BadParameter(
+                "cannot be combined with --checkpoint, --precision, or --compile: an exported file is fixed", param_hint="--onnx"
+            )
+        if model != DEFAULT_MODEL:
+            err.print(f"--model {model} is ignored: {exported} is used instead")
+        classifier = VideoClassifier(load_exported(exported), device=device)
     else:
         classifier = VideoClassifier(
             model,
@@ -90,42 +105,48 @@ def predict(
             compile=compile,
         )
     if not classifier.model.num_classes:
-        raise ValueError("the model has no classes, num_classes is 0; tpn features writes what it gives")
-    failed = 0
+        raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
+    failed = False
     with progress_bars() as progress:
         files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
         views_task = progress.add_task("views", total=None)
 
-        def advance(done: int, total: int) -> None:
+        def show_views(done: int, total: int) -> None:
             progress.update(views_task, completed=done, total=total)
 
-        results = classifier.predict_each(videos, num_clips=num_clips, num_crops=num_crops, progress=advance)
+        results = classifier.predict_each(videos, num_clips=num_clips, num_crops=num_crops, progress=show_views)
         for video, result in zip(videos, results, strict=True):
             progress.advance(files_task)
-            if isinstance(result, tpn.Prediction):
+            if isinstance(result, Prediction):
                 _print_prediction(video, result, top, as_json)
-                continue
-            failed += 1
-            _print_failure(video, result, as_json)
+            else:
+                failed = True
+                _print_failure(video, result, as_json)
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="A folder of class folders, or a list as VideoList and RawFrames read it.")],
-    root: Annotated[Path | None, typer.Option(help="What paths in a list are relative to. Default: its folder.")] = None,
+    data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
+    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
     frames: Annotated[
-        str | None, typer.Option(help="For lists of extracted frames: their file names, such as img_{:05d}.jpg.")
+        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
     ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of their first frame.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Videos to read at once.")] = 2,
-    report: Annotated[Path, typer.Option(help="Where to write the bad files, each with its reason.")] = Path("bad_files.txt"),
+    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
+    report: Annotated[Path, typer.Option(help="Text file to write, one unreadable file per line with its error.")] = Path(
+        "bad_files.txt"
+    ),
 ) -> None:
-    """Read every frame of a data set, and report the files that cannot be read: those so far, if it is interrupted."""
+    """Read every frame of a dataset and report unreadable files.
+
+    If you interrupt it, the report lists the unreadable files found so far.
+    """
+    from tpn.config import InputSpec
     from tpn.video import datasets
 
-    spec = tpn.InputSpec(num_frames=1)  # what a clip is does not matter here
+    spec = InputSpec(num_frames=1)  # required by datasets, but no clip is taken
     dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames, first=first_frame)
     num_bad = 0
     with progress_bars() as progress:
@@ -133,28 +154,28 @@ def check(
         for item, reason in progress.track(dataset.check(workers), total=len(dataset), description="files"):
             if reason:
                 num_bad += 1
-                if num_bad <= 10:
-                    progress.console.print(f"{item.path}: {reason}", soft_wrap=True, markup=False, highlight=False)
+                if num_bad <= MAX_SHOWN_BAD_FILES:
+                    err.print(f"{item.path}: {reason}")
                 with report.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{item.path}\t{reason}\n")
-    typer.echo(f"{len(dataset)} videos in {len(dataset.classes)} classes, {num_bad} of them cannot be read")
+    print_result(f"{len(dataset)} videos in {len(dataset.classes)} classes, {num_bad} unreadable")
     if num_bad:
-        err.print(f"error: all of them, with their reasons, are in {report}")
+        err.print(f"error: {report} lists the unreadable files")
         raise typer.Exit(1)
 
 
 def _print_failure(video: Path, error: Exception, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"file": str(video), "error": one_line(error)}))
-    err.print(f"error: {one_line(error)}")
+        print_result(json.dumps({"file": str(video), "error": one_line_message(error)}))
+    err.print(f"error: {one_line_message(error)}")
 
 
-def _print_prediction(video: Path, result: Any, top: int, as_json: bool) -> None:
-    best = result.top(top)
+def _print_prediction(video: Path, prediction: Any, top: int, as_json: bool) -> None:
+    best, num_views = prediction.top(top), len(prediction.view_logits)
     if as_json:
         scores = [{"label": label, "probability": probability} for label, probability in best]
-        typer.echo(json.dumps({"file": str(video), "views": len(result.view_logits), "top": scores}, ensure_ascii=False))
+        print_result(json.dumps({"file": str(video), "views": num_views, "top": scores}, ensure_ascii=False))
         return
-    typer.echo(f"{video}  ({len(result.view_logits)} views)")
+    print_result(f"{video}  ({num_views} views)")
     for label, probability in best:
-        typer.echo(f"  {probability:7.2%}  {label}")
+        print_result(f"  {probability:7.2%}  {label}")
