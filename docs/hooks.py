@@ -1,4 +1,4 @@
-"""What the site takes from the package while it is built: the tables of the models page, the command line, inlined drawings."""
+"""MkDocs hooks: fill in the tables of models and the command line reference from the package, and inline drawings."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,28 +9,28 @@ import typer
 
 from tpn import model_info
 from tpn.cli.app import app
-from tpn.zoo.weights import WEIGHTS, Weights
+from tpn.zoo.checkpoints import CHECKPOINTS
 
 ATTRIBUTES = re.compile(r"<b><code>(<span[^>]*>)(\w+,)</span></code></b>\s*\(<code>(.*?)</code>\)", re.DOTALL)
-"""What "first, last: ..." becomes, which is read as an attribute "first," of type "last"."""
+"""Attributes documented as "first, last: ..." are parsed as an attribute "first," of type "last"."""
 
 DRAWING = re.compile(r'<p><img [^>]*src="([^"]+\.svg)"[^>]*></p>')
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """columns: titles, with ":" at the end of those to the right."""
+    """Return a Markdown table. Columns whose title ends in ":" are aligned to the right."""
     aligned = ("---:" if column.endswith(":") else "---" for column in columns)
     lines = [[column.rstrip(":") for column in columns], list(aligned), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def name(text: str) -> str:
-    """A name that a click copies."""
+def copyable(text: str) -> str:
+    """Return HTML for text that is copied when it is clicked."""
     return f'<code class="copy" title="copy">{text}</code>'
 
 
-def plain(text: str) -> str:
-    """Text that Markdown must not read."""
+def escape(text: str) -> str:
+    """Escape Markdown."""
     return re.sub(r"([*_<|`\\[\]])", r"\\\1", text)
 
 
@@ -39,48 +39,45 @@ def percent(value: float | None) -> str:
 
 
 def models() -> str:
-    """A row for each architecture that has weights."""
+    """Return the table of architectures with weights."""
     rows = []
-    for model in dict.fromkeys(entry.model for entry in WEIGHTS.values()):
+    for model in dict.fromkeys(entry.model for entry in CHECKPOINTS.values()):
         about = model_info(model)
-        spec = about.weights.input
+        entry = about.checkpoint
+        spec = entry.config.input_spec
         frames = f"{spec.num_frames} × {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
-        tags = ", ".join(entry.tag for entry in WEIGHTS.values() if entry.model == model)
-        rows.append((name(model), frames, about.weights.dataset.title, f"{about.params / 1e6:.1f} M", f"{about.gmacs:.1f}", tags))
+        tags = ", ".join(each.tag for each in CHECKPOINTS.values() if each.model == model)
+        params, gmacs = f"{about.params / 1e6:.1f} M", f"{about.gmacs:.1f}"
+        rows.append((copyable(model), frames, entry.dataset, params, gmacs, tags))
     return table(("model", "frames × interval", "data", "parameters:", "GMACs:", "checkpoints"), rows)
 
 
 def accuracies() -> str:
-    """A row for each checkpoint: what it reaches, and how that is tested."""
+    """Return the table of accuracies and test protocols, by checkpoint."""
     rows = []
-    for entry in WEIGHTS.values():
+    for entry in CHECKPOINTS.values():
         measured = percent(entry.measured_top1) or "not yet"
         reported = (percent(entry.reported_top1), percent(entry.reported_top5))
-        spec = entry.input
-        size = spec.three_crop_size if spec.num_crops == 3 else spec.crop_size
-        protocol = f"{spec.num_clips} × {spec.num_crops}, {size} px" + (", mirrored" if spec.flip else "")
-        start = entry.initialised_from or "random"
-        rows.append((name(entry.name), *reported, measured, protocol, start))
+        spec = entry.config.input_spec
+        protocol = f"{spec.num_clips} × {spec.num_crops}, {spec.view_size} px" + (", mirrored" if spec.flip else "")
+        rows.append((copyable(entry.name), *reported, measured, protocol, entry.initialized_from))
     return table(("checkpoint", "top-1:", "top-5:", "measured here:", "tested with", "starts from"), rows)
 
 
 def files() -> str:
-    """A row for each checkpoint: who publishes it, and where."""
+    """Return the table of downloads and licenses, by checkpoint."""
 
-    def link(entry: Weights) -> str:
-        if entry.url is None:
-            return "in the package"
-        return f"[{'by hand' if entry.manual else 'by itself'}]({entry.url})"
-
-    def digits(entry: Weights) -> str:
-        return f"`{entry.sha256}…`" if entry.sha256 else ""
-
-    rows = [(name(entry.name), entry.source, link(entry), digits(entry), entry.license, entry.note) for entry in WEIGHTS.values()]
+    rows = []
+    for entry in CHECKPOINTS.values():
+        source = entry.source
+        sha256 = f"`{source.sha256}…`" if source.sha256 else ""
+        download = f"[{source.access}]({source.url})" if source.url else source.access
+        rows.append((copyable(entry.name), entry.publisher, download, sha256, entry.license, entry.note))
     return table(("checkpoint", "published by", "download", "SHA-256", "license", "note"), rows)
 
 
 def commands() -> str:
-    """A section for each command of `tpn`."""
+    """Return the reference of the command line, one section per command."""
     group: Any = typer.main.get_command(app)
     parts = []
     for command in group.commands.values():
@@ -88,14 +85,14 @@ def commands() -> str:
         for param in command.params:
             is_option = param.param_type_name == "option"
             metavar = param.metavar or (param.name.upper() if param.required else f"[{param.name.upper()}]")
-            names = ", ".join(f"`{each}`" for each in param.opts) if is_option else f"`{metavar}`"
-            default = "required" if param.required else plain(f"{param.default}")
+            names = ", ".join(f"`{opt}`" for opt in param.opts) if is_option else f"`{metavar}`"
+            default = "required" if param.required else escape(f"{param.default}")
             hidden = param.default is None or param.default is False
-            rows.append((names, plain(param.help or ""), "" if hidden and not param.required else default))
+            rows.append((names, escape(param.help or ""), "" if hidden and not param.required else default))
             usage += [] if is_option else [metavar]
-        about = "\n\n".join(" ".join(paragraph.split()) for paragraph in command.help.split("\n\n"))
+        description = "\n\n".join(" ".join(paragraph.split()) for paragraph in command.help.split("\n\n"))
         usage = " ".join([*usage, "[OPTIONS]"])
-        parts += [f"## tpn {command.name}", plain(about), f"```text\n{usage}\n```", table(("option", "", "default"), rows)]
+        parts += [f"## tpn {command.name}", escape(description), f"```text\n{usage}\n```", table(("option", "", "default"), rows)]
     return "\n\n".join(parts)
 
 
@@ -115,16 +112,16 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
 
 
 def on_page_content(html: str, **kwargs: object) -> str:
-    """Attributes that share a description."""
+    """Join the names of attributes that share a description."""
 
-    def joined(match: re.Match[str]) -> str:
+    def join_names(match: re.Match[str]) -> str:
         return f"<b><code>{match[2]} {re.sub('<[^>]+>', '', match[3])}</code></b>"
 
-    return ATTRIBUTES.sub(joined, html)
+    return ATTRIBUTES.sub(join_names, html)
 
 
 def on_post_page(output: str, page, config, **kwargs: object) -> str:
-    """Put drawings into the page, where they take its colours, light or dark; on narrow screens they scroll."""
+    """Inline drawings, so that they have the colors of the page."""
 
     def inline(match: re.Match[str]) -> str:
         path = Path(config["docs_dir"], page.file.src_uri).parent / match[1]

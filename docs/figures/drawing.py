@@ -1,6 +1,6 @@
-"""What the drawings share: boxes, arrows, labels, and colours that read on light and on dark pages.
+"""Parts of the drawings: boxes, arrows, labels, and colors for light and dark pages.
 
-The site puts drawings into its pages, where text takes the page's colour; elsewhere, as in the README, it has the one given here.
+The site inlines the drawings, so their text has the color of the page. Elsewhere, as in the README, it has the color `INK`.
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 INK, FRAME, FINE, COARSE, OUT = "#6e7681", "#6e7781", "#2f81f7", "#db6d28", "#2da44e"
-"""Text and arrows; the clip; the fine level; the coarse level; what both become."""
+"""Colors of text and arrows, the clip, the fine level, the coarse level, and the fused features."""
 
 
 def text(x: float, y: float, content: str, *, bold: bool = False, anchor: str = "middle") -> str:
@@ -34,7 +34,7 @@ def line(*points: tuple[float, float], color: str, width: float = 1.6, dash: str
 
 
 def drawing(width: int, height: int, title: str, parts: Iterable[str], sizes: tuple[float, float] = (15, 13)) -> str:
-    """sizes: of bold and of plain text."""
+    """Return an SVG document. sizes: font sizes of bold and of plain text, in pixels."""
     ink = f"var(--md-typeset-color, {INK})"
     style = (
         f"svg.drawing text{{font-family:system-ui,sans-serif;fill:{ink}}}svg.drawing .t{{font-size:{sizes[0]}px;font-weight:600}}"
@@ -51,5 +51,5 @@ def drawing(width: int, height: int, title: str, parts: Iterable[str], sizes: tu
 
 
 def write(draw: Callable[[], str]) -> None:
-    """Write the drawing to the file that the command line names."""
+    """Write a drawing to the file in the first command line argument."""
     Path(sys.argv[1]).write_text(draw(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draw `flows.svg`: from where the bottom-up flow starts, for both values of `flow_order` that have two flows.
+"""Draw `flows.svg`: the input of the bottom-up flow with `flow_order` "cascade" and "parallel".
 
 python docs/figures/flows.py docs/pages/figures/flows.svg
 """
@@ -6,11 +6,11 @@ python docs/figures/flows.py docs/pages/figures/flows.svg
 from drawing import COARSE, FINE, OUT, arrow, box, drawing, text, write
 
 
-def panel(y: float, order: str, says: str) -> list[str]:
-    """One network; y: of its upper edge."""
+def panel(y: float, order: str, caption: str) -> list[str]:
+    """Draw one pyramid. y: its upper edge."""
     fine, coarse = y + 62, y + 166
     middle = {"fine": fine + 24, "coarse": coarse + 24}
-    parts = [text(14, y + 16, f'flow_order="{order}"', bold=True, anchor="start"), text(706, y + 16, says, anchor="end")]
+    parts = [text(14, y + 16, f'flow_order="{order}"', bold=True, anchor="start"), text(706, y + 16, caption, anchor="end")]
     for level, top, color in (("fine", fine, FINE), ("coarse", coarse, COARSE)):
         parts += [
             box(14, top, 130, 48, color, "modulated", f"{level} level"),
@@ -34,7 +34,7 @@ def panel(y: float, order: str, says: str) -> list[str]:
             arrow((164, middle["fine"]), (164, fine - 12), (350, fine - 12), (350, middle["fine"]), (378, middle["fine"])),
             arrow((164, middle["coarse"]), (164, under), (350, under), (350, middle["coarse"]), (378, middle["coarse"])),
         ]
-    # the top-down flow's own way to the fusion
+    # from the top-down flow directly to the fusion
     bottom = coarse + 76
     parts.append(arrow((290, coarse + 48), (290, bottom), (645, bottom), (645, fine + 106)))
     parts.append(arrow((290, fine), (290, fine - 22), (645, fine - 22), (645, fine + 46)))

@@ -1,4 +1,4 @@
-"""Draw `pyramid.svg`, the picture in the README, from the published R101 model's own numbers.
+"""Draw `pyramid.svg`, the overview in the README, with the sizes of `tpn_slowonly_r101_k400`.
 
 python docs/figures/pyramid.py docs/pages/figures/pyramid.svg
 """
@@ -10,7 +10,7 @@ from tpn import create_model
 
 
 def stack(x: float, y: float, count: int, w: float, h: float, color: str, gap: float) -> str:
-    """Frames along time, the first one at the back."""
+    """Draw frames along time, with the first one at the back."""
     return "".join(
         f'<rect x="{x + i * gap:g}" y="{y + i * gap * 0.55:g}" width="{w:g}" height="{h:g}" rx="3" '
         f'fill="{color}" fill-opacity=".18" stroke="{color}"/>'

@@ -1,4 +1,4 @@
-"""Draw `shapes.svg`: every step of TPN-SlowOnly R50 with the shape of its result, as the model itself gives them.
+"""Draw `shapes.svg`: the steps of TPN-SlowOnly R50 with the shapes of their outputs, taken from the model.
 
 python docs/figures/shapes.py docs/pages/figures/shapes.svg
 """
@@ -13,14 +13,14 @@ STEPS = (("spatial_modulation", 232), ("temporal_modulation", 322), ("top_down",
 
 
 def shapes() -> dict[str, str]:
-    """C x T x H x W of the clip and of every map."""
+    """Return C x T x H x W of the clip and of all feature maps, by name."""
     with torch.device("meta"):
         model = create_model("tpn_slowonly_r50_k400").eval()
         spec = input_spec(model)
         clip = torch.empty(1, 3, spec.num_frames, spec.crop_size, spec.crop_size)
-        _, found = model.forward_intermediates(clip)
-        found |= {"clip": clip, "logits": model(clip)}
-    return {name: " × ".join(map(str, each.shape[1:])) for name, each in found.items()}
+        _, tensors = model.forward_intermediates(clip)
+        tensors |= {"clip": clip, "logits": model(clip)}
+    return {name: " × ".join(map(str, tensor.shape[1:])) for name, tensor in tensors.items()}
 
 
 def draw() -> str:
@@ -50,7 +50,7 @@ def draw() -> str:
         text(360, middle - 10, "+"),
         arrow((gap_left, middle + 90), (gap_right - 6, middle + 90), color=FINE),
         text(360, middle + 80, "+"),
-        # the top-down levels pass by the bottom-up flow on the left, those of the bottom-up flow go straight down
+        # the arrow from the top-down flow passes the bottom-up flow on the left
         arrow((LEFT, middle), (14, middle), (14, 618), (LEFT - 6, 618)),
         arrow((coarse, 554), (coarse, 586)),
         arrow((fine, 554), (fine, 574), (RIGHT + 60, 574), (RIGHT + 60, 586)),

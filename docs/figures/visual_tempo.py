@@ -1,4 +1,4 @@
-"""Draw `visual_tempo.svg`: one motion at three tempos, and what the two levels of the R101 model pool of it.
+"""Draw `visual_tempo.svg`: one motion at three tempos, and the frames that the two levels of the R101 model pool.
 
 python docs/figures/visual_tempo.py docs/pages/figures/visual_tempo.svg
 """
@@ -14,18 +14,18 @@ LEFT, STEP, SWING = 150, 66, 30
 
 
 def curve(y: float, cycles: float, frames: int) -> list[str]:
-    """Where a swinging thing is along the clip, and where each frame sees it."""
+    """Draw the position of a swinging object over time, and its position in each frame."""
 
-    def place(t: float) -> tuple[float, float]:
+    def position(t: float) -> tuple[float, float]:
         return round(LEFT + STEP * (t + 0.5), 1), round(y - SWING * math.sin(2 * math.pi * cycles * (t + 0.5) / frames), 1)
 
-    seen = [place(t) for t in range(frames)]
-    dots = "".join(f'<circle cx="{x:g}" cy="{height:g}" r="5" fill="{FRAME}"/>' for x, height in seen)
-    return [line(*(place(i / 16 - 0.5) for i in range(16 * frames + 1)), color=FRAME, width=1.4, dash="4 3"), dots]
+    in_frames = [position(t) for t in range(frames)]
+    dots = "".join(f'<circle cx="{x:g}" cy="{height:g}" r="5" fill="{FRAME}"/>' for x, height in in_frames)
+    return [line(*(position(i / 16 - 0.5) for i in range(16 * frames + 1)), color=FRAME, width=1.4, dash="4 3"), dots]
 
 
 def windows(y: float, scale: int, frames: int, color: str, name: str, result: str) -> list[str]:
-    """The groups of frames that one level's temporal modulation pools into one."""
+    """Draw the groups of frames that temporal modulation pools at one level."""
     parts = [text(LEFT - 14, y + 17, name, bold=True, anchor="end")]
     for start in range(0, frames, scale):
         x, w = LEFT + STEP * start + 3, STEP * scale - 6
