@@ -124,15 +124,11 @@ class VideoClassifier:
         else:
             model = cast("Model", unwrapped(model))
             if not isinstance(model, Model):
-                raise TypeError(
-                    f"model must be a name, a TPNClassifier, FeatureModel or ExportedClassifier, got {type(model).__name__}"
-                )
+                raise TypeError(f"model must be a name or a TPNClassifier, got {type(model).__name__}")
         if model.input_spec is None:
             raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
         if model.in_chans != 3:
-            raise ValueError(
-                f"VideoClassifier reads RGB video, the model takes in_chans={model.in_chans}; call the model with clips"
-            )
+            raise ValueError(f"VideoClassifier reads RGB video, the model takes in_chans={model.in_chans}; pass it clips")
         for name, value in (("batch_size", batch_size), ("workers", workers)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
