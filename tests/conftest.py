@@ -62,3 +62,30 @@ def published(server, monkeypatch):
     import small
 
     return small.serve(server, small.SLOWONLY, monkeypatch.setattr)
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    """A classifier on the model that ships with tpn."""
+    from tpn.predict import VideoClassifier
+
+    return VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True)
+
+
+@pytest.fixture(scope="session")
+def motions(tmp_path_factory):
+    """A folder with a video of two motions, `both.mp4`, and its decoded frames, (T, 3, H, W), in `frames.npy`."""
+    import two_motions
+
+    return two_motions.write(tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: small networks are faster, and sums do not depend on the number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,12 +1,16 @@
 """Import and run the scripts of `examples/`."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,6 +22,24 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def call(main, *argv):
+    """Call a program's `main` in this process. Return its exit code, standard output, and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", list(map(str, argv))), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def call_example(name, *args):
+    """Run a script in this process; return what `call` returns."""
+    script = example(name)
+    return call(lambda: script.run_cli(script.main), f"{name}.py", *args)
 
 
 def run_example(name, *args, processes=0, before="", check=True):

@@ -1,15 +1,13 @@
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import small
 import torch
+from scripts import ROOT, call
 from terminal import run_in_terminal, screen
 from videos import write_video
 
@@ -18,7 +16,6 @@ from tpn import cli
 from tpn.zoo import saved
 from tpn.zoo.checkpoints import get_checkpoint
 
-ROOT = Path(__file__).parents[1]
 NAME = "tsm_r50_sthv2"
 
 
@@ -37,18 +34,11 @@ def folder(tmp_path_factory):
 
 def run(*args, cwd, **env):
     """Run `tpn` in this process. Return its exit code, standard output, and standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["tpn", *map(str, args)])
         for name, value in env.items():
             patch.setenv(name, value)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+        return call(cli.main, "tpn", *args)
 
 
 def test_predict_prints_names(folder):
@@ -68,9 +58,6 @@ def test_precision(folder):
     )
     assert exact["top"][0] != half["top"][0]
     assert exact["top"][0]["label"] == half["top"][0]["label"]
-    done = run("predict", "a video.mp4", "-m", "local-dir:model", "--precision", "half", cwd=folder)
-    assert done.returncode == 1
-    assert "precision must be one of float32, float16, bfloat16 or auto, got 'half'" in done.stderr
 
 
 def test_unreadable_files_are_reported_and_skipped(folder):
@@ -111,14 +98,10 @@ def test_missing_files_are_reported_before_the_model_is_downloaded(folder):
     ("args", "code", "message"),
     [
         (["predict", "b.mp4", "--model", "nonsense"], 1, "unknown model 'nonsense'"),
-        (["predict", "b.mp4", "--model", "slowonly_r50_k400"], 1, "tpn convert FILE --model slowonly_r50_k400.original"),
         (["predict", "b.mp4", "--model", "local-dir:nowhere"], 1, "nowhere"),
         (["predict", "b.mp4", "-m", NAME, "--checkpoint", "empty.mp4"], 1, "empty.mp4: the file is empty"),
-        (["predict", "b.mp4", "-m", NAME, "--checkpoint", "missing.pth"], 1, "missing.pth: No such file"),
         (["predict", "b.mp4", "-m", "local-dir:model", "--device", "warp"], 1, "cannot use device 'warp'"),
-        (["predict", "b.mp4", "--views", "3x2"], 2, "CLIPSxCROPS"),
         (["predict"], 2, "Missing argument"),
-        (["info", "tpn_slowonly_r50_k400.nope"], 1, "in1k, scratch, original"),
         (["list", "zzz*"], 1, "no model matches 'zzz*'"),
         (["convert", "text.mp4", "-m", NAME], 1, "neither a safetensors nor a PyTorch file"),
         (["frobnicate"], 2, "No such command"),
@@ -151,20 +134,24 @@ def test_list_and_info(folder):
         assert fact in info
 
 
-def test_convert_into_the_cache_makes_pretrained_work(folder):
-    model = tpn.create_model(NAME)
-    torch.save({"state_dict": upstream_names(model), "meta": {"epoch": 150}}, folder / "original.pth")
+@pytest.fixture
+def narrow(monkeypatch):
+    small.change_entry(small.BY_HAND, monkeypatch.setattr)
+
+
+def test_convert_into_the_cache_makes_pretrained_work(folder, narrow):
+    (folder / "original.pth").write_bytes(small.upstream_file(small.BY_HAND)[0])
     done = run("convert", "original.pth", "-m", NAME, cwd=folder, TPN_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     assert 'tpn.create_model("tsm_r50_sthv2.original", pretrained=True)' in done.stderr
     loaded = tpn.create_model(NAME, pretrained=True, cache_dir=folder / "cache")
     assert (folder / "cache" / f"{NAME}.original" / saved.CONFIG_FILE).is_file()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert small.same(loaded, tpn.create_model(NAME, checkpoint_path=folder / "original.pth").state_dict())
 
 
-def test_convert_of_a_fine_tuned_checkpoint_needs_a_folder(folder):
-    torch.save({"state_dict": upstream_names(tpn.create_model(NAME, num_classes=3))}, folder / "three.pth")
+def test_convert_of_a_fine_tuned_checkpoint_needs_a_folder(folder, narrow):
+    state = tpn.create_model(NAME, num_classes=3).state_dict()
+    torch.save({name.replace("head.fc", "cls_head.fc_cls"): tensor for name, tensor in state.items()}, folder / "three.pth")
     done = run("convert", "three.pth", "-m", NAME, cwd=folder, TPN_CACHE=str(folder / "cache2"))
     assert done.returncode == 1
     assert "--output" in done.stderr
@@ -184,22 +171,15 @@ def test_version_help_and_closed_pipe(folder):
     assert done.stdout.count("\n") == 1
 
 
-def test_python_m_tpn_and_no_traceback(folder):
-    """In a process of its own."""
-    command = [sys.executable, "-m", "tpn", "predict", "empty.mp4", "--model", "local-dir:model"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: empty.mp4: the file is empty\n")
-
-
 TINY = ("--model", "tpn_slowonly_tiny_motion", "--views", "1x1")
 
 
 def test_results_are_printed_above_the_progress_bars(folder):
-    code, _, text = run_in_terminal("predict", "a video.mp4", "missing.mp4", "b.mp4", *TINY, "--top", 2, cwd=folder)
+    """As whole lines, although the terminal is narrower than the results."""
+    code, _, text = run_in_terminal("predict", "a video.mp4", "missing.mp4", "b.mp4", *TINY, "--top", 2, cwd=folder, columns=20)
     assert code == 1
     assert "views \x1b[" in text
-    shape = [re.sub(r" +\d+\.\d\d%  [a-z -]+", "  %  label", line) for line in screen(text) if line]
+    shape = [re.sub(r" +\d+\.\d\d%  [a-z -]+", "  %  label", line) for line in screen(text, 20) if line]
     assert shape == [
         "a video.mp4  (1 views)",
         *["  %  label"] * 2,
@@ -207,14 +187,6 @@ def test_results_are_printed_above_the_progress_bars(folder):
         "b.mp4  (1 views)",
         *["  %  label"] * 2,
     ]
-
-
-def test_results_that_are_wider_than_the_terminal_are_whole(folder):
-    _, _, text = run_in_terminal("predict", "a video.mp4", "b.mp4", *TINY, "--json", cwd=folder)
-    assert "views \x1b[" in text
-    lines = [line for line in screen(text) if line]
-    assert min(map(len, lines)) > 160
-    assert [json.loads(line)["file"] for line in lines] == ["a video.mp4", "b.mp4"]
 
 
 def test_redirected_results_are_plain_text(folder):
@@ -239,11 +211,6 @@ def test_unexpected_errors_are_one_line(folder, monkeypatch):
     assert re.fullmatch(r"error: ZeroDivisionError: division by zero .*TPN_DEBUG=1.*\n", run("info", "x", cwd=folder).stderr)
     with pytest.raises(ZeroDivisionError):
         run("info", "x", cwd=folder, TPN_DEBUG="1")
-
-
-def upstream_names(model):
-    """The state dict of a model without pyramid, with the names of the original layout."""
-    return {name.replace("head.fc", "cls_head.fc_cls"): tensor for name, tensor in model.state_dict().items()}
 
 
 def test_check(folder, tmp_path):

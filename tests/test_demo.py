@@ -1,13 +1,14 @@
 """The model that ships with tpn, and `tpn demo`."""
 
-import subprocess
+import socket
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from servers import run_python, start_python
+from test_cli import run
 from videos import write_video
 
 import tpn
@@ -17,11 +18,6 @@ from tpn.video import motion
 from tpn.zoo.checkpoints import get_checkpoint
 
 NAME = "tpn_slowonly_tiny_motion"
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return VideoClassifier(NAME, pretrained=True)
 
 
 def test_weights_in_the_package():
@@ -34,18 +30,13 @@ def test_weights_in_the_package():
     assert entry.reported_top1 is None
 
 
-def test_no_network(tmp_path):
-    script = f"""
-import socket, timm, tpn
-def refuse(*args): raise AssertionError("network")
-socket.socket.connect = refuse
-for create in (tpn.create_model, timm.create_model):
-    model = create({NAME!r}, pretrained=True)
-    print(model.labels[0], model.input_spec.num_frames, next(model.parameters()).dtype)
-print(tpn.create_model({NAME!r}, pretrained=True, num_classes=3).num_classes)
-"""
-    output, _ = run_python(script, tmp_path, HF_HUB_OFFLINE="1")
-    assert output.splitlines() == ["moving left 16 torch.float32"] * 2 + ["3"]
+def test_no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("network"))
+    for create in (tpn.create_model, timm.create_model):
+        model = create(NAME, pretrained=True)
+        assert (model.labels[0], model.input_spec.num_frames) == ("moving left", 16)
+        assert next(model.parameters()).dtype == torch.float32
+    assert tpn.create_model(NAME, pretrained=True, num_classes=3).num_classes == 3
 
 
 def test_accuracy_on_new_videos(classifier, tmp_path):
@@ -58,7 +49,7 @@ def test_accuracy_on_new_videos(classifier, tmp_path):
 
 def test_accuracy_without_motion_is_near_chance(classifier, tmp_path):
     """On one repeated frame. Chance is 1 in 14."""
-    motion.write_dataset(tmp_path, 4, seed=988, order="one frame")
+    motion.write_dataset(tmp_path, 2, seed=988, order="one frame")
     right = [classifier(path).top(1)[0][0] == name for name in motion.CLASSES for path in (tmp_path / name).glob("*.mp4")]
     assert np.mean(right) < 0.25
 
@@ -75,15 +66,8 @@ def test_rendered_video_is_classified_scene_by_scene(classifier, tmp_path):
     assert analysis.duration == pytest.approx(len(demo.SCENES) * demo.SCENE_FRAMES / motion.FPS)
 
 
-def run(*args, cwd, before=""):
-    script = f"import sys\nsys.argv = {['tpn', 'demo', *args]}\nfrom tpn import cli, demo\n{before}\ncli.main()"
-    process = start_python(script, cwd)
-    out, complaints = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, complaints)
-
-
 def test_command(tmp_path):
-    done = run(cwd=tmp_path)
+    done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tpn-demo.mp4", "tpn-demo.png"]
     assert len(done.stdout.splitlines()) == 6
@@ -94,18 +78,19 @@ def test_command(tmp_path):
 
 def test_your_own_video(tmp_path):
     write_video(tmp_path / "mine.mp4", num_frames=3)
-    done = run("mine.mp4", "--output", "picture.png", cwd=tmp_path)
+    done = run("demo", "mine.mp4", "--output", "picture.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.mp4", "picture.png"]
     (tmp_path / "mine.mp4").write_bytes(b"broken")
-    done = run("mine.mp4", cwd=tmp_path)
+    done = run("demo", "mine.mp4", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "not a video" in done.stderr
 
 
-def test_without_matplotlib(tmp_path):
-    done = run(cwd=tmp_path, before="demo.has_matplotlib = lambda: False")
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "has_matplotlib", lambda: False)
+    done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "tpn-demo.png").exists()
     assert "swinging up and down" in done.stdout

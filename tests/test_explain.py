@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import SMALL as SPEC
+from backbones import Pyramid
 from PIL import Image
 from test_cli import run
 from test_models import randomize_norms
@@ -22,12 +24,6 @@ from tpn.video import motion
 from tpn.video.decode import read_frames
 
 NAME = "tpn_slowonly_tiny_motion"
-SPEC = tpn.InputSpec(2, 4, short_side=72, crop_size=64, three_crop_size=64)
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return tpn.VideoClassifier(NAME, pretrained=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,42 +121,23 @@ def test_grad_cam_by_hand():
         torch.testing.assert_close(got, F.interpolate(weighted, clips.shape[2:], mode="trilinear")[:, 0].detach())
 
 
-class Maps(torch.nn.Module):
-    """A backbone that returns a dictionary of features."""
-
-    def __init__(self):
-        super().__init__()
-        self.fine, self.coarse = (torch.nn.Conv3d(c, 2 * c + 2, (1, 3, 3), (1, 2, 2), (0, 1, 1)) for c in (3, 8))
-
-    def forward(self, x):
-        fine = self.fine(x).relu()
-        return {"fine": fine, "coarse": self.coarse(fine).relu()}
-
-
+BOTH = ["top_down", "bottom_up"]
+GENERIC = {"num_classes": 5, "input_spec": SPEC}
 MODELS = {
-    "levels of other lengths": (NAME, {"temporal_scales": (4, 16)}, 2, ["top_down", "bottom_up"]),
+    "levels of other lengths": (NAME, {"temporal_scales": (4, 16)}, 2, BOTH),
     "one flow": (NAME, {"flow_order": "bottom_up"}, 2, ["bottom_up"]),
-    "TSM": ("tpn_tsm_r50_sthv1", {"base_channels": 8}, 2, ["top_down", "bottom_up"]),
+    "TSM": ("tpn_tsm_r50_sthv1", {"base_channels": 8}, 2, BOTH),
     "without pyramid": ("tsm_r50_sthv2", {"base_channels": 8}, 1, []),
-    "timm": ("tpn", {"backbone": "timm/resnet18", "num_classes": 5, "input_spec": SPEC}, 2, ["top_down", "bottom_up"]),
-    "own, a dictionary of maps": (
-        "tpn",
-        {"backbone": Maps(), "num_classes": 5, "input_spec": SPEC},
-        2,
-        ["top_down", "bottom_up"],
-    ),
+    "timm": ("tpn", {"backbone": "timm/resnet18", **GENERIC}, 2, BOTH),
+    "own, a dictionary of maps": ("tpn", {"backbone": Pyramid((8, 18), as_dict=True), **GENERIC}, 2, BOTH),
     "torchvision": (
         "tpn",
-        {
-            "backbone": "torchvision/r3d_18",
-            "num_classes": 5,
-            "input_spec": replace(SPEC, num_frames=4),
-            "out_indices": (0, 1, 2, 3),
-        },
+        {"backbone": "torchvision/r3d_18", **GENERIC, "input_spec": replace(SPEC, num_frames=4), "out_indices": (0, 1, 2, 3)},
         4,
-        ["top_down", "bottom_up"],
+        BOTH,
     ),
 }
+"""Name, arguments, number of levels, and flows of each model."""
 
 
 @pytest.mark.parametrize("which", MODELS)
@@ -313,19 +290,12 @@ def test_command(video, tmp_path):
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (["--output", "a.txt"], 2, "'a.txt'"),
-        (["--output", "nowhere/a.png"], 1, "error: nowhere: "),
-        (["--video", "a.avi"], 2, "'a.avi'"),
-        (["--video", "nowhere/a.mp4"], 1, "error: nowhere: "),
-    ],
-)
-def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options, code, message):
+@pytest.mark.parametrize("options", [["--output", "a.txt"], ["--video", "a.avi"], ["--output", "nowhere/a.png"]], ids=" ".join)
+def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options):
     done = run("explain", video, "-m", "nonsense", *options, cwd=tmp_path)
-    assert done.returncode == code
-    assert message in " ".join(done.stderr.replace("│", "").split())
+    folder, _, name = options[1].rpartition("/")
+    assert done.returncode == (1 if folder else 2)
+    assert (f"error: {folder}: " if folder else f"'{name}'") in " ".join(done.stderr.replace("│", "").split())
 
 
 def test_command_without_matplotlib(video, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from scripts import ROOT, example, run_example
+from scripts import ROOT, example
 from test_cli import run
 from test_models import randomize_norms, relative_error
 from torch import nn
@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     write_video(folder / "video.mp4", num_frames=40)
     for suffix in ("onnx", "pt2"):
-        done = run("export", TINY, "--format", suffix, "--output", f"tiny.{suffix}", cwd=folder)
+        done = run("export", TINY, "--output", f"tiny.{suffix}", cwd=folder)  # the format is that of the name
         assert done.returncode == 0, done.stderr
         file, size, unit, *_, difference, _, _, _, _ = done.stdout.split()
         assert (file, unit) == (f"tiny.{suffix}", "MB,")
@@ -118,18 +118,15 @@ def model():
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_what_a_file_says_of_itself(folder, model, suffix):
+def test_metadata(folder, model, suffix):
     exported = export.load(folder / f"tiny.{suffix}")
     for name in ("num_classes", "num_features", "in_chans", "labels", "input_spec"):
         assert getattr(exported, name) == getattr(model, name), name
     assert exported.about["tpn_version"] == tpn.__version__
     assert tpn.ModelConfig.from_dict(exported.about["model"]) == model.config
-
-
-def test_metadata_need_no_tpn(folder, model):
-    (entry,) = onnx.load(folder / "tiny.onnx", load_external_data=False).metadata_props
-    assert entry.key == "tpn"
-    assert json.loads(entry.value)["input_spec"]["mean"] == list(model.input_spec.mean)
+    if suffix == "onnx":  # readable without tpn
+        (entry,) = onnx.load(folder / "tiny.onnx", load_external_data=False).metadata_props
+        assert (entry.key, json.loads(entry.value)) == ("tpn", json.loads(json.dumps(exported.about)))
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
@@ -181,16 +178,12 @@ def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
 
 def test_options_of_the_command(tmp_path):
     tpn.save_pretrained(build("one flow"), tmp_path / "mine")
-    done = run("export", "local-dir:mine", "-f", "pt2", "--size", 40, "--num-classes", 3, cwd=tmp_path)
+    done = run("export", "local-dir:mine", "-f", "pt2", "--size", 40, "--num-classes", 3, "--views", "2x1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     exported = export.load(tmp_path / "mine.pt2")
     assert (exported.num_classes, exported.labels) == (3, None)
     assert exported(torch.zeros(2, 3, 7, 40, 40)).shape == (2, 3)
-    done = run("export", "local-dir:mine", "-o", "b.pt2", "--views", "2x1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    spec = export.load(tmp_path / "b.pt2").input_spec  # the format is that of the name
-    size = tpn.input_spec(TINY).crop_size  # not that of its three crops
-    assert (spec.num_clips, spec.num_crops, spec.crop_size) == (2, 1, size)
+    assert (exported.input_spec.num_clips, exported.input_spec.num_crops) == (2, 1)
     done = run("export", "local-dir:mine", "-o", "c.pt2", "-f", "onnx", cwd=tmp_path)
     assert (done.returncode, (tmp_path / "c.pt2").exists()) == (2, False)
     assert "c.pt2" in done.stderr
@@ -279,8 +272,6 @@ def test_other_files(folder, tmp_path):
             export.load(tmp_path / name)
     done = run("predict", folder / "video.mp4", "--onnx", "half.onnx", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    done = run("predict", folder / "video.mp4", "--onnx", "missing.onnx", cwd=tmp_path)
-    assert done.stderr == "error: missing.onnx: No such file or directory\n"
     with pytest.raises(IsADirectoryError):
         export.load(tmp_path)
 
@@ -304,11 +295,10 @@ def test_without_the_packages(folder, model, tmp_path, monkeypatch):
     assert export.load(folder / "tiny.pt2").num_classes == 14
 
 
-@pytest.mark.parametrize("name", tpn.list_models())
-def test_the_example_samples_as_tpn_does(name):
-    spec = tpn.input_spec(name)
-    for total in (*range(1, 80), 300):
-        assert np.array_equal(example("serve").clips(spec.to_dict(), total), spec.indices(total))
+def test_the_example_samples_as_tpn_does():
+    for spec in {tpn.input_spec(name) for name in tpn.list_models()}:
+        for total in (*range(1, 80), 300):
+            assert np.array_equal(example("serve").clips(spec.to_dict(), total), spec.indices(total)), (spec, total)
 
 
 @pytest.mark.parametrize("num_crops", [1, 3])
@@ -333,23 +323,16 @@ def turned(video, path):
     return path
 
 
-def test_serving_example(folder, tmp_path):
+def test_serving_example(folder, tmp_path, capsys):
     """Without PyTorch and tpn, the probabilities are the same, also for a rotated video of a phone."""
     moving = motion.render(0, tempo=2.0, seed=7)[:, :, :100]
     encode.write_video(tmp_path / "moving.mp4", moving, fps=25)
     for video in (folder / "video.mp4", tmp_path / "moving.mp4", turned(tmp_path / "moving.mp4", tmp_path / "turned.mp4")):
-        done = run_example("serve", folder / "tiny.onnx", video)
+        example("serve").main(folder / "tiny.onnx", str(video))
         expected = tpn.VideoClassifier(TINY, pretrained=True)(video).top(3)
-        got = [line.strip().split("%  ") for line in done.stdout.splitlines()]
+        got = [line.strip().split("%  ") for line in capsys.readouterr().out.splitlines()]
         assert [name for _, name in got] == [name for name, _ in expected]
         np.testing.assert_allclose([float(p) for p, _ in got], [100 * p for _, p in expected], atol=0.2)
     text = (ROOT / "examples" / "serve.py").read_text(encoding="utf-8")
     assert text.count("\n") < 75
     assert not re.search(r"import (torch|tpn)", text)
-
-
-def test_example(folder, tmp_path):
-    done = run_example("export", folder / "video.mp4", "--output", tmp_path / "model.onnx")
-    first, *rest = done.stdout.splitlines()
-    assert re.fullmatch(r"largest .*difference.*: \de-\d\d", first)
-    assert rest[0] == rest[1]

@@ -12,7 +12,6 @@ import av
 import numpy as np
 import pytest
 import torch
-import two_motions
 from two_motions import raw
 from videos import write_video as write_numbered
 
@@ -21,12 +20,7 @@ from tpn.video.decode import VideoError
 from tpn.video.live import Camera, newest, raw_frames
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return two_motions.write(tmp_path_factory.mktemp("both"))
-
-
-def test_every_frame_of_a_file_in_order(folder, tmp_path):
+def test_every_frame_of_a_file_in_order(motions, tmp_path):
     path = write_numbered(tmp_path / "a.mp4", num_frames=7, size=(128, 96))
     frames = list(decode.iter_frames(path))
     assert torch.equal(torch.stack(frames), decode.read_frames(path, range(7)))
@@ -35,17 +29,8 @@ def test_every_frame_of_a_file_in_order(folder, tmp_path):
     assert decode.header(path) == (25, 7)
 
 
-def test_files_that_are_not_videos(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video\n" * 50)
-    for path, error in ((tmp_path / "text.mp4", VideoError), (tmp_path / "missing.mp4", FileNotFoundError)):
-        with pytest.raises(error, match=path.name):
-            next(decode.iter_frames(path))
-        with pytest.raises(error, match=path.name):
-            decode.header(path)
-
-
-def test_raw_frames_are_whole(folder):
-    frames = np.load(folder / "frames.npy")[:3]
+def test_raw_frames_are_whole(motions):
+    frames = np.load(motions / "frames.npy")[:3]
     read = list(raw_frames(io.BytesIO(raw(frames)), size=(112, 112)))
     assert np.array_equal(torch.stack(read), frames)
     wide = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)

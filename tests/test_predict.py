@@ -1,15 +1,11 @@
 import copy
 import gc
 import logging
-import os
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +18,6 @@ from tpn.models.features import FeatureModel
 from tpn.predict import parse_views
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, read_frames
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +220,11 @@ def test_arrays_are_not_kept(model):
     classify = VideoClassifier(model, batch_size=8, workers=2)
     classify._mix_videos = True
     peak = 0
+    gc.freeze()  # otherwise each collection takes a second
     for _ in classify.predict_each(sources(), num_clips=1, num_crops=1):
         gc.collect()
         peak = max(peak, len(alive))
+    gc.unfreeze()
     assert 1 <= peak <= 5
 
 
@@ -325,23 +321,3 @@ def test_parse_views():
     for bad in ("", "3", "x", "0x1", "2x2", "-1x3", "1x3x1", "axb"):
         with pytest.raises(ValueError, match=f"CLIPSxCROPS.*{bad}"):
             parse_views(bad)
-
-
-def test_models_need_no_decoder_no_plots_no_network():
-    script = """
-import sys, socket
-def refuse(*a, **k): raise OSError('network')
-socket.socket.connect = socket.getaddrinfo = refuse
-import tpn, torch
-assert not {'av', 'matplotlib'} & sys.modules.keys()
-sys.modules['av'] = None
-tpn.list_models()
-print(tpn.create_model('tpn_tsm_r50_sthv2', base_channels=4)(torch.zeros(2, 3, 8, 32, 32)).shape)
-try: tpn.VideoClassifier
-except ImportError as error: print(error)
-"""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
-    shape, error = done.stdout.splitlines()
-    assert shape == "torch.Size([2, 174])", done.stderr
-    assert "av" in error

@@ -21,25 +21,12 @@ from tpn.video.datasets import RawFrames, VideoFolder
 from tpn.video.encode import write_video
 from tpn.video.live import Camera, raw_frames
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    yield from two_motions.one_thread()
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return two_motions.classifier()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def video():
     return two_motions.both()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return two_motions.write(tmp_path_factory.mktemp("both"))
 
 
 def clips_of(labels, probability=0.9):
@@ -55,8 +42,8 @@ def clips_of(labels, probability=0.9):
 # Sliding
 
 
-def test_file_array_pipe_and_camera_give_the_same(classifier, folder):
-    path, frames = folder / "both.mp4", np.load(folder / "frames.npy")
+def test_file_array_pipe_and_camera_give_the_same(classifier, motions):
+    path, frames = motions / "both.mp4", np.load(motions / "frames.npy")
     sources = {
         "file": path,
         "tensor": torch.from_numpy(frames),
@@ -110,19 +97,21 @@ def test_models_of_segments(video):
     assert numbers(clips) == [(0, 28), (1, 29)]
 
 
-def test_errors(classifier, video, tmp_path):
-    with pytest.raises(ValueError, match="stride.*0"):
-        tempo.slide(classifier, video, stride=0)
-    with pytest.raises(ValueError, match="frame_interval.*0"):
-        tempo.slide(classifier, video, frame_interval=0)
-    with pytest.raises(ValueError, match="no frames"):
-        next(tempo.slide(classifier, []))
-    with pytest.raises(TypeError, match="frames.*got str"):
-        next(tempo.slide(classifier, ["a.mp4"]))
-    with pytest.raises(TypeError, match="uint8"):
-        next(tempo.slide(classifier, video / 255))
-    with pytest.raises(FileNotFoundError):
-        next(tempo.slide(classifier, tmp_path / "missing.mp4"))
+def test_invalid_arguments(classifier, video):
+    for name in ("stride", "frame_interval"):
+        with pytest.raises(ValueError, match=f"{name}.*0"):
+            tempo.slide(classifier, video, **{name: 0})
+
+
+def test_sources_without_frames(classifier, video, tmp_path):
+    for source, error, message in (
+        ([], ValueError, "no frames"),
+        (["a.mp4"], TypeError, "frames.*got str"),
+        (video / 255, TypeError, "uint8"),
+        (tmp_path / "missing.mp4", FileNotFoundError, "missing"),
+    ):
+        with pytest.raises(error, match=message):
+            next(tempo.slide(classifier, source))
 
 
 @pytest.mark.parametrize(("stride", "at_most"), [(8, 16), (2, 16), (1, 31), (60, 16)])
@@ -266,15 +255,15 @@ def test_threshold_of_segments():
     assert (whole.start, whole.end) == (0.0, 1.5)
 
 
-def test_segments_of_a_video(classifier, folder):
-    found = list(tempo.segments(tempo.slide(classifier, folder / "both.mp4"), fps=FPS, threshold=0.9))
+def test_segments_of_a_video(classifier, motions):
+    found = list(tempo.segments(tempo.slide(classifier, motions / "both.mp4"), fps=FPS, threshold=0.9))
     assert [motion.CLASSES[s.label] for s in found] == [name for name, _, _ in BOTH]
     assert found[0].start == 0
     assert found[0].end == pytest.approx(56 / FPS, abs=0.5)
     assert found[1].start == pytest.approx(56 / FPS, abs=0.5)
 
 
-def test_curves(classifier):
+def test_curves():
     times, probs = tempo.curves(clips_of([0, 1, 2]), fps=2.0)
     assert times.tolist() == [0.5, 1.0, 1.5]
     assert probs.shape == (3, 4)
@@ -361,15 +350,17 @@ def test_tempo_follows_the_duration(classifier, data):
 
 
 def test_datasets_that_cannot_be_measured(classifier, data, tmp_path):
-    with pytest.raises(ValueError, match="target_fps"):
-        tempo.dataset_tempos(classifier, VideoFolder(data, classifier.spec, train=False, target_fps=12))
+    spec = classifier.spec
     (tmp_path / "list.txt").write_text("a 3 0\n")
-    with pytest.raises(ValueError, match="VideoFolder or VideoList"):
-        tempo.dataset_tempos(classifier, RawFrames(tmp_path / "list.txt", classifier.spec, train=False))
     (tmp_path / "dancing").mkdir()
     (tmp_path / "dancing" / "a.mp4").touch()
-    with pytest.raises(ValueError, match="'dancing'"):
-        tempo.dataset_tempos(classifier, VideoFolder(tmp_path, classifier.spec, train=False))
+    for dataset, message in (
+        (VideoFolder(data, spec, train=False, target_fps=12), "target_fps"),
+        (RawFrames(tmp_path / "list.txt", spec, train=False), "VideoFolder or VideoList"),
+        (VideoFolder(tmp_path, spec, train=False), "'dancing'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tempo.dataset_tempos(classifier, dataset)
 
 
 def test_gain_against_variance():

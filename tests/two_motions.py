@@ -1,22 +1,16 @@
-"""A video of two motions in turn and the model that recognizes them, for tests of timelines."""
+"""A video of two motions in turn, for tests of timelines."""
 
 from functools import cache
 
 import numpy as np
 import torch
 
-from tpn.predict import VideoClassifier
 from tpn.video import decode, motion
 from tpn.video.encode import write_video
 
 NAME = "tpn_slowonly_tiny_motion"
 FPS, SPAN, STRIDE = motion.FPS, 31, 8
 BOTH = [("turning clockwise", 4.0, 56), ("blinking", 5.0, 56)]
-
-
-@cache
-def classifier():
-    return VideoClassifier(NAME, pretrained=True)
 
 
 def rendered(parts, seed):
@@ -43,11 +37,3 @@ def raw(frames):
 
 def numbers(clips):
     return [(clip.first, clip.last) for clip in clips]
-
-
-def one_thread():
-    """Run tests in one torch thread, as a fixture. More threads are slower for such a small network."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
