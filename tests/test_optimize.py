@@ -8,7 +8,6 @@ from torch import nn
 
 import tpn
 from tpn.optimization import OptimizedClassifier, fastest_dtype
-from tpn.video import motion
 
 SIZES = {"base_channels": 8, "num_classes": 7}
 NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]
@@ -84,23 +83,6 @@ def test_half_precision_and_its_report():
     assert got.dtype == torch.float32
     assert fast.report.max_difference == float((expected - got).abs().max()) > 1e-5
     assert fast.report.same_top1 == bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
-
-
-def test_embedded_model_in_half_precision():
-    plain = tpn.VideoClassifier("tpn_slowonly_tiny_motion")
-    fast = tpn.VideoClassifier("tpn_slowonly_tiny_motion", precision="bfloat16")
-    for label in range(0, len(motion.CLASSES), 3):
-        frames = motion.render(label, tempo=1.0, seed=5)
-        expected, got = plain(frames), fast(frames)
-        assert (expected.probs - got.probs).abs().max() < 5e-3
-        assert expected.top(1)[0][0] == got.top(1)[0][0] == motion.CLASSES[label]
-
-
-def test_the_default_is_the_fastest_precision_of_the_device():
-    model = build("tpn_slowonly_tiny_motion")
-    assert tpn.optimize(model).report.dtype == fastest_dtype(torch.device("cpu"))
-    assert fastest_dtype(torch.device("cuda")) == torch.float16
-    assert fastest_dtype(torch.device("mps")) == torch.float32
 
 
 def test_inference_only(tmp_path):
@@ -198,10 +180,14 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}, {"avx512_f": True}])
-def test_bfloat16_if_the_cpu_has_instructions_for_it(monkeypatch, has):
+def test_the_default_is_the_fastest_precision_of_the_device(monkeypatch, has):
+    """On a CPU, bfloat16 if it has instructions for it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     half = has.keys() & {"avx512_bf16", "amx_bf16"}
-    assert fastest_dtype(torch.device("cpu")) == (torch.bfloat16 if half else torch.float32)
+    expected = torch.bfloat16 if half else torch.float32
+    assert tpn.optimize(build("tpn_slowonly_tiny_motion")).report.dtype == fastest_dtype(torch.device("cpu")) == expected
+    assert fastest_dtype(torch.device("cuda")) == torch.float16
+    assert fastest_dtype(torch.device("mps")) == torch.float32
 
 
 def test_video_classifier_optimizes_what_it_builds(tmp_path):

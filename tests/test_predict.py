@@ -54,12 +54,6 @@ def test_path_and_frames_agree_and_views_are_crop_major(model, video):
     assert by_path.source == str(video)
 
 
-def test_batch_size_does_not_change_the_result(model, video):
-    results = [VideoClassifier(model, batch_size=n)(video).view_logits for n in (1, 2, 7, 100)]
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)
-
-
 def test_number_of_views(model, video):
     classify = VideoClassifier(model)
     assert len(classify(video).view_logits) == 9
@@ -172,7 +166,7 @@ def test_predict_each_continues_after_a_bad_file(model, video):
 @pytest.mark.parametrize("batch_size", [2, 9, 20])
 def test_pipeline_equals_a_simple_loop(model, video, tmp_path, mix, batch_size):
     """Batches hold views of several videos; results and errors come in order."""
-    sources = [video, tmp_path / "missing.mp4", *(write_video(tmp_path / f"{n}.mp4", n) for n in (11, 24, 9)), video]
+    sources = [video, tmp_path / "missing.mp4", *(write_video(tmp_path / f"{n}.mp4", n) for n in (11, 24, 1)), video]
     simple = VideoClassifier(model)
     classify = VideoClassifier(model, batch_size=batch_size, workers=3)
     classify._mix_videos = mix
@@ -273,14 +267,6 @@ def test_read_ahead():
         next(reads)
     assert list(reads) == []
     assert len(running) < 12
-
-
-@pytest.mark.parametrize("num_frames", [1, 7, 8, 15])
-def test_short_videos(model, tmp_path, num_frames):
-    path = write_video(tmp_path / "v.mp4", num_frames)
-    prediction = VideoClassifier(model)(path)
-    assert prediction.view_logits.shape == (9, 5)
-    assert prediction.probs.sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

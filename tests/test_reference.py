@@ -39,10 +39,7 @@ def test_table_of_published_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "manifest"),
-    [
-        ("tpn_slowonly_r50_k400", "mmaction2_tpn_slowonly_r50_8x8_k400"),
-        ("tpn_tsm_r50_sthv1", "mmaction2_tpn_tsm_r50_sthv1"),
-    ],
+    [("tpn_slowonly_r50_k400", "mmaction2_tpn_slowonly_r50_8x8_k400"), ("tpn_tsm_r50_sthv1", "mmaction2_tpn_tsm_r50_sthv1")],
 )
 def test_published_protocol_on_a_real_video(name, manifest, tmp_path):
     expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")
