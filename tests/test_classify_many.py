@@ -11,14 +11,13 @@ import uuid
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, call_example, example
+from scripts import ROOT, example, run_example
 
 import tpn
 from tpn.video.motion import write_dataset
 
 pytest.importorskip("ray", reason='pip install ".[ray]"')
 pq = pytest.importorskip("pyarrow.parquet", reason='pip install ".[ray]"')
-pa = pq.pa
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc to find processes"),
@@ -132,37 +131,43 @@ def test_a_killed_run_resumes(folder, expected, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert "243 of 243 videos are finished" in Run(folder / "list.txt", "--output", out, "--shard-size", 20).finish()
 
-    other = call_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 30, *OPTIONS)
+    other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 30, *OPTIONS, check=False)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert re.search("another run.*shard size.*--output", other.stderr)
-
-
-def insert(code, place, folder):
-    """Write a copy of the script with `code` before `place`."""
-    source = SCRIPT.read_text()
-    assert source.count(place) == 1
-    (folder / "changed.py").write_text(source.replace(place, code + place))
-    return folder / "changed.py"
 
 
 def test_a_video_that_kills_its_reader(folder, tmp_path):
     """Its reader is killed at every attempt. The video then has a row with an error, like other bad files."""
     names = (folder / "list.txt").read_text().splitlines()[:40]
     killer = names[7]
-    pq.write_table(pa.table({"number": list(range(len(names))), "file": names}), tmp_path / "list.parquet")
+    pq.write_table(pq.read_table(_parquet(tmp_path, names)), tmp_path / "list.parquet")
+    source = SCRIPT.read_text()
     place = "    try:\n        frames, clips = decode.sample_frames"
-    script = insert(f"    if path.endswith({killer!r}):\n        os.kill(os.getpid(), 9)\n", place, tmp_path)
+    assert source.count(place) == 1
+    changed = source.replace(place, f"    if path.endswith({killer!r}):\n        os.kill(os.getpid(), 9)\n{place}")
+    (tmp_path / "changed.py").write_text(changed)
     options = ["--root", folder, "--column", "file", "--output", tmp_path / "out"]
-    printed = Run(tmp_path / "list.parquet", *options, script=script).finish()
+    printed = Run(tmp_path / "list.parquet", *options, script=tmp_path / "changed.py").finish()
     assert "39 videos classified, 1 unreadable" in printed
     (row,) = (row for row in pq.read_table(tmp_path / "out").to_pylist() if row["error"])
     assert row["path"].endswith(killer)
     assert row["error"].endswith("crashed 2 times")
 
 
+def _parquet(folder, names):
+    import pyarrow as pa
+
+    path = folder / "names.parquet"
+    pq.write_table(pa.table({"number": list(range(len(names))), "file": names}), path)
+    return path
+
+
 def test_an_error_in_the_script_stops_the_run(folder, tmp_path):
-    script = insert("            1 / 0\n", "            results = self.classify.classify_each(", tmp_path)
-    run = Run(folder / "videos", "--output", tmp_path / "out", script=script)
+    source = SCRIPT.read_text()
+    place = "            results = self.classify.classify_each("
+    assert source.count(place) == 1
+    (tmp_path / "changed.py").write_text(source.replace(place, f"            1 / 0\n{place}"))
+    run = Run(folder / "videos", "--output", tmp_path / "out", script=tmp_path / "changed.py")
     printed, _ = run.process.communicate(timeout=240)
     assert run.process.returncode == 1
     assert "ZeroDivisionError" in printed
@@ -194,12 +199,14 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     ],
 )
 def test_errors_before_ray_starts(tmp_path, content, options, message):
+    import pyarrow as pa
+
     videos = tmp_path / ("list.parquet" if isinstance(content, dict) else "list.txt")
     if isinstance(content, dict):
         pq.write_table(pa.table(content), videos)
     elif content is not None:
         videos.write_text(content)
-    done = call_example("classify_many", videos, "--output", tmp_path / "out", *OPTIONS, *options)
+    done = run_example("classify_many", videos, "--output", tmp_path / "out", *OPTIONS, *options, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
