@@ -18,7 +18,7 @@ from torch import nn
 import tpn
 from tpn import CheckpointError, WeightsUnavailableError
 from tpn.zoo.convert import convert_state_dict
-from tpn.zoo.load import load_checkpoint, load_state_dict
+from tpn.zoo.load import load_weights, read_weights
 from tpn.zoo.reader import read_checkpoint
 
 SLOWONLY, TSM = "tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1"
@@ -119,7 +119,7 @@ def test_stem_is_adapted_as_timm_does(name, in_chans, caplog):
     caplog.set_level(logging.INFO, logger="tpn")
     source = tpn.create_model(name, base_channels=4)
     model = tpn.create_model(name, base_channels=4, in_chans=in_chans)
-    load_state_dict(model, source.state_dict())
+    load_weights(model, read_weights(source.state_dict()))
     rgb, adapted = source.backbone.conv1.weight, model.backbone.conv1.weight
     assert adapted.shape == (4, in_chans, *rgb.shape[2:])
     gray = torch.randn(1, 1, 8, 32, 32)
@@ -144,7 +144,7 @@ def test_other_channels(tmp_path, caplog):
     assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight)
     assert caplog.records == []
     with pytest.raises(CheckpointError, match=r"backbone.conv1.weight \(4, 2, .* \(4, 3, "):
-        load_state_dict(tpn.create_model(SLOWONLY, base_channels=4), model.state_dict())
+        load_weights(tpn.create_model(SLOWONLY, base_channels=4), read_weights(model.state_dict()))
     with pytest.raises(ValueError, match="RGB.*2"):
         tpn.VideoClassifier(model)
 
@@ -156,7 +156,7 @@ def test_other_channels(tmp_path, caplog):
 def test_other_precisions_are_converted(dtype):
     source = small.random_model(TSM).to(dtype)
     model = tpn.create_model(TSM, base_channels=4)
-    load_state_dict(model, source.state_dict())
+    load_weights(model, read_weights(source.state_dict()))
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.int64 if name.endswith("batches_tracked") else torch.float32)
         assert torch.equal(tensor, source.state_dict()[name].to(tensor.dtype))
@@ -182,7 +182,7 @@ def test_unexpected_tensors(name, tensor, says, classes, tmp_path):
     state = {k: v for k, v in (small.random_model(TSM).state_dict() | {name: tensor}).items() if v is not None}
     path = save_pth(state, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: .*{says}"):
-        load_checkpoint(model, path)
+        load_weights(model, read_weights(path))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -287,7 +287,7 @@ def test_saved_weights_know_their_variant(name, argument, values, tmp_path):
     saved, other = (tpn.create_model(name, base_channels=4, num_classes=3, **{argument: value}) for value in values)
     path = tpn.save_pretrained(saved, tmp_path) / "model.safetensors"
     with pytest.raises(CheckpointError, match=f"trained with {argument}={values[0]}.* built with {argument}={values[1]}"):
-        load_checkpoint(other, path)
+        load_weights(other, read_weights(path))
     loaded = tpn.create_model(name, checkpoint_path=path, base_channels=4, **{argument: values[0]})
     torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
 

@@ -14,11 +14,7 @@ CLIP_SPAN = 64
 
 
 def custom_config(
-    backbone: str | nn.Module,
-    *,
-    num_frames: int | None = None,
-    input_spec: InputSpec | None = None,
-    backbone_args: Mapping[str, Any] | None = None,
+    backbone: str | nn.Module, num_frames: int | None = None, backbone_args: Mapping[str, Any] | None = None
 ) -> ModelConfig:
     """Return the config of the pyramid on a backbone, without classes; the input is what the backbone expects."""
     if isinstance(backbone, nn.Module):
@@ -28,13 +24,11 @@ def custom_config(
         defaults = InputDefaults() if part.is_module else BACKBONES.input_defaults(part)
     else:
         raise TypeError(f"backbone must be a name, such as 'timm/resnet50', or a module, got {backbone!r}")
-    if input_spec is None:
-        num_frames = 8 if num_frames is None else num_frames
-        check_int("num_frames", num_frames, minimum=1)
-        interval = max(CLIP_SPAN // num_frames, 1)
-        input_spec = InputSpec(num_frames, interval, three_crop_size=defaults.crop_size, **vars(defaults))
-    _check_input_spec(input_spec)
-    return ModelConfig(part, PartConfig("tpn"), HeadConfig(0), replace(input_spec, flip_label_pairs=()), HeadConfig(0))
+    num_frames = 8 if num_frames is None else num_frames
+    check_int("num_frames", num_frames, minimum=1)
+    interval = max(CLIP_SPAN // num_frames, 1)
+    spec = InputSpec(num_frames, interval, three_crop_size=defaults.crop_size, **vars(defaults))
+    return ModelConfig(part, PartConfig("tpn"), HeadConfig(0), spec, HeadConfig(0))
 
 
 def override(

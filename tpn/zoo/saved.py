@@ -108,7 +108,7 @@ def _config_of_first_version(values: Mapping[str, Any]) -> ModelConfig:
     spec = InputSpec.from_dict(values["input_spec"]) if "input_spec" in values else None
     if architecture == "tpn":
         backbone = re.sub("^own/", MODULE, args.pop("backbone"))
-        base = custom_config(backbone, num_frames=args["num_frames"], input_spec=spec)
+        base = custom_config(backbone, args["num_frames"])
     else:
         base = get_checkpoint(architecture).config
         if base.backbone.name == "tsm":
