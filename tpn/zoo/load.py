@@ -137,24 +137,23 @@ def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
 
     Parts of tpn name these arguments, `silent_args`. For other networks they are unknown: any difference is a warning.
     """
-    config = weights.trained
     for kind, registry in (("backbone", BACKBONES), ("neck", NECKS)):
-        module, part = getattr(model, kind), getattr(config, kind, None)
+        module, part = getattr(model, kind), getattr(weights.trained, kind, None)
         built = None if module is None else attached_config(module)
-        silent, trained = getattr(module, "silent_args", ()), {}
+        silent, args = getattr(module, "silent_args", ()), {}
         if part is not None and built is not None and part.name == built.name:  # otherwise, the names of the tensors differ
-            trained = {**registry.arguments(part), **part.args}
+            args = {**registry.arguments(part), **part.args}
             if not silent and part.args != built.args:
-                _logger.warning(
-                    "%s was trained with %s arguments %s, the model has %s", weights.name, kind, part.args, built.args
-                )
+                difference = kind, part.args, built.args
+                _logger.warning("%s was trained with %s arguments %s, the model has %s", weights.name, *difference)
         elif weights.layout != "tpn":  # the one argument in which the two code bases differ
-            trained = {"shift_shortcut": weights.layout == "original"}
-        if trained.get("temporal_scales") is None or config.input_spec.num_frames != model.input_spec.num_frames:
-            trained.pop("temporal_scales", None)  # by default all frames are pooled, whatever their number
-        for arg in trained.keys() & set(silent):
-            if trained[arg] != (own := getattr(module, arg)):
+            args = {"shift_shortcut": weights.layout == "original"}
+        same_frames = weights.trained and weights.trained.input_spec.num_frames == model.input_spec.num_frames
+        if args.get("temporal_scales") is None or not same_frames:
+            args.pop("temporal_scales", None)  # by default all frames are pooled, whatever their number
+        for arg in args.keys() & set(silent):
+            if args[arg] != (own := getattr(module, arg)):
                 raise CheckpointError(
-                    f"the weights were trained with {arg}={trained[arg]}, the model was built with {arg}={own}; "
-                    f"pass {arg}={trained[arg]!r} to create_model"
+                    f"the weights were trained with {arg}={args[arg]}, the model was built with {arg}={own}; "
+                    f"pass {arg}={args[arg]!r} to create_model"
                 )
