@@ -183,7 +183,7 @@ def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = Tru
 
 
 def _find(
-    name: str, backbone: str | nn.Module | None, kwargs: Mapping[str, Any], cache_dir: hub.Folder, *, with_weights: bool
+    name: str, backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.Folder, *, with_weights: bool
 ) -> tuple[ModelConfig, Checkpoint | Path | None]:
     """Return the config that a name stands for, and the source of its weights: an entry, the file of a saved model, or None."""
     if name == "tpn":
@@ -191,15 +191,13 @@ def _find(
             raise ValueError("backbone is needed: create_model('tpn', backbone='timm/NAME' or MODULE, num_classes=K)")
         return custom_config(backbone, kwargs.get("num_frames"), kwargs.get("backbone_args")), None
     if folder := saved_folder(name, cache_dir, weights=with_weights):
-        config = read_config(folder)
-        if isinstance(backbone, nn.Module):
-            config = replace(config, backbone=part_of(backbone))
-        elif backbone is not None:
+        if not isinstance(backbone, nn.Module | None):
             raise TypeError(f"backbone must be a module for a saved model, got {backbone!r}")
-        return config, folder / WEIGHTS_FILE
-    entry = get_checkpoint(name)
+        config = read_config(folder)
+        return config if backbone is None else replace(config, backbone=part_of(backbone)), folder / WEIGHTS_FILE
     if backbone is not None:
         raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")
+    entry = get_checkpoint(name)
     return entry.config, entry
 
 
@@ -215,13 +213,7 @@ def _check_start(config: ModelConfig, neck: Any, pretrained: Any, checkpoint_pat
         raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
 
 
-def _build(
-    config: ModelConfig,
-    backbone: str | nn.Module | None,
-    neck: str | nn.Module | None,
-    backbone_pretrained: bool | Literal["imagenet"],
-    cache_dir: hub.Folder,
-) -> TPNClassifier:
+def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: hub.Folder) -> TPNClassifier:
     """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
     modules = {kind: m for kind, m in (("backbone", backbone), ("neck", neck)) if isinstance(m, nn.Module)}
     loads_itself = "backbone" not in modules and BACKBONES.takes(config.backbone, "pretrained")
