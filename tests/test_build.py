@@ -219,6 +219,8 @@ FIXED_SIZE = {
         ({"backbone": "torchvision/r3d_18", "in_chans": 1}, ValueError, "in_chans.*3.*1"),
         ({"backbone": "torchvision/r3d_18", "out_indices": (3, 2)}, ValueError, r"out_indices.*\(3, 2\)"),
         ({"backbone": "timm/resnet18", "out_indices": (-1, 2)}, ValueError, r"out_indices.*\(-1, 2\)"),
+        ({"backbone": "timm/resnet18", "out_indices": "a"}, ValueError, "out_indices.*'a'"),
+        ({"backbone": "torchvision/r3d_18", "out_indices": 3}, ValueError, "out_indices.* 3"),
         ({"backbone": "torchvision/r3d_18", "out_indices": (3,)}, ValueError, "two levels"),
         (
             {"backbone": "torchvision/s3d", "num_frames": 4},

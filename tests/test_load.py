@@ -145,6 +145,8 @@ def test_other_channels(tmp_path, caplog):
     assert caplog.records == []
     with pytest.raises(CheckpointError, match=r"backbone.conv1.weight \(4, 2, .* \(4, 3, "):
         load_weights(tpn.create_model(SLOWONLY, base_channels=4), read_weights(model.state_dict()))
+    with pytest.raises(CheckpointError, match=r"conv1.*in_chans=2"):
+        tpn.create_model(f"local-dir:{tmp_path}", in_chans=1)
     with pytest.raises(ValueError, match="RGB.*2"):
         tpn.VideoClassifier(model)
 

@@ -194,6 +194,8 @@ def test_from_config_builds_what_config_says():
     assert_same(again, model)
     with pytest.raises(ValueError, match="neck"):
         tpn.TPNClassifier.from_config(model.config, neck=Concat((4, 8)))
+    with pytest.raises(TypeError, match="backbone.*module.*'strided'"):
+        tpn.TPNClassifier.from_config(model.config, backbone="strided")
 
 
 def test_context_is_not_saved(tmp_path):

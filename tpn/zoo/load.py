@@ -84,7 +84,9 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
         _check_trained_args(model, weights)
         load_strict(model, tensors, classifiers=other)
     except CheckpointError as error:
-        raise CheckpointError(f"{weights.name}: {error}") from None
+        chans = model.in_chans if weights.trained is None else weights.trained.input_spec.in_chans
+        hint = "" if chans == model.in_chans else f"; pass in_chans={chans}: only RGB weights of SlowOnly and TSM can be adapted"
+        raise CheckpointError(f"{weights.name}: {error}{hint}") from None
     if other:
         new = " and ".join(c for c in other if f"{c}.weight" in built) or "nothing"
         numbers = weights.name, weights.num_classes, model.num_classes
