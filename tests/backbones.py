@@ -15,7 +15,7 @@ BACKBONES = {
     "timm/regnety_002": {"temporal_shift": True},
     "timm/convnext_atto": {},
     "timm/mobilenetv3_small_050": {},
-    "timm/rexnet_100": {},  # 185 channels
+    "timm/rexnet_100": {"in_chans": 2},  # 185 channels
     "timm/hrnet_w18_small": {},
     "timm/mambaout_femto": {},  # channels last
     "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
@@ -73,6 +73,14 @@ def small(name, **kwargs):
 def clips(model, batch=2):
     spec = model.input_spec
     return torch.randn(batch, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size)
+
+
+def assert_same(a, b):
+    """Two models compute the same and describe themselves alike."""
+    x = torch.randn(1, a.in_chans, a.input_spec.num_frames, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(a.eval().forward_with_aux(x), b.eval().forward_with_aux(x), rtol=0, atol=0)
+    assert a.config == b.config
 
 
 def switch_on(model):

@@ -9,7 +9,7 @@ from recipe import FIXTURES, MODEL_OF, clip, fill, our_names, upstream_state_dic
 from scripts import example
 
 import tpn
-from tpn.zoo.load import load_state_dict
+from tpn.zoo.load import load_weights, read_weights
 
 EVAL = sorted(path.stem for path in FIXTURES.glob("*.npz") if path.stem.startswith(("mmaction2_", "original_")))
 TRAIN = sorted(path.stem for path in FIXTURES.glob("*_train_s0.json"))
@@ -25,7 +25,7 @@ CLASSIFIER = {
 def load(name, state_dict, **kwargs):
     with torch.device("meta"):  # every tensor is overwritten: do not initialize them
         model = tpn.create_model(name, **kwargs)
-    load_state_dict(model.to_empty(device="cpu"), state_dict)
+    load_weights(model.to_empty(device="cpu"), read_weights(state_dict))
     return model
 
 

@@ -13,6 +13,7 @@ from tpn.zoo import fetch
 from tpn.zoo import publish as publishing
 from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles, get_checkpoint
 from tpn.zoo.create import count, create_model, list_models, model_info
+from tpn.zoo.load import read_weights
 
 
 @app.command("list")
@@ -85,7 +86,7 @@ def convert(
     Load the result as local-dir:FOLDER, or with pretrained=True if it is in the cache.
     """
     entry = get_checkpoint(model)
-    path = fetch.store(entry, checkpoint, output) if output else fetch.convert(entry, checkpoint)
+    path = fetch.store(entry, read_weights(checkpoint), output) if output else fetch.convert(entry, checkpoint)
     how = f'"local-dir:{path.parent}"' if output else f'"{entry.name}", pretrained=True'
     err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
 

@@ -90,8 +90,8 @@ class TPNClassifier(nn.Module):
             raise ValueError("neck is not valid here: the config says that the model has none (neck=None)")
         if backbone is None:
             backbone = build_backbone(config)
-        elif attached_config(backbone) is None:
-            attach_config(backbone, PartConfig.of_module(backbone))
+        else:
+            _describe("backbone", backbone)
         shapes = feature_shapes(backbone, spec)
         out_channels = shapes[-1].channels
         if config.neck is not None:
@@ -99,8 +99,8 @@ class TPNClassifier(nn.Module):
                 channels, frames, *_ = zip(*shapes, strict=True)
                 scales = spatial_scales(shapes) if NECKS.takes(config.neck, "spatial_scales") else None
                 neck = NECKS.build(config.neck, in_channels=channels, num_frames=frames, spatial_scales=scales)
-            elif attached_config(neck) is None:
-                attach_config(neck, PartConfig.of_module(neck))
+            else:
+                _describe("neck", neck)
             if not isinstance(getattr(neck, "out_channels", None), int):
                 raise TypeError(f"a neck needs an attribute out_channels, the channels of its map; got a {type(neck).__name__}")
             out_channels = cast("Any", neck).out_channels
@@ -289,6 +289,14 @@ def build_backbone(config: ModelConfig, *, pretrained: bool = False, cache_dir: 
     spec = config.input_spec
     context = {"in_chans": spec.in_chans, "num_frames": spec.num_frames, "crop_size": spec.crop_size}
     return BACKBONES.build(config.backbone, **context, pretrained=pretrained, cache_dir=cache_dir)
+
+
+def _describe(kind: str, module: nn.Module) -> None:
+    """Attach a config to a module of the caller, unless it has one."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{kind} must be a module, got {module!r}; the config takes names")
+    if attached_config(module) is None:
+        attach_config(module, PartConfig.of_module(module))
 
 
 def _config_of(kind: str, module: nn.Module) -> PartConfig:

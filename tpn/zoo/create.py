@@ -42,14 +42,13 @@ def create_model(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
-    """Build a model of the zoo, a saved model, or a neck on a backbone of your choice.
+    """Build a model of the zoo, a saved model, or a neck on a backbone of your choice, in training mode.
 
     Args:
         name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model as "hf-hub:owner/repository",
             "hf-hub:owner/repository@revision" or "local-dir:folder", whose weights are always loaded; or "tpn" with a `backbone`.
         pretrained: load the published weights; see `tpn.zoo.fetch`.
-        num_classes: K. Default: that of the weights. With another K, the classifiers of head and auxiliary head are new and
-            untrained; everything else is loaded.
+        num_classes: K. Default: that of the weights. With another K, the classifiers of head and auxiliary head are new.
         checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original layout.
         backbone: for "tpn": "timm/NAME", "torchvision/NAME", a name of `tpn.register_backbone`, or a module that maps clips
             (B, C, T, H, W) to feature maps. For a saved model: the module that it was built with.
@@ -60,13 +59,9 @@ def create_model(
         cache_dir: where downloads are stored. Default: $TPN_CACHE, otherwise the Hub's caches.
         pretrained_cfg_overlay: timm's way to name another source of the weights: {"url": LINK}, {"file": PATH},
             {"hf_hub_id": "owner/repository"} or {"state_dict": TENSORS}.
-        **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans`, `drop_rate`, `input_spec`,
-            `backbone_args` and `neck_args` (mappings), `aux_head=False`, and arguments of neck or backbone such as `flow_order`,
-            `temporal_scales`, `shift_shortcut`, `out_indices`, `temporal_shift`. With other `in_chans`, RGB weights of SlowOnly
-            and TSM are adapted as timm does.
-
-    Returns:
-        A model in training mode, as timm returns it.
+        **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans` (RGB weights of SlowOnly and TSM are
+            adapted as timm does), `drop_rate`, `input_spec`, `backbone_args` and `neck_args` (mappings), `aux_head=False`, and
+            arguments of neck or backbone, such as `flow_order`, `temporal_scales`, `shift_shortcut`, `out_indices`.
 
     Raises:
         UnknownModelError: no such name; the message lists the nearest ones.
@@ -78,42 +73,23 @@ def create_model(
         >>> model = tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, num_classes=12)
         >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
     """
-    folder, entry, overlay = None, None, pretrained_cfg_overlay or {}
-    if name == "tpn":
-        if backbone is None:
-            raise ValueError("backbone is needed: create_model('tpn', backbone='timm/NAME' or MODULE, num_classes=K)")
-        if num_classes is None and checkpoint_path is None:
-            raise ValueError("num_classes is needed, the number of your classes; 0 builds a model that returns features")
-        config = custom_config(backbone, **{arg: kwargs.get(arg) for arg in ("num_frames", "input_spec", "backbone_args")})
-    elif folder := saved_folder(name, cache_dir, weights=checkpoint_path is None):
-        config, pretrained = read_config(folder), checkpoint_path is None
-        if isinstance(backbone, nn.Module):
-            config = replace(config, backbone=part_of(backbone))
-        elif backbone is not None:
-            raise TypeError(f"backbone must be a module for a saved model, got {backbone!r}")
-    else:
-        entry = get_checkpoint(name)
-        config = entry.config
-        if backbone is not None:
-            raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")
-    if not isinstance(pretrained, bool):
-        raise TypeError(f"pretrained must be True or False, got {pretrained!r}")
-    if pretrained and neck is None and config.neck is not None:
-        raise ValueError("neck=None is not valid with weights that have a neck; load a baseline such as 'slowonly_r50_k400'")
-    if sum((pretrained, checkpoint_path is not None, bool(backbone_pretrained))) > 1:
-        raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
-    if checkpoint_path is not None and num_classes is None:
-        _, num_classes = load.inspect_checkpoint(checkpoint_path)
-    model = _build(override(config, num_classes=num_classes, neck=neck, **kwargs), backbone, neck, backbone_pretrained, cache_dir)
+    config, source = _find(name, backbone, kwargs, cache_dir, with_weights=checkpoint_path is None)
+    if isinstance(source, Path):
+        pretrained = checkpoint_path is None
+    _check_start(config, neck, pretrained, checkpoint_path, backbone_pretrained)
+    weights = None if checkpoint_path is None else load.read_weights(checkpoint_path)
+    if num_classes is None and weights is not None:
+        num_classes = weights.num_classes
+    elif num_classes is None and name == "tpn":
+        raise ValueError("num_classes is needed, the number of your classes; 0 builds a model that returns features")
+    config = override(config, num_classes=num_classes, neck=neck, **kwargs)
+    model = _build(config, backbone, neck, backbone_pretrained, cache_dir)
     if name == "tpn":
         _check_view_size(model)
-    new = num_classes is not None
-    if checkpoint_path is not None:
-        load.load_checkpoint(model, checkpoint_path, new_classifiers=new)
-    elif pretrained and overlay.get("state_dict"):
-        load.load_state_dict(model, overlay["state_dict"], new_classifiers=new)
-    elif pretrained:
-        load.load_checkpoint(model, _weights_file(overlay, folder, entry, cache_dir), new_classifiers=new)
+    if pretrained:
+        weights = load.read_weights(_published_weights(pretrained_cfg_overlay or {}, source, cache_dir))
+    if weights is not None:
+        load.load_weights(model, weights, new_classifiers=num_classes is not None)
     return model
 
 
@@ -206,16 +182,39 @@ def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = Tru
     return None
 
 
-def _build(
-    config: ModelConfig,
-    backbone: str | nn.Module | None,
-    neck: str | nn.Module | None,
-    backbone_pretrained: bool | Literal["imagenet"],
-    cache_dir: hub.Folder,
-) -> TPNClassifier:
-    """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
+def _find(
+    name: str, backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.Folder, *, with_weights: bool
+) -> tuple[ModelConfig, Checkpoint | Path | None]:
+    """Return the config that a name stands for, and the source of its weights: an entry, the file of a saved model, or None."""
+    if name == "tpn":
+        if backbone is None:
+            raise ValueError("backbone is needed: create_model('tpn', backbone='timm/NAME' or MODULE, num_classes=K)")
+        return custom_config(backbone, kwargs.get("num_frames"), kwargs.get("backbone_args")), None
+    if folder := saved_folder(name, cache_dir, weights=with_weights):
+        if not isinstance(backbone, nn.Module | None):
+            raise TypeError(f"backbone must be a module for a saved model, got {backbone!r}")
+        config = read_config(folder)
+        return config if backbone is None else replace(config, backbone=part_of(backbone)), folder / WEIGHTS_FILE
+    if backbone is not None:
+        raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")
+    entry = get_checkpoint(name)
+    return entry.config, entry
+
+
+def _check_start(config: ModelConfig, neck: Any, pretrained: Any, checkpoint_path: Any, backbone_pretrained: Any) -> None:
+    """Raise TypeError or ValueError for arguments that contradict each other about the weights to start from."""
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained must be True or False, got {pretrained!r}")
     if backbone_pretrained not in (None, False, True, "imagenet"):
         raise ValueError(f"backbone_pretrained must be True, False or 'imagenet', got {backbone_pretrained!r}")
+    if pretrained and neck is None and config.neck is not None:
+        raise ValueError("neck=None is not valid with weights that have a neck; load a baseline such as 'slowonly_r50_k400'")
+    if sum((pretrained, checkpoint_path is not None, bool(backbone_pretrained))) > 1:
+        raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
+
+
+def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: hub.Folder) -> TPNClassifier:
+    """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
     modules = {kind: m for kind, m in (("backbone", backbone), ("neck", neck)) if isinstance(m, nn.Module)}
     loads_itself = "backbone" not in modules and BACKBONES.takes(config.backbone, "pretrained")
     if backbone_pretrained and loads_itself:
@@ -240,19 +239,19 @@ def _check_view_size(model: TPNClassifier) -> None:
         )
 
 
-def _weights_file(overlay: Mapping[str, Any], folder: Path | None, entry: Checkpoint | None, cache_dir: hub.Folder) -> Path:
-    """Return the weights that an overlay names, those of a saved model, or those of an entry."""
-    if overlay.get("file"):
-        return Path(overlay["file"])
+def _published_weights(overlay: Mapping[str, Any], source: Checkpoint | Path | None, cache_dir: hub.Folder) -> Any:
+    """Return the tensors or the file that an overlay names, otherwise the file of the source."""
+    if overlay.get("state_dict") or overlay.get("file"):
+        return overlay.get("state_dict") or overlay["file"]
     if overlay.get("hf_hub_id"):
         return hub.snapshot(overlay["hf_hub_id"], WEIGHTS_FILE, cache_dir=cache_dir) / WEIGHTS_FILE
-    if overlay.get("url") and entry is None:
+    if isinstance(source, Checkpoint):
+        return fetch.weights_file(source, cache_dir, url=overlay.get("url"))
+    if overlay.get("url"):
         raise ValueError("url is valid with a model of the zoo; pass checkpoint_path=FILE")
-    if folder is not None:
-        return folder / WEIGHTS_FILE
-    if entry is not None:
-        return fetch.weights_file(entry, cache_dir, url=overlay.get("url"))
-    raise ValueError(
-        "pretrained is not valid here: a backbone of your choice has no published weights with a neck; "
-        "backbone_pretrained=True starts from its own, checkpoint_path=FILE loads yours"
-    )
+    if source is None:
+        raise ValueError(
+            "pretrained is not valid here: a backbone of your choice has no published weights with a neck; "
+            "backbone_pretrained=True starts from its own, checkpoint_path=FILE loads yours"
+        )
+    return source

@@ -103,7 +103,7 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
                     shutil.rmtree(left_over)
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as temporary:
                     download(source, Path(temporary, file), entry)
-                    path = store(entry, Path(temporary, file), folder)
+                    path = store(entry, load.read_weights(Path(temporary, file)), folder)
             return path
     except OSError as error:
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
@@ -128,11 +128,10 @@ def cached(folder: Path) -> Path | None:
     return None
 
 
-def store(entry: Checkpoint, checkpoint: str | PathLike[str], folder: Path) -> Path:
-    """Convert a checkpoint of an entry's model to `folder`; return the path of the weights there."""
-    _, num_classes = load.inspect_checkpoint(checkpoint)
-    model = TPNClassifier.from_config(override(entry.config, num_classes=num_classes))
-    load.load_checkpoint(model, checkpoint)
+def store(entry: Checkpoint, weights: load.Weights, folder: Path) -> Path:
+    """Save weights of an entry's model in `folder`; return their path there."""
+    model = TPNClassifier.from_config(override(entry.config, num_classes=weights.num_classes))
+    load.load_weights(model, weights)
     return save_pretrained(model, folder) / WEIGHTS_FILE
 
 
@@ -143,24 +142,24 @@ def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
     """
     if isinstance(entry.source, Embedded):
         raise ValueError(f"the weights of {entry.name} ship with tpn; tpn convert --output FOLDER stores others")
-    layout, num_classes = load.inspect_checkpoint(checkpoint)
+    weights = load.read_weights(checkpoint)
     problem, sha256 = "", entry.source.sha256
-    if num_classes != entry.config.num_classes:
-        problem = f"it has {num_classes} classes, not {entry.config.num_classes}"
+    if weights.num_classes != entry.config.num_classes:
+        problem = f"it has {weights.num_classes} classes, not {entry.config.num_classes}"
     elif sha256 and not (digits := file_sha256(Path(checkpoint))).startswith(sha256):
         problem = f"its SHA-256 starts with {digits[:8]}, not with {sha256}"
         for other in checkpoints.CHECKPOINTS.values():
             if digits.startswith(other.source.sha256 or "none"):
                 problem += f"; it is {other.name}: pass --model {other.name}"
-    elif not sha256 and layout not in (entry.layout, "tpn"):
-        problem = f"its layout is {layout}, not {entry.layout}"
+    elif not sha256 and weights.layout not in (entry.layout, "tpn"):
+        problem = f"its layout is {weights.layout}, not {entry.layout}"
     if problem:
         raise CheckpointError(
             f"{checkpoint} is not the published checkpoint of {entry.name}: {problem} (tpn convert --output FOLDER stores others)"
         )
     folder = cache_folder(entry)
     with _locked(folder):
-        return store(entry, checkpoint, folder)
+        return store(entry, weights, folder)
 
 
 def convert_command(entry: Checkpoint) -> str:

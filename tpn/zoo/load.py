@@ -1,8 +1,8 @@
 """Load tensors into models, strictly: checkpoints of any layout, and ImageNet weights into the backbone."""
 
-import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, cast
 
@@ -10,9 +10,10 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from tpn import hub
+from tpn.config import ModelConfig
 from tpn.errors import CheckpointError
 from tpn.models.classifier import TPNClassifier
-from tpn.models.registry import attached_config
+from tpn.models.registry import BACKBONES, NECKS, attached_config
 from tpn.zoo.convert import Layout, convert_state_dict, load_strict
 from tpn.zoo.reader import read_checkpoint, without_wrappers
 from tpn.zoo.saved import WEIGHTS_FILE, read_metadata
@@ -23,69 +24,75 @@ CLASSIFIERS = ("head.fc", "aux_head.fc")
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(model: TPNClassifier, path: str | PathLike[str], *, new_classifiers: bool = True) -> None:
-    """Load a `.safetensors` or `.pth` file in our, mmaction2's or the original layout; see `load_state_dict`.
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under our names, with the facts that their file gives.
+
+    Attributes:
+        tensors: in our layout.
+        layout: of the file.
+        trained: the config of the saved model; None for files of others.
+        name: of the file, for messages.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    trained: ModelConfig | None
+    name: str
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes: 0 if the model was saved without, None if unknown."""
+        weight = self.tensors.get("head.fc.weight")
+        if weight is None:
+            return None if self.trained is None else 0
+        return len(weight) if weight.ndim else None
+
+
+def read_weights(source: str | PathLike[str] | Mapping[str, Tensor]) -> Weights:
+    """Read a `.safetensors` or `.pth` file, or a state dict, in our, mmaction2's or the original layout.
 
     Raises CheckpointError, and FileNotFoundError, IsADirectoryError or PermissionError.
     """
-    tensors, metadata = read_checkpoint(path)
-    load_state_dict(model, tensors, new_classifiers=new_classifiers, metadata=metadata, name=str(path))
+    if isinstance(source, Mapping):
+        name, tensors, trained = "the state dict", without_wrappers(source), None
+    else:
+        tensors, metadata = read_checkpoint(source)
+        name, trained = str(source), read_metadata(metadata)
+    try:
+        return Weights(*convert_state_dict(tensors), trained, name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
-def load_state_dict(
-    model: TPNClassifier,
-    tensors: Mapping[str, Tensor],
-    *,
-    new_classifiers: bool = True,
-    metadata: Mapping[str, str] | None = None,
-    name: str = "the state dict",
-) -> None:
-    """Load tensors in our, mmaction2's or the original layout, strictly. They may have any floating-point precision.
+def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: bool = True) -> None:
+    """Load weights into a model, strictly. They may have any floating-point precision.
 
     With `new_classifiers`, classifiers (`head.fc` and `aux_head.fc`) with another number of classes keep their untrained values.
     If the number of input channels differs from three, an RGB stem is adapted as timm does for images. One log line says so.
     Everything else must match.
 
-    Args:
-        metadata: of the safetensors file.
-        name: of the source, for messages.
-
     Raises CheckpointError.
     """
-    metadata = metadata or {}
-    built = dict(model.named_parameters())
+    tensors, built = dict(weights.tensors), dict(model.named_parameters())
     other: list[str] = []  # classifiers with another number of classes
+    if new_classifiers and weights.num_classes is not None:
+        rows = [{c: t[f"{c}.weight"].shape[:1] for c in CLASSIFIERS if f"{c}.weight" in t} for t in (tensors, built)]
+        other = [c for c in CLASSIFIERS if rows[0].get(c) != rows[1].get(c)]
+    stem_adapted = adapt_stem(tensors, STEM, model.in_chans)
     try:
-        renamed, layout = convert_state_dict(without_wrappers(tensors))
-        _check_trained_args(model, layout, metadata, name)
-        classes = _num_classes(renamed, metadata)
-        if classes is not None and new_classifiers:
-            rows = [{c: t[f"{c}.weight"].shape[:1] for c in CLASSIFIERS if f"{c}.weight" in t} for t in (renamed, built)]
-            other = [c for c in CLASSIFIERS if rows[0].get(c) != rows[1].get(c)]
-        stem_adapted = adapt_stem(renamed, STEM, model.in_chans)
-        load_strict(model, renamed, classifiers=other)
+        _check_trained_args(model, weights)
+        load_strict(model, tensors, classifiers=other)
     except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+        chans = model.in_chans if weights.trained is None else weights.trained.input_spec.in_chans
+        hint = "" if chans == model.in_chans else f"; pass in_chans={chans}: only RGB weights of SlowOnly and TSM can be adapted"
+        raise CheckpointError(f"{weights.name}: {error}{hint}") from None
     if other:
         new = " and ".join(c for c in other if f"{c}.weight" in built) or "nothing"
-        _logger.info("%s is for %s classes, the model has %s: new and untrained: %s", name, classes, model.num_classes, new)
+        numbers = weights.name, weights.num_classes, model.num_classes
+        _logger.info("%s is for %s classes, the model has %s: new and untrained: %s", *numbers, new)
     if stem_adapted:
-        _logger.info("%s takes RGB, the model %s channels: adapted the weights of the stem", name, model.in_chans)
-
-
-def inspect_checkpoint(path: str | PathLike[str]) -> tuple[Layout, int | None]:
-    """Return the layout of a checkpoint file and its number of classes: 0 if it was saved without, None if unknown."""
-    tensors, metadata = read_checkpoint(path)
-    try:
-        renamed, layout = convert_state_dict(tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return layout, _num_classes(renamed, metadata)
-
-
-def _num_classes(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int | None:
-    weight = state_dict.get("head.fc.weight")
-    return len(weight) if weight is not None and weight.ndim else 0 if weight is None and "model" in metadata else None
+        _logger.info("%s takes RGB, the model %s channels: adapted the weights of the stem", weights.name, model.in_chans)
 
 
 def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
@@ -127,32 +134,28 @@ def load_imagenet(model: TPNClassifier, cache_dir: hub.Folder = None) -> None:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check_trained_args(model: TPNClassifier, layout: Layout, metadata: Mapping[str, str], name: str) -> None:
+def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
     """Refuse weights that were trained with other arguments that change a network's result, but no name and no shape.
 
     Parts of tpn name these arguments, `silent_args`. For other networks they are unknown: any difference is a warning.
     """
-    trained = read_metadata(metadata)
-    for kind in ("backbone", "neck"):
-        module, part = getattr(model, kind), getattr(trained, kind, None)
+    for kind, registry in (("backbone", BACKBONES), ("neck", NECKS)):
+        module, part = getattr(model, kind), getattr(weights.trained, kind, None)
         built = None if module is None else attached_config(module)
-        if part and built and part.name != built.name:
-            continue  # the names of the tensors tell
-        silent = getattr(module, "silent_args", ())
-        for arg in silent:
-            if part:
-                value: Any = part.args.get(arg, inspect.signature(type(module)).parameters[arg].default)
-            elif layout != "tpn" and arg == "shift_shortcut":  # the one argument in which the two code bases differ
-                value = layout == "original"
-            else:
-                continue
-            same_frames = trained is None or trained.input_spec.num_frames == model.input_spec.num_frames
-            if arg == "temporal_scales" and (value is None or not same_frames):
-                continue  # by default all frames are pooled, whatever their number
-            if value != getattr(module, arg):
+        silent, args = getattr(module, "silent_args", ()), {}
+        if part is not None and built is not None and part.name == built.name:  # otherwise, the names of the tensors differ
+            args = {**registry.arguments(part), **part.args}
+            if not silent and part.args != built.args:
+                difference = kind, part.args, built.args
+                _logger.warning("%s was trained with %s arguments %s, the model has %s", weights.name, *difference)
+        elif weights.layout != "tpn":  # the one argument in which the two code bases differ
+            args = {"shift_shortcut": weights.layout == "original"}
+        same_frames = weights.trained and weights.trained.input_spec.num_frames == model.input_spec.num_frames
+        if args.get("temporal_scales") is None or not same_frames:
+            args.pop("temporal_scales", None)  # by default all frames are pooled, whatever their number
+        for arg in args.keys() & set(silent):
+            if args[arg] != (own := getattr(module, arg)):
                 raise CheckpointError(
-                    f"the weights were trained with {arg}={value}, the model was built with {arg}={getattr(module, arg)}; "
-                    f"pass {arg}={value!r} to create_model"
+                    f"the weights were trained with {arg}={args[arg]}, the model was built with {arg}={own}; "
+                    f"pass {arg}={args[arg]!r} to create_model"
                 )
-        if not silent and part and built and part.args != built.args:
-            _logger.warning("%s was trained with %s arguments %s, the model has %s", name, kind, part.args, built.args)

@@ -14,11 +14,7 @@ CLIP_SPAN = 64
 
 
 def custom_config(
-    backbone: str | nn.Module,
-    *,
-    num_frames: int | None = None,
-    input_spec: InputSpec | None = None,
-    backbone_args: Mapping[str, Any] | None = None,
+    backbone: str | nn.Module, num_frames: int | None = None, backbone_args: Mapping[str, Any] | None = None
 ) -> ModelConfig:
     """Return the config of the pyramid on a backbone, without classes; the input is what the backbone expects."""
     if isinstance(backbone, nn.Module):
@@ -28,13 +24,11 @@ def custom_config(
         defaults = InputDefaults() if part.is_module else BACKBONES.input_defaults(part)
     else:
         raise TypeError(f"backbone must be a name, such as 'timm/resnet50', or a module, got {backbone!r}")
-    if input_spec is None:
-        num_frames = 8 if num_frames is None else num_frames
-        check_int("num_frames", num_frames, minimum=1)
-        interval = max(CLIP_SPAN // num_frames, 1)
-        input_spec = InputSpec(num_frames, interval, three_crop_size=defaults.crop_size, **vars(defaults))
-    _check_input_spec(input_spec)
-    return ModelConfig(part, PartConfig("tpn"), HeadConfig(0), replace(input_spec, flip_label_pairs=()), HeadConfig(0))
+    num_frames = 8 if num_frames is None else num_frames
+    check_int("num_frames", num_frames, minimum=1)
+    interval = max(CLIP_SPAN // num_frames, 1)
+    spec = InputSpec(num_frames, interval, three_crop_size=defaults.crop_size, **vars(defaults))
+    return ModelConfig(part, PartConfig("tpn"), HeadConfig(0), spec, HeadConfig(0))
 
 
 def override(
@@ -59,52 +53,45 @@ def override(
     Args:
         neck: "auto" for that of the config; None for none; a registered name; or a module.
         aux_head: False leaves the auxiliary head out.
-        backbone_args: arguments of the backbone.
         **part_args: arguments of the neck, or of the backbone if the neck does not have them.
 
     Raises TypeError, ValueError.
     """
-    old = config.input_spec
-    spec = old if input_spec is None else input_spec
-    _check_input_spec(spec)
-    if num_frames is not None:
-        if input_spec is not None and num_frames != spec.num_frames:
-            raise ValueError(f"num_frames must be input_spec.num_frames={spec.num_frames}, got {num_frames}; pass one of them")
-        spec = replace(spec, num_frames=num_frames)
-    if in_chans is not None:
-        spec = spec.for_channels(in_chans)
-    neck_part = _neck_part(config, neck)
-    of_neck, of_backbone = _route(config, neck_part, {k: v for k, v in part_args.items() if v is not None})
+    spec = _changed_spec(config.input_spec, input_spec, num_frames, in_chans)
+    backbone, neck_part = config.backbone, _neck_part(config, neck)
+    of_neck, of_backbone = _route(backbone, neck_part, {k: v for k, v in part_args.items() if v is not None})
     if neck_args and (neck_part is None or isinstance(neck, nn.Module)):
         raise ValueError(f"neck_args is valid with a registered neck, got neck={neck_part and 'a module'}")
-    if backbone_args and config.backbone.is_module:
+    if backbone_args and backbone.is_module:
         raise ValueError("backbone_args is valid with a registered backbone, got a module")
     if neck_part is not None:
-        scales = neck_part.args.get("temporal_scales")
-        if scales and spec.num_frames != old.num_frames:
-            of_neck = {"temporal_scales": [max(s * spec.num_frames // old.num_frames, 1) for s in scales], **of_neck}
+        scales, old = neck_part.args.get("temporal_scales"), config.input_spec.num_frames
+        if scales and spec.num_frames != old:
+            of_neck = {"temporal_scales": [max(s * spec.num_frames // old, 1) for s in scales], **of_neck}
         neck_part = replace(neck_part, args={**neck_part.args, **of_neck, **(neck_args or {})})
     given = {"num_classes": num_classes, "drop_rate": drop_rate}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    head = replace(config.head, **changes)
     aux = config.head if config.neck is None else config.aux_head  # a baseline that gets a neck gets both
-    if aux is not None:
-        aux = replace(aux, **changes) if aux_head and neck_part is not None else None
-    same_classes = head.num_classes == config.num_classes
+    same_classes = num_classes in (None, config.num_classes)
     return replace(
         config,
-        backbone=replace(config.backbone, args={**config.backbone.args, **of_backbone, **(backbone_args or {})}),
+        backbone=replace(backbone, args={**backbone.args, **of_backbone, **(backbone_args or {})}),
         neck=neck_part,
-        head=head,
-        aux_head=aux,
+        head=replace(config.head, **changes),
+        aux_head=replace(aux, **changes) if aux and aux_head and neck_part else None,
         input_spec=spec if same_classes or input_spec is not None else replace(spec, flip_label_pairs=()),
         labels=config.labels if same_classes else None,
     )
 
 
-def _check_input_spec(spec: Any) -> None:
+def _changed_spec(old: InputSpec, new: InputSpec | None, num_frames: int | None, in_chans: int | None) -> InputSpec:
+    spec = old if new is None else new
     if not isinstance(spec, InputSpec):
         raise TypeError(f"input_spec must be a tpn.InputSpec, got {type(spec).__name__}")
+    if new is not None and num_frames not in (None, new.num_frames):
+        raise ValueError(f"num_frames must be input_spec.num_frames={new.num_frames}, got {num_frames}; pass one of them")
+    spec = spec if num_frames is None else replace(spec, num_frames=num_frames)
+    return spec if in_chans is None else spec.for_channels(in_chans)
 
 
 def part_of(module: nn.Module) -> PartConfig:
@@ -121,18 +108,16 @@ def _neck_part(config: ModelConfig, neck: str | nn.Module | None) -> PartConfig 
     return config.neck if config.neck is not None and config.neck.name == neck else PartConfig(neck)
 
 
-def _route(config: ModelConfig, neck: PartConfig | None, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _route(backbone: PartConfig, neck: PartConfig | None, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide arguments among neck and backbone. TypeError for those that neither has."""
-    neck_names = NECKS.arguments(neck) if neck is not None else {}
-    backbone_names = BACKBONES.arguments(config.backbone)
+    neck_names, backbone_names = NECKS.arguments(neck) if neck else {}, BACKBONES.arguments(backbone)
     unknown = sorted(args.keys() - {*neck_names, *backbone_names})
     if unknown and neck is None and set(unknown) <= NECKS.arguments(PartConfig("tpn")).keys():
         raise ValueError(f"{', '.join(unknown)} not valid here: the model has no neck (neck=None, or a baseline)")
     if unknown:
-        hint = "; create_model('tpn', backbone=...) takes a backbone of your choice" if "backbone" in unknown else ""
         raise TypeError(
-            f"unknown argument {', '.join(unknown)}; {config.backbone.name} takes {', '.join(backbone_names) or 'none'}, "
-            f"the neck {', '.join(neck_names) or 'none'}; further arguments of a network go into backbone_args={{...}}{hint}"
+            f"unknown argument {', '.join(unknown)}; {backbone.name} takes {', '.join(backbone_names) or 'none'}, "
+            f"the neck {', '.join(neck_names) or 'none'}; further arguments of a network go into backbone_args={{...}}"
         )
     of_neck = {name: value for name, value in args.items() if name in neck_names}
     return of_neck, {name: value for name, value in args.items() if name not in neck_names}

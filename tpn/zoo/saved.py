@@ -85,7 +85,7 @@ def read_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     try:
-        return _read_values(values)
+        return _config_of(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote: {error}") from error
 
@@ -93,22 +93,20 @@ def read_config(folder: Path) -> ModelConfig:
 def read_metadata(metadata: Mapping[str, str]) -> ModelConfig | None:
     """Return the config in the metadata of a safetensors file; None for files of others."""
     with suppress(AttributeError, KeyError, TypeError, ValueError):
-        return _read_values(json.loads(metadata["model"]))
+        return _config_of(json.loads(metadata["model"]))
     return None
 
 
-def _read_values(values: Any) -> ModelConfig:
-    return ModelConfig.from_dict(values["model"]) if "model" in values else _config_of_first_version(values)
-
-
-def _config_of_first_version(values: Mapping[str, Any]) -> ModelConfig:
-    """Return the config of a model that version 0.1.0 saved: an entry point, "architecture", with "model_args"."""
+def _config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """Return the config under "model"; version 0.1.0 saved an entry point, "architecture", with "model_args" instead."""
+    if "model" in values:
+        return ModelConfig.from_dict(values["model"])
     architecture, args = values["architecture"], dict(values["model_args"])
     neck = "auto" if args.pop("pyramid", True) else None
     spec = InputSpec.from_dict(values["input_spec"]) if "input_spec" in values else None
     if architecture == "tpn":
         backbone = re.sub("^own/", MODULE, args.pop("backbone"))
-        base = custom_config(backbone, num_frames=args["num_frames"], input_spec=spec)
+        base = custom_config(backbone, args["num_frames"])
     else:
         base = get_checkpoint(architecture).config
         if base.backbone.name == "tsm":
@@ -120,12 +118,11 @@ def _config_of_first_version(values: Mapping[str, Any]) -> ModelConfig:
 
 def _checked_tensors(model: TPNClassifier, config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors to save. ValueError if a model built from the config differs."""
-    parts = {"backbone": config.backbone, "neck": config.neck}
     # Only their owner can build modules: copies, which building may move and convert, represent them.
     modules = {
         name: copy.deepcopy(unwrapped(getattr(model, name), compiled=True))
-        for name, part in parts.items()
-        if part is not None and part.is_module
+        for name in ("backbone", "neck")
+        if (part := getattr(config, name)) and part.is_module
     }
     with torch.random.fork_rng(devices=[]):  # saving must not change the random numbers of a training
         expected, actual = _outline(TPNClassifier.from_config(config, **modules)), _outline(model)
@@ -137,14 +134,11 @@ def _checked_tensors(model: TPNClassifier, config: ModelConfig) -> dict[str, Ten
             f"{actual.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}. Undo the change, or build the model with "
             "the changed part, create_model(..., backbone=MODULE) or neck=MODULE"
         )
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in without_wrappers(model.state_dict()).items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors does not accept shared memory
-        storages.add(storage)
-    return tensors
+    # Copies, because safetensors does not accept shared memory.
+    return {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in without_wrappers(model.state_dict()).items()
+    }
 
 
 def _outline(model: nn.Module) -> dict[str, str]:

@@ -55,7 +55,7 @@ class FoldedBackbone(nn.Module):
     def input_defaults(self) -> InputDefaults:
         """The mean and std of timm's network; its size may have been changed."""
         cfg = getattr(self.net, "pretrained_cfg", None)
-        return InputDefaults(mean=_on_255(cfg["mean"]), std=_on_255(cfg["std"])) if cfg else InputDefaults()
+        return InputDefaults(mean=on_255(cfg["mean"]), std=on_255(cfg["std"])) if cfg else InputDefaults()
 
     def add_temporal_shift(self, num_frames: int) -> int:
         """Shift the input of each residual block's first convolution along clips of `num_frames`; return the number of blocks.
@@ -122,7 +122,7 @@ def _input_defaults(name: str, args: Mapping[str, Any]) -> InputDefaults:
         return InputDefaults()
     size = args.get("img_size") or cfg.input_size[-1]
     size = size if isinstance(size, int) else min(size)
-    return InputDefaults(size, round(size / 0.875), _on_255(cfg.mean), _on_255(cfg.std))
+    return InputDefaults(size, round(size / 0.875), on_255(cfg.mean), on_255(cfg.std))
 
 
 @register_backbone("timm/", input_defaults=_input_defaults)
@@ -185,8 +185,9 @@ def check_network_args(args: Mapping[str, Any], out_indices: Sequence[int]) -> N
     """Raise ValueError for arguments that choose what to load, and for indices that are not increasing."""
     if reserved := sorted(RESERVED & args.keys()):
         raise ValueError(f"{', '.join(reserved)}: not valid in backbone_args, which are arguments of the network itself")
-    if list(out_indices) != sorted(set(out_indices)) or len({i < 0 for i in out_indices}) > 1:
-        raise ValueError(f"out_indices must be increasing indices of stages, all >= 0 or all < 0, got {tuple(out_indices)}")
+    integers = isinstance(out_indices, Sequence) and all(isinstance(i, int) for i in out_indices)
+    if not integers or list(out_indices) != sorted(set(out_indices)) or len({i < 0 for i in out_indices}) > 1:
+        raise ValueError(f"out_indices must be increasing indices of stages, all >= 0 or all < 0, got {out_indices!r}")
 
 
 def _check_name(name: str) -> None:
@@ -207,5 +208,5 @@ def _weights(name: str, cache_dir: str | PathLike[str] | None) -> Any:
     return hub.snapshot(cfg.hf_hub_id, file, cache_dir=cache_dir, prefer_cached=True) / file
 
 
-def _on_255(values: Sequence[float]) -> tuple[float, ...]:
+def on_255(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(255 * v, 3) for v in values)

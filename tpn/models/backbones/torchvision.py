@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpn import hub
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError
-from tpn.models.backbones.timm import check_network_args
+from tpn.models.backbones.timm import check_network_args, on_255
 from tpn.models.layers import checkpointed
 from tpn.models.registry import register_backbone
 
@@ -53,8 +53,8 @@ class StagedBackbone(nn.Module):
 
 def _input_defaults(name: str, args: Mapping[str, Any]) -> InputDefaults:
     transforms = _weights(name).transforms()
-    mean, std = (tuple(round(255 * v, 3) for v in values) for values in (transforms.mean, transforms.std))
-    return InputDefaults(transforms.crop_size[0], min(transforms.resize_size), mean, std)
+    sizes = transforms.crop_size[0], min(transforms.resize_size)
+    return InputDefaults(*sizes, on_255(transforms.mean), on_255(transforms.std))
 
 
 @register_backbone("torchvision/", input_defaults=_input_defaults)
