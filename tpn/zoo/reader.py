@@ -1,15 +1,19 @@
 """Read tensors from a checkpoint file without executing its contents."""
 
 import pickle
+import pickletools
 import re
 import sys
 import threading
+import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -54,37 +58,26 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def _read_torch(path: Path) -> Any:
-    """Read a PyTorch file; each time torch refuses a class of a third-party library, try again with a placeholder for it.
-
-    Functions and the standard library get none: a file that refers to them is refused, except for those that torch itself
-    considers safe.
-    """
-    placeholders: dict[str, type] = {}
-    while True:
-        try:
-            # The list of safe globals belongs to the whole process: one reader at a time, and entries of others stay.
-            with _SAFE_GLOBALS:
-                known = torch.serialization.get_safe_globals()
-                ours = [*_numpy_globals(), *((cls, name) for name, cls in placeholders.items())]
-                # Opened here: given a path, torch decides by the suffix.
-                with torch.serialization.safe_globals([each for each in ours if each not in known]), path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-            if refused and refused[1] not in placeholders and _is_foreign_class(refused[1]):
-                placeholders[refused[1]] = type(refused[1], (_Placeholder,), {})
-                continue
-            called = re.search(r"(?:GLOBAL|function) (?:<[\w ]*function )?([\w.]+)", str(error))
-            what = (
-                f"reading it would call {called[1]}" if called else f"objects of {', '.join(placeholders) or 'an unknown kind'}"
-            )
-            raise CheckpointError(
-                f"{path}: refused, it holds more than tensors: {what}; in the environment that wrote it, save the bare weights: "
-                "torch.save(model.state_dict(), 'weights.pth')"
-            ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
-            reason = str(error).partition(". ")[0] or "it ends early"
-            raise CheckpointError(f"{path}: truncated or damaged PyTorch file, or another zip file ({reason})") from error
+    names = _foreign_classes(path)
+    placeholders = [(type(name, (_Placeholder,), {}), name) for name in names]
+    try:
+        # The list of safe globals belongs to the whole process: one reader at a time, and entries of others stay.
+        with _SAFE_GLOBALS:
+            known = torch.serialization.get_safe_globals()
+            ours = [entry for entry in (*_numpy_globals(), *placeholders) if entry not in known]
+            # Opened here: given a path, torch decides by the suffix.
+            with torch.serialization.safe_globals(ours), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        called = re.search(r"(?:GLOBAL|function) (?:<[\w ]*function )?([\w.]+)", str(error))
+        what = f"reading it would call {called[1]}" if called else f"objects of {', '.join(names) or 'an unknown kind'}"
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors: {what}; in the environment that wrote it, save the bare weights: "
+            "torch.save(model.state_dict(), 'weights.pth')"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        reason = str(error).partition(". ")[0] or "it ends early"
+        raise CheckpointError(f"{path}: truncated or damaged PyTorch file ({reason})") from error
 
 
 def _tensors_of(path: Path, loaded: Any) -> dict[str, Tensor]:
@@ -114,9 +107,29 @@ class _Placeholder:
         return OrderedDict()  # torch's reader fills it and sets attributes on it
 
 
-def _is_foreign_class(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) > 1 and parts[0] not in _NO_PLACEHOLDER and parts[-1].lstrip("_")[:1].isupper()
+def _foreign_classes(path: Path) -> list[str]:
+    """Return the names in the pickles of a file that are spelled like classes of third-party libraries.
+
+    Functions and the standard library get no placeholder: a file that refers to them is refused, except for those that torch
+    itself considers safe.
+    """
+    names = set()
+    try:
+        with path.open("rb") as file:
+            pickles: IO[bytes] = file
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    (member,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+                    pickles = BytesIO(archive.read(member))
+            for _ in range(4):  # files of PyTorch < 1.6: magic number, version, system, and the object
+                with suppress(ValueError):  # fewer pickles, or a damaged one: torch reports it
+                    for op, arg, _ in pickletools.genops(pickles):
+                        if op.name == "GLOBAL":
+                            names.add(str(arg).replace(" ", "."))
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged PyTorch file, or another zip file ({error})") from error
+    parts = {name: name.split(".") for name in sorted(names)}
+    return [n for n, p in parts.items() if p[0] not in _NO_PLACEHOLDER and p[-1].lstrip("_")[:1].isupper()]
 
 
 def _numpy_globals() -> list[Any]:
