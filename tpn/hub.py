@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from tpn.errors import HubUnreachableError, NoRepositoryError, UploadError, WeightsUnavailableError
 from tpn.files import atomic_write
 
-Folder = str | PathLike[str] | None
+CacheDir = str | PathLike[str] | None
 
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 """Responses that may differ a moment later."""
@@ -45,13 +45,13 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _logger = logging.getLogger(__name__)
 
 
-def cache_folder(cache_dir: Folder = None) -> Path | None:
+def cache_folder(cache_dir: CacheDir = None) -> Path | None:
     """Return the folder for downloads: `cache_dir`, else $TPN_CACHE, else None for that of the library that downloads."""
     folder = cache_dir or os.environ.get("TPN_CACHE")
     return Path(folder).expanduser() if folder else None
 
 
-def snapshot(repo: str, *files: str, cache_dir: Folder = None, prefer_cached: bool = False) -> Path:
+def snapshot(repo: str, *files: str, cache_dir: CacheDir = None, prefer_cached: bool = False) -> Path:
     """Return a folder with files of one commit of a Hub repository, from the cache or downloaded into it.
 
     The Hub is asked for the newest commit, and a copy in the cache is used with a warning if it does not respond. A commit hash,
@@ -74,7 +74,7 @@ def snapshot(repo: str, *files: str, cache_dir: Folder = None, prefer_cached: bo
     if folder is not None and (prefer_cached or constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision)):
         return folder
     try:
-        with translated(repo, files[0]):
+        with translate_errors(repo, files[0]):
             commit = _commit_of(hf_hub_url(repo_id, files[0], revision=revision or None))
     except WeightsUnavailableError as error:
         if folder is None:
@@ -140,7 +140,7 @@ def _download(get: "partial[str]", repo: str, name: str, revision: str) -> Path:
     """Download a file; resume broken transfers, which old versions of the client do not."""
     for pause in (*PAUSES, None):
         try:
-            with translated(repo, name):
+            with translate_errors(repo, name):
                 return Path(get(name, revision=revision or None))
         except HubUnreachableError as error:
             if pause is None or isinstance(error.__cause__, LocalEntryNotFoundError | ValueError):
@@ -151,7 +151,7 @@ def _download(get: "partial[str]", repo: str, name: str, revision: str) -> Path:
 
 
 @contextmanager
-def translated(repo: str, name: str = "", *, uploading: bool = False) -> Iterator[None]:
+def translate_errors(repo: str, name: str = "", *, uploading: bool = False) -> Iterator[None]:
     """Turn an error of the Hub's client, or of another library that downloads, into one sentence for the user.
 
     Args:

@@ -38,7 +38,7 @@ def create_model(
     backbone: str | nn.Module | None = None,
     neck: str | nn.Module | None = "auto",
     backbone_pretrained: bool | Literal["imagenet"] = False,
-    cache_dir: hub.Folder = None,
+    cache_dir: hub.CacheDir = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
@@ -190,7 +190,7 @@ def input_spec(model: TPNClassifier | str) -> InputSpec:
     return (read_config(folder) if folder else get_checkpoint(model).config).input_spec
 
 
-def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = True) -> Path | None:
+def saved_folder(name: str, cache_dir: hub.CacheDir = None, *, weights: bool = True) -> Path | None:
     """Return the folder of "local-dir:folder" or "hf-hub:owner/repository", downloaded if necessary; None for other names."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
@@ -211,7 +211,7 @@ def _build(
     backbone: str | nn.Module | None,
     neck: str | nn.Module | None,
     backbone_pretrained: bool | Literal["imagenet"],
-    cache_dir: hub.Folder,
+    cache_dir: hub.CacheDir,
 ) -> TPNClassifier:
     """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
     if backbone_pretrained not in (None, False, True, "imagenet"):
@@ -240,7 +240,7 @@ def _check_view_size(model: TPNClassifier) -> None:
         )
 
 
-def _weights_file(overlay: Mapping[str, Any], folder: Path | None, entry: Checkpoint | None, cache_dir: hub.Folder) -> Path:
+def _weights_file(overlay: Mapping[str, Any], folder: Path | None, entry: Checkpoint | None, cache_dir: hub.CacheDir) -> Path:
     """Return the weights that an overlay names, those of a saved model, or those of an entry."""
     if overlay.get("file"):
         return Path(overlay["file"])

@@ -48,7 +48,7 @@ _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
 _logger = logging.getLogger(__name__)
 
 
-def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | None = None) -> Path:
+def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str | None = None) -> Path:
     """Return the path of an entry's weights, fetched and converted if necessary; see the module for the order.
 
     Args:
@@ -83,7 +83,7 @@ def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | 
     return path
 
 
-def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.Folder = None) -> Path:
+def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None) -> Path:
     """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
     if isinstance(source, HubFiles):
         return _from_hub(source, cache_dir)
@@ -109,7 +109,7 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
 
 
-def cache_folder(entry: Checkpoint, cache_dir: hub.Folder = None) -> Path:
+def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
     """Return the folder that holds, or will hold, an entry's converted weights."""
     return (hub.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
 
@@ -239,7 +239,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.Folder) -> Path | None:
+def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir) -> Path | None:
     """Return the copy under $TPN_HUB_NAMESPACE; None if there is none, or, with a warning, if the Hub does not respond."""
     try:
         return _from_hub(mirror, cache_dir)
@@ -253,7 +253,7 @@ def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.Folder) -> 
     return None
 
 
-def _from_hub(source: HubFiles, cache_dir: hub.Folder) -> Path:
+def _from_hub(source: HubFiles, cache_dir: hub.CacheDir) -> Path:
     repo = source.repo_id + (f"@{source.commit}" if source.commit else "")
     path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True) / WEIGHTS_FILE
     if source.sha256 is not None and file_sha256(path) != source.sha256:

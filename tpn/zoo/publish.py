@@ -11,7 +11,7 @@ from torch import nn
 
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
-from tpn.hub import translated
+from tpn.hub import translate_errors
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
@@ -192,7 +192,7 @@ def _upload(
     """Upload weights, configuration and card in one commit: a repository never has one without the others."""
     api = HfApi(token=token, library_name="tpn")
     files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    with translated(repo_id, uploading=True):
+    with translate_errors(repo_id, uploading=True):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if entry or not api.file_exists(repo_id, CARD_FILE):
             files[CARD_FILE] = str(model_card(read_config(folder), repo_id, entry=entry, license=license)).encode()
