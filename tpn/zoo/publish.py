@@ -9,9 +9,9 @@ from typing import NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch import nn
 
+from tpn import hub
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
-from tpn.hub import translate_errors
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
@@ -192,10 +192,12 @@ def _upload(
     """Upload weights, configuration and card in one commit: a repository never has one without the others."""
     api = HfApi(token=token, library_name="tpn")
     files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    with translate_errors(repo_id, uploading=True):
+    try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if entry or not api.file_exists(repo_id, CARD_FILE):
             files[CARD_FILE] = str(model_card(read_config(folder), repo_id, entry=entry, license=license)).encode()
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         api.create_commit(repo_id, operations, commit_message=message)
+    except Exception as error:  # of the HTTP library of this version of the client
+        raise UploadError(f"cannot upload to {repo_id} on the Hub ({api.endpoint}): {hub.reason(error)}") from error
     return f"{api.endpoint}/{repo_id}"
