@@ -15,21 +15,19 @@ import http.client
 import logging
 import re
 import shutil
-import socket
 import ssl
 import tempfile
-import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled
+from huggingface_hub.utils import WeakFileLock, tqdm
 
 from tpn import hub
 from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, WeightsUnavailableError
@@ -42,7 +40,6 @@ from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
 
-_DOWNLOADING = threading.Lock()
 _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
 
 _logger = logging.getLogger(__name__)
@@ -59,12 +56,8 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
         WeightsUnavailableError: they cannot be fetched, or only by hand; the message says what to do.
         CheckpointError: the file does not fit the entry's model.
     """
-    if isinstance(entry.source, Embedded) and url is None:
-        return entry.source.path
     source, folder = entry.source, cache_folder(entry, cache_dir)
-    if url == source.url:
-        url = None
-    if url is not None:
+    if url not in (None, source.url):
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
         if digits is None:
             raise ValueError(
@@ -74,8 +67,10 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
         source = Link(url, digits[1])
         if not source.sha256.startswith(entry.source.sha256 or "none"):
             folder = folder.with_name(f"{entry.name}-{source.sha256}")
+    elif isinstance(source, Embedded):
+        return source.path
     path, origin = cached(folder), "the cache"
-    if path is None and url is None and entry.mirror:
+    if path is None and source is entry.source and entry.mirror:
         path, origin = _from_mirror(entry, HubFiles(entry.mirror), cache_dir), f"the Hub, {entry.mirror}"
     if path is None:
         path, origin = from_source(entry, source, folder, cache_dir), str(source.url)
@@ -85,6 +80,8 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
 
 def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None) -> Path:
     """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
+    if (folder / WEIGHTS_FILE).exists():
+        _logger.warning("%s is truncated or damaged: it is not used", folder / WEIGHTS_FILE)
     if isinstance(source, HubFiles):
         return _from_hub(source, cache_dir)
     if not isinstance(source, Link):
@@ -115,17 +112,12 @@ def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
 
 
 def cached(folder: Path) -> Path | None:
-    """Return the weights in a cache folder; None if there are none, or, with a warning, if they are damaged."""
+    """Return the weights in a cache folder; None if there are none, or they are damaged."""
     path = folder / WEIGHTS_FILE
     try:
-        if not path.is_file():
-            return None
-        if hub.is_whole(path):
-            return path
+        return path if path.is_file() and hub.is_whole(path) else None
     except OSError as error:
         raise WeightsUnavailableError(f"cannot read {path}: {error.strerror or error}; {_OTHER_FOLDER}") from error
-    _logger.warning("%s is truncated or damaged: it is not used", path)
-    return None
 
 
 def store(entry: Checkpoint, checkpoint: str | PathLike[str], folder: Path) -> Path:
@@ -186,9 +178,16 @@ def download(link: Link, path: Path, entry: Checkpoint) -> None:
     """
     for tries, pause in enumerate((*PAUSES, None), start=1):
         try:
-            with _socket_timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT):
-                torch.hub.download_url_to_file(link.url, str(path), link.sha256, progress=not are_progress_bars_disabled())
-            return
+            request = urllib.request.Request(link.url, headers={"User-Agent": "tpn"})
+            with (
+                urllib.request.urlopen(request, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+                tqdm.wrapattr(response, "read", getattr(response, "length", None), desc=path.name) as stream,
+                path.open("wb") as file,
+            ):
+                shutil.copyfileobj(stream, file)
+            if file_sha256(path).startswith(link.sha256):
+                return
+            raise RuntimeError("another SHA-256")
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in hub.LOCAL_ERRORS:
                 raise
@@ -217,18 +216,6 @@ def _failure(error: Exception, link: Link) -> tuple[str, bool]:
     if isinstance(cause, ValueError | str):  # such as an unknown protocol
         return str(cause), False
     return f"the connection to {host} failed ({cause or type(cause).__name__})", True
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Limit the waiting of `torch.hub`, which has no argument for it: of the process, so one thread at a time."""
-    with _DOWNLOADING:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(seconds)
-        try:
-            yield
-        finally:
-            socket.setdefaulttimeout(before)
 
 
 @contextmanager
