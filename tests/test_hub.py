@@ -312,18 +312,6 @@ def mirror(monkeypatch):
     monkeypatch.setenv("TPN_HUB_NAMESPACE", "us")
 
 
-def test_mirror_comes_first(server, published, hub, mirror, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, logger="tpn")
-    expected, _ = put_on_hub(hub, MIRROR)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    assert MIRROR in one_line(caplog)
-    hub.requests.clear()
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
-    assert hub.requests == server.requests == []
-
-
 def test_mirror_is_not_asked(server, published, hub, mirror, monkeypatch, tmp_path):
     """For another link, or unless the user names one."""
     mirrored, _ = put_on_hub(hub, MIRROR)
