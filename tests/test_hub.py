@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import urllib.error
 
 import pytest
 import small
@@ -17,6 +18,7 @@ from test_fetch import max_file_size
 import tpn
 from tpn import WeightsUnavailableError
 from tpn.errors import HubUnreachableError, NoRepositoryError
+from tpn.hub import translate_errors
 from tpn.zoo.checkpoints import HubFiles
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE
 
@@ -246,6 +248,18 @@ def test_errors_that_the_caller_handles_do_not_matter(hub, commit):
     except OSError:
         with pytest.raises(HubUnreachableError, match="500"):
             load()
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("refused"), ConnectionResetError("refused")], ids=repr)
+def test_network_errors_of_other_libraries(error):
+    with pytest.raises(WeightsUnavailableError, match="the weights.*refused"), translate_errors("the weights"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [TypeError("img_size"), FileNotFoundError("x.pth")], ids=repr)
+def test_other_errors_of_other_libraries(error):
+    with pytest.raises(type(error)), translate_errors("the weights"):
+        raise error
 
 
 # Entries of the table
