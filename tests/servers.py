@@ -115,7 +115,7 @@ class Hub(Server):
         self.clear()
 
     def clear(self):
-        self.repos, self.branches, self.lfs, self.deny, self.private, self.down, self.hang = {}, {}, {}, {}, set(), None, 0
+        self.repos, self.branches, self.deny, self.private, self.down, self.hang = {}, {}, {}, set(), None, 0
         self.faults, self.forever, self.requests, self.before_reply = [], False, [], lambda count: None
 
     @staticmethod
@@ -140,13 +140,8 @@ class Hub(Server):
         signed = request.headers.get("Authorization") == f"Bearer {self.token}"
         if request.command in ("GET", "HEAD") and (match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)):
             return self.resolve(request, signed, *match.groups())
-        if not signed and not path.startswith("/lfs/"):
+        if not signed:
             return self.reply(request, 401, b"{}", {})
-        if match := re.fullmatch(r"/lfs/(\w+)", path):
-            if hashlib.sha256(body).hexdigest() != match[1]:
-                return self.reply(request, 400, b"wrong content", {})
-            self.lfs[match[1]] = body
-            return self.reply(request, 200, b"", {})
         answer = self.api(request.command, path, body)
         self.reply(request, 200 if answer is not None else 404, json.dumps(answer or {}).encode(), {})
 
@@ -177,14 +172,9 @@ class Hub(Server):
             return {"url": f"{self.url}/{repo_id}", "id": repo_id}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/main", path):
+        if re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/main", path):
             files = json.loads(body)["files"]
-            modes = [(f["path"], "lfs" if f["path"].endswith(".safetensors") else "regular") for f in files]
-            return {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes]}
-        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
-            objects = json.loads(body)["objects"]
-            upload = [{**o, "actions": {"upload": {"href": f"{self.url}/lfs/{o['oid']}", "header": {}}}} for o in objects]
-            return {"transfer": "basic", "objects": upload}
+            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", path):
             return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
         return None
@@ -195,8 +185,6 @@ class Hub(Server):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.lfs[value["oid"]]
         self.repos[repo_id].append(files)
         oid = self.commit_of(len(self.repos[repo_id]) - 1)
         return {"commitUrl": f"{self.url}/{repo_id}/commit/{oid}", "commitOid": oid}

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import urllib.error
 
 import pytest
 import small
@@ -17,6 +18,7 @@ from test_fetch import max_file_size
 import tpn
 from tpn import WeightsUnavailableError
 from tpn.errors import HubUnreachableError, NoRepositoryError
+from tpn.hub import translate_errors
 from tpn.zoo.checkpoints import HubFiles
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE
 
@@ -248,6 +250,18 @@ def test_errors_that_the_caller_handles_do_not_matter(hub, commit):
             load()
 
 
+@pytest.mark.parametrize("error", [urllib.error.URLError("refused"), ConnectionResetError("refused")], ids=repr)
+def test_network_errors_of_other_libraries(error):
+    with pytest.raises(WeightsUnavailableError, match="the weights.*refused"), translate_errors("the weights"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [TypeError("img_size"), FileNotFoundError("x.pth")], ids=repr)
+def test_other_errors_of_other_libraries(error):
+    with pytest.raises(type(error)), translate_errors("the weights"):
+        raise error
+
+
 # Entries of the table
 
 
@@ -310,18 +324,6 @@ def test_overlay(hub, cache, monkeypatch):
 @pytest.fixture
 def mirror(monkeypatch):
     monkeypatch.setenv("TPN_HUB_NAMESPACE", "us")
-
-
-def test_mirror_comes_first(server, published, hub, mirror, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, logger="tpn")
-    expected, _ = put_on_hub(hub, MIRROR)
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    assert MIRROR in one_line(caplog)
-    hub.requests.clear()
-    assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
-    assert hub.requests == server.requests == []
 
 
 def test_mirror_is_not_asked(server, published, hub, mirror, monkeypatch, tmp_path):

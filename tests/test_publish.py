@@ -1,6 +1,7 @@
 """Models are uploaded to a Hub and loaded from it, also in another process."""
 
 import hashlib
+import logging
 import re
 import shutil
 
@@ -80,7 +81,7 @@ def test_models_load_in_another_process(hub, tmp_path, capsys):
     assert run_python(script, tmp_path, HF_HOME=str(tmp_path / "home"), HF_TOKEN="")[0] == capsys.readouterr().out
 
 
-def test_published_checkpoint_loads_in_every_way(hub, server, published, cache, table, monkeypatch):
+def test_published_checkpoint_loads_in_every_way(hub, server, published, cache, table, monkeypatch, caplog):
     table(SLOWONLY)
     (done,) = publish.publish("us")
     assert (done.state, done.repo_id) == ("published", f"us/{SLOWONLY}")
@@ -89,11 +90,16 @@ def test_published_checkpoint_loads_in_every_way(hub, server, published, cache, 
     shutil.rmtree(cache)
     server.close()
     monkeypatch.setenv("TPN_HUB_NAMESPACE", "us")
+    with caplog.at_level(logging.INFO, logger="tpn"):
+        assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
+    assert done.repo_id in small.one_line(caplog)
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        hub.requests.clear()
         assert same(tpn.create_model(SLOWONLY, pretrained=True), expected)
         assert same(timm.create_model(SLOWONLY, pretrained=True), expected)
         assert same(torch.hub.load(str(ROOT), published.model, source="local", pretrained=True), expected)
+        assert hub.requests == []
         assert same(tpn.create_model(f"hf-hub:us/{SLOWONLY}"), expected)
         assert same(timm.create_model(f"hf-hub:us/{SLOWONLY}", pretrained=True), expected)
 

@@ -38,7 +38,7 @@ def create_model(
     backbone: str | nn.Module | None = None,
     neck: str | nn.Module | None = "auto",
     backbone_pretrained: bool | Literal["imagenet"] = False,
-    cache_dir: hub.Folder = None,
+    cache_dir: hub.CacheDir = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
@@ -166,7 +166,7 @@ def input_spec(model: TPNClassifier | str) -> InputSpec:
     return (read_config(folder) if folder else get_checkpoint(model).config).input_spec
 
 
-def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = True) -> Path | None:
+def saved_folder(name: str, cache_dir: hub.CacheDir = None, *, weights: bool = True) -> Path | None:
     """Return the folder of "local-dir:folder" or "hf-hub:owner/repository", downloaded if necessary; None for other names."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
@@ -183,7 +183,7 @@ def saved_folder(name: str, cache_dir: hub.Folder = None, *, weights: bool = Tru
 
 
 def _find(
-    name: str, backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.Folder, *, with_weights: bool
+    name: str, backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.CacheDir, *, with_weights: bool
 ) -> tuple[ModelConfig, Checkpoint | Path | None]:
     """Return the config that a name stands for, and the source of its weights: an entry, the file of a saved model, or None."""
     if name == "tpn":
@@ -213,7 +213,7 @@ def _check_start(config: ModelConfig, neck: Any, pretrained: Any, checkpoint_pat
         raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
 
 
-def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: hub.Folder) -> TPNClassifier:
+def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: hub.CacheDir) -> TPNClassifier:
     """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
     modules = {kind: m for kind, m in (("backbone", backbone), ("neck", neck)) if isinstance(m, nn.Module)}
     loads_itself = "backbone" not in modules and BACKBONES.takes(config.backbone, "pretrained")
@@ -239,7 +239,7 @@ def _check_view_size(model: TPNClassifier) -> None:
         )
 
 
-def _published_weights(overlay: Mapping[str, Any], source: Checkpoint | Path | None, cache_dir: hub.Folder) -> Any:
+def _published_weights(overlay: Mapping[str, Any], source: Checkpoint | Path | None, cache_dir: hub.CacheDir) -> Any:
     """Return the tensors or the file that an overlay names, otherwise the file of the source."""
     if overlay.get("state_dict") or overlay.get("file"):
         return overlay.get("state_dict") or overlay["file"]

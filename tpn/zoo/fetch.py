@@ -48,7 +48,7 @@ _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
 _logger = logging.getLogger(__name__)
 
 
-def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | None = None) -> Path:
+def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str | None = None) -> Path:
     """Return the path of an entry's weights, fetched and converted if necessary; see the module for the order.
 
     Args:
@@ -59,12 +59,8 @@ def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | 
         WeightsUnavailableError: they cannot be fetched, or only by hand; the message says what to do.
         CheckpointError: the file does not fit the entry's model.
     """
-    if isinstance(entry.source, Embedded) and url is None:
-        return entry.source.path
     source, folder = entry.source, cache_folder(entry, cache_dir)
-    if url == source.url:
-        url = None
-    if url is not None:
+    if url not in (None, source.url):
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
         if digits is None:
             raise ValueError(
@@ -74,8 +70,10 @@ def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | 
         source = Link(url, digits[1])
         if not source.sha256.startswith(entry.source.sha256 or "none"):
             folder = folder.with_name(f"{entry.name}-{source.sha256}")
+    elif isinstance(source, Embedded):
+        return source.path
     path, origin = cached(folder), "the cache"
-    if path is None and url is None and entry.mirror:
+    if path is None and source is entry.source and entry.mirror:
         path, origin = _from_mirror(entry, HubFiles(entry.mirror), cache_dir), f"the Hub, {entry.mirror}"
     if path is None:
         path, origin = from_source(entry, source, folder, cache_dir), str(source.url)
@@ -83,8 +81,10 @@ def weights_file(entry: Checkpoint, cache_dir: hub.Folder = None, *, url: str | 
     return path
 
 
-def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.Folder = None) -> Path:
+def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None) -> Path:
     """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
+    if (folder / WEIGHTS_FILE).exists():
+        _logger.warning("%s is truncated or damaged: it is not used", folder / WEIGHTS_FILE)
     if isinstance(source, HubFiles):
         return _from_hub(source, cache_dir)
     if not isinstance(source, Link):
@@ -109,23 +109,18 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
 
 
-def cache_folder(entry: Checkpoint, cache_dir: hub.Folder = None) -> Path:
+def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
     """Return the folder that holds, or will hold, an entry's converted weights."""
     return (hub.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
 
 
 def cached(folder: Path) -> Path | None:
-    """Return the weights in a cache folder; None if there are none, or, with a warning, if they are damaged."""
+    """Return the weights in a cache folder; None if there are none, or they are damaged."""
     path = folder / WEIGHTS_FILE
     try:
-        if not path.is_file():
-            return None
-        if hub.is_whole(path):
-            return path
+        return path if path.is_file() and hub.is_whole(path) else None
     except OSError as error:
         raise WeightsUnavailableError(f"cannot read {path}: {error.strerror or error}; {_OTHER_FOLDER}") from error
-    _logger.warning("%s is truncated or damaged: it is not used", path)
-    return None
 
 
 def store(entry: Checkpoint, weights: load.Weights, folder: Path) -> Path:
@@ -238,7 +233,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.Folder) -> Path | None:
+def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir) -> Path | None:
     """Return the copy under $TPN_HUB_NAMESPACE; None if there is none, or, with a warning, if the Hub does not respond."""
     try:
         return _from_hub(mirror, cache_dir)
@@ -252,7 +247,7 @@ def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.Folder) -> 
     return None
 
 
-def _from_hub(source: HubFiles, cache_dir: hub.Folder) -> Path:
+def _from_hub(source: HubFiles, cache_dir: hub.CacheDir) -> Path:
     repo = source.repo_id + (f"@{source.commit}" if source.commit else "")
     path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True) / WEIGHTS_FILE
     if source.sha256 is not None and file_sha256(path) != source.sha256:

@@ -105,7 +105,7 @@ def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
     return True
 
 
-def load_imagenet(model: TPNClassifier, cache_dir: hub.Folder = None) -> None:
+def load_imagenet(model: TPNClassifier, cache_dir: hub.CacheDir = None) -> None:
     """Load the ImageNet weights that the backbone names, a ResNet of timm or torchvision, into it, strictly.
 
     A 2D kernel that becomes 3D is repeated along time and divided by its length (inflation, Carreira and Zisserman 2017): a video

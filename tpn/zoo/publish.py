@@ -4,14 +4,14 @@ import tempfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from torch import nn
 
+from tpn import hub
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
-from tpn.hub import translated
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
@@ -79,7 +79,8 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(model, temporary)
-        return _upload(folder, repo_id, private, token, commit_message, license=license)
+        api = HfApi(token=token, library_name="tpn")
+        return _upload(api, folder, repo_id, private, commit_message, license=license)
 
 
 class Publication(NamedTuple):
@@ -113,6 +114,7 @@ def publish(
         private: whether new repositories are private.
         cache_dir, token: as in `create_model` and `push_to_hub`.
     """
+    api = HfApi(token=token, library_name="tpn")
     for entry in checkpoints.CHECKPOINTS.values():
         if isinstance(entry.source, Embedded | HubFiles):
             continue
@@ -120,20 +122,19 @@ def publish(
         try:
             path = fetch.cached(folder)
             if path is None and isinstance(entry.source, Page):
-                detail = f"download {entry.source.url}, then: {fetch.convert_command(entry)}"
-                yield Publication(repo_id, "not here", detail)
+                yield Publication(repo_id, "not here", f"download {entry.source.url}, then: {fetch.convert_command(entry)}")
             elif path is None and dry_run:
                 yield Publication(repo_id, "to fetch and publish", "")
             else:
                 path = path or fetch.from_source(entry, entry.source, folder, cache_dir)
                 if not dry_run:
-                    _upload(path.parent, repo_id, private, token, f"Add {entry.name}", entry=entry)
+                    _upload(api, path.parent, repo_id, private, f"Add {entry.name}", entry=entry)
                 yield Publication(repo_id, "to publish" if dry_run else "published", fetch.file_sha256(path))
         except (WeightsUnavailableError, CheckpointError, UploadError) as error:
             yield Publication(repo_id, "failed", str(error))
 
 
-def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = None, license: str | None = None) -> ModelCard:
+def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = None, license: str | None = None) -> str:
     """Return the README.md of a repository with a published checkpoint, `entry`, or with another model and its license."""
     spec = config.input_spec
     data = ModelCardData(
@@ -144,6 +145,7 @@ def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = 
     )
     frames = f"{spec.num_frames} x {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
     facts = {"model": f"`{config.architecture}`", "frames": frames, "classes": config.num_classes}
+    parts = {"backbone": config.backbone} | ({"neck": config.neck} if config.neck else {})
     if entry:
         facts |= {
             "data": entry.dataset,
@@ -156,46 +158,37 @@ def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = 
         }
         origin = f"The weights come from {entry.publisher} ({entry.source.url}); the tensors are renamed and otherwise unchanged."
     else:
-        facts |= {kind: f"`{part.name}` {dict(part.args)}" for kind in ("backbone", "neck") if (part := getattr(config, kind))}
+        facts |= {kind: f"`{part.name}` {dict(part.args)}" for kind, part in parts.items()}
         origin = "Trained with tpn, an implementation of the [Temporal Pyramid Network](https://arxiv.org/abs/2004.03548)."
-    text = _CARD.format(
+    return _CARD.format(
         header=data.to_yaml(),
         name=repo_id.rpartition("/")[2],
         origin=origin,
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value != ""),
         repo_id=repo_id,
-        modules="".join(
-            f", {kind}=MODULE" for kind in ("backbone", "neck") if (part := getattr(config, kind)) and part.is_module
-        ),
+        modules="".join(f", {kind}=MODULE" for kind, part in parts.items() if part.is_module),
         classify=_CLASSIFY if spec.in_chans == 3 else "",
         channels=spec.in_chans,
         frames=spec.num_frames,
     )
-    return ModelCard(text)
 
 
 def _accuracy(top1: float | None, top5: float | None) -> str:
-    values = (f"{name} {value:.2f} %" for name, value in (("top-1", top1), ("top-5", top5)) if value is not None)
-    return ", ".join(values) or "not measured"
+    return ", ".join(f"top-{k} {value:.2f} %" for k, value in ((1, top1), (5, top5)) if value is not None) or "not measured"
 
 
-def _upload(
-    folder: Path,
-    repo_id: str,
-    private: bool,
-    token: str | None,
-    message: str,
-    *,
-    entry: Checkpoint | None = None,
-    license: str | None = None,
-) -> str:
-    """Upload weights, configuration and card in one commit: a repository never has one without the others."""
-    api = HfApi(token=token, library_name="tpn")
-    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    with translated(repo_id, uploading=True):
+def _upload(api: HfApi, folder: Path, repo_id: str, private: bool, message: str, **about: Any) -> str:
+    """Upload weights, configuration and card in one commit: a repository never has one without the others.
+
+    `about` is the `entry` or the `license` of `model_card`.
+    """
+    try:
+        operations = [CommitOperationAdd(name, folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if entry or not api.file_exists(repo_id, CARD_FILE):
-            files[CARD_FILE] = str(model_card(read_config(folder), repo_id, entry=entry, license=license)).encode()
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        if about.get("entry") or not api.file_exists(repo_id, CARD_FILE):
+            card = model_card(read_config(folder), repo_id, **about)
+            operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
         api.create_commit(repo_id, operations, commit_message=message)
+    except Exception as error:  # of the HTTP library of this version of the client
+        raise UploadError(f"cannot upload to {repo_id} on the Hub ({api.endpoint}): {hub.reason(error)}") from error
     return f"{api.endpoint}/{repo_id}"

@@ -156,7 +156,7 @@ def timm_backbone(
     check_network_args(args, out_indices)
     path = _weights(name, cache_dir) if pretrained else None
     try:
-        with hub.translated(f"the weights of timm/{name}"):
+        with hub.translate_errors(f"the weights of timm/{name}"):
             net = timm.create_model(
                 name,
                 pretrained,

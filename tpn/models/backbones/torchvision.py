@@ -85,7 +85,7 @@ def torchvision_backbone(
     check_network_args(args, out_indices)
     net = torchvision.models.get_model(name, weights=None, **args)
     if pretrained:
-        with hub.translated(f"the weights of torchvision/{name}"):
+        with hub.translate_errors(f"the weights of torchvision/{name}"):
             state = weights.get_state_dict(progress=False, check_hash=True, model_dir=hub.cache_folder(cache_dir))
         net.load_state_dict(state)
     return StagedBackbone(STAGES[name](net), out_indices, channels_last=name.startswith("swin"))
