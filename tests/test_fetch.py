@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import signal
-import sys
 import tempfile
 import urllib.request
 from contextlib import contextmanager
@@ -123,7 +122,7 @@ def test_proxy(server, download, monkeypatch):
 def test_progress_bar(download, monkeypatch, capsys):
     download()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.modules[fetch.tqdm.__module__], "are_progress_bars_disabled", lambda name=None: False)
+    monkeypatch.setattr(fetch, "are_progress_bars_disabled", lambda: False)
     download()
     assert "100%" in capsys.readouterr().err
 
