@@ -1,7 +1,6 @@
 """The pyramid on timm's image networks and torchvision's video networks."""
 
 import copy
-import json
 import re
 import shutil
 
@@ -11,13 +10,13 @@ import torch
 import torchvision
 from backbones import BACKBONES, MORE_BACKBONES, WITHOUT_GRADIENT, clips, small, switch_on
 from safetensors.torch import save
-from scripts import example
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tpn
 from tpn.models.backbones import FoldedBackbone
+from tpn.training.loop import train
 from tpn.video import motion
 
 
@@ -262,23 +261,22 @@ def test_on_the_hub_and_through_timm(hub, tmp_path, monkeypatch):
     assert torch.equal(fewer.backbone.net.conv1.weight, model.backbone.net.conv1.weight)
 
 
-def test_trained_by_the_script(tmp_path, monkeypatch, capsys):
+def test_trained(tmp_path):
     """The number of classes comes from the data."""
     motion.write_dataset(tmp_path / "videos", 1, seed=1, num_frames=16)
     for name in motion.CLASSES[2:]:
         shutil.rmtree(tmp_path / "videos" / name)
-    arguments = ["--train", tmp_path / "videos", "--output", tmp_path / "run", "--model", "tpn", "--epochs", 1, "--batch-size", 2]
-    arguments += [
-        "--model-args",
-        json.dumps({"backbone": "timm/resnet18", "num_frames": 2}),
-        "--crop-size",
-        64,
-        "--short-side",
-        64,
-    ]
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments), "--workers", "0"])
-    example("train").main()
-    assert "tpn predict --model local-dir:" in capsys.readouterr().out
+    args = {"backbone": "timm/resnet18", "num_frames": 2}
+    options = {
+        "weights": "random",
+        "crop_size": 64,
+        "short_side": 64,
+        "epochs": 1,
+        "batch_size": 2,
+        "val_fraction": 0,
+        "workers": 0,
+    }
+    train(tmp_path / "videos", output=tmp_path / "run", model="tpn", model_args=args, threads=torch.get_num_threads(), **options)
     model = tpn.create_model(f"local-dir:{tmp_path / 'run'}")
     assert model.labels == tuple(sorted(motion.CLASSES[:2]))
     assert model.config.backbone == tpn.PartConfig("timm/resnet18")

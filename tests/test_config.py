@@ -60,7 +60,6 @@ def test_configs_are_frozen():
         ({"labels": ["a", "b", "c"]}, TypeError, "labels.*tuple"),
         ({"labels": ("a", "b")}, ValueError, "labels.*3.*2"),
         ({"neck": None}, ValueError, "aux_head.*neck=None"),
-        ({"input_spec": replace(SPEC, flip_label_pairs=((2, 3),))}, ValueError, r"flip_label_pairs.*3.*\(2, 3\)"),
         ({"num_frames": 0}, ValueError, "num_frames.*1.*0"),
         ({"num_frames": "8"}, TypeError, "num_frames.*'8'"),
         ({"num_frames": True}, TypeError, "num_frames.*True"),
@@ -70,8 +69,8 @@ def test_configs_are_frozen():
         ({"num_crops": True}, TypeError, "num_crops.*True"),
         ({"three_crop_size": False}, TypeError, "three_crop_size.*False"),
         ({"mean": (True, 1.0, 1.0)}, TypeError, "mean.*True"),
-        ({"flip_label_pairs": 5}, ValueError, "flip_label_pairs.*5"),
-        ({"flip_label_pairs": ((0, 1), (1, 2))}, ValueError, "flip_label_pairs.*once"),
+        ({"flip_label_pairs": 5}, TypeError, "flip_label_pairs.*5"),
+        ({"flip_label_pairs": (("a", "b"), ("b", "c"))}, ValueError, "flip_label_pairs.*once.*'b'"),
         ({"num_crops": 2}, ValueError, "num_crops.*2"),
         ({"sampling": "uniform"}, ValueError, "sampling.*'uniform'"),
         ({"flip": 1}, TypeError, "flip.*1"),
@@ -84,9 +83,10 @@ def test_configs_are_frozen():
         ({"mean": ()}, ValueError, "mean and std.*0"),
         ({"mean": (1.0, 2.0, float("nan"))}, TypeError, "mean.*nan"),
         ({"mean": [1.0, 2.0, 3.0]}, TypeError, r"mean.*\[1.0"),
-        ({"flip_label_pairs": ((1, 1),)}, ValueError, r"flip_label_pairs.*once.*\(1, 1\)"),
-        ({"flip_label_pairs": ((0, 1, 2),)}, ValueError, "flip_label_pairs"),
-        ({"flip_label_pairs": ((0, -1),)}, ValueError, "flip_label_pairs.*-1"),
+        ({"flip_label_pairs": (("a", "a"),)}, ValueError, "flip_label_pairs.*once.*'a', 'a'"),
+        ({"flip_label_pairs": (("a", "b", "c"),)}, TypeError, "flip_label_pairs.*'c'"),
+        ({"flip_label_pairs": ("ab",)}, TypeError, "flip_label_pairs.*'ab'"),
+        ({"flip_label_pairs": ((0, 1),)}, TypeError, r"flip_label_pairs.*names.*\(0, 1\)"),
     ],
 )
 def test_fields_are_validated(changes, error, says):
@@ -108,6 +108,22 @@ def test_fields_of_a_later_version_are_skipped_with_a_warning(caplog):
     values["backbone"] = values["backbone"] | {"latest": 1}
     assert tpn.ModelConfig.from_dict(values) == CONFIG
     assert [record.args[-1] for record in caplog.records] == ["new", "latest", "newest", "newer"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "pairs"), [(("a", "b", "c"), (("a", "c"),)), (None, ()), (("a", "b"), ())], ids=["names", "no names", "too few"]
+)
+def test_flip_pairs_of_earlier_versions(labels, pairs, caplog):
+    """They stored class indices."""
+    values = json.loads(json.dumps(SPEC.to_dict() | {"flip_label_pairs": [[0, 2]]}))
+    assert tpn.InputSpec.from_dict(values, labels) == replace(SPEC, flip_label_pairs=pairs)
+    warnings = [record for record in caplog.records if "flip_label_pairs [[0, 2]]" in record.getMessage()]
+    assert [record.levelname for record in warnings] == ([] if pairs else ["WARNING"])
+    if labels != ("a", "b"):
+        config = replace(CONFIG, labels=labels).to_dict() | {"input_spec": values}
+        assert tpn.ModelConfig.from_dict(json.loads(json.dumps(config))).input_spec.flip_label_pairs == pairs
+    named = replace(SPEC, flip_label_pairs=(("left", "right"),))
+    assert tpn.InputSpec.from_dict(json.loads(json.dumps(named.to_dict())), labels) == named
 
 
 def test_input_spec_for_other_channels():

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from videos import number, write_video
 
+import tpn
 from tpn import InputSpec
 from tpn.video import decode
 from tpn.video.datasets import RawFrames, TooManyBadFilesError, VideoFolder, VideoList, open_dataset
@@ -99,13 +100,38 @@ def test_clips_depend_only_on_seed_epoch_and_index(root):
     assert not same(clips(seed=1), first)
 
 
-def test_flips_swap_labels(root):
-    data = VideoFolder(root, replace(SPEC, flip_label_pairs=((0, 1),)), train=True)
+def test_options_of_the_training_transform(root):
+    data = VideoFolder(root, SPEC, train=True)
+    before = data[0][0]
+    for options in ({"rand_augment": 30}, {"random_erasing": 1}, {"color_jitter": False}):
+        data.use_spec(SPEC, **options)
+        assert not torch.equal(data[0][0], before)
+    data.use_spec(SPEC, rand_augment=0, random_erasing=0.0)
+    assert torch.equal(data[0][0], before)
+
+
+def labels_of(data, index, epochs=12):
+    """The labels that a training clip has in several epochs."""
     seen = set()
-    for epoch in range(12):
+    for epoch in range(epochs):
         data.set_epoch(epoch)
-        seen.add(data[0][1])
-    assert seen == {0, 1}
+        seen.add(data[index][1])
+    return seen
+
+
+def test_flips_exchange_labels(root):
+    spec = replace(SPEC, flip_label_pairs=(("left turn", "Überholen"),))
+    for classes in (None, ("Überholen", "other", "left turn")):
+        data = VideoFolder(root, spec, train=True, classes=classes)
+        assert labels_of(data, 0) == {data.classes.index("left turn"), data.classes.index("Überholen")}
+    data.use_spec(spec, flip_prob=0)
+    assert labels_of(data, 0) == {2}
+
+
+def test_flips_never_change_the_labels_of_other_classes(root):
+    """The model's first two classes are moving left and moving right; both folders here have other names."""
+    data = VideoFolder(root, tpn.input_spec("tpn_slowonly_tiny_motion"), train=True)
+    assert [labels_of(data, index, epochs=8) for index in (0, 4)] == [{0}, {1}]
 
 
 def test_list(root, tmp_path):
@@ -306,7 +332,7 @@ def test_unusual_folders(root, tmp_path):
     ("name", "content", "message"),
     [
         ("a.mp4", b"\0\xff", r"a\.mp4: not a list"),
-        ("a.txt", b"a.mp4 0\nb.mp4\n", r"a\.txt: line 2: .*2 fields, got 'b.mp4'"),
+        ("a.txt", b"a.mp4 0\nb.mp4\n", r"a\.txt: line 2: got 'b.mp4'.*path label"),
         ("k.csv", b"youtube_id,time_start,time_end\nabc,0,10\n", r"k\.csv: .*column label"),
         ("k.csv", b"label,youtube_id,time_start,time_end\na,abc,0,\n", r"k\.csv: line 2: time_start"),
     ],

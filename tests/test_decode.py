@@ -1,6 +1,7 @@
 import os
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from servers import run_python
 from videos import HEIGHT, WIDTH, add_stream, frame, number, write_video
 
-from tpn.video import decode
+from tpn.video import decode, frame_index
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, probe, read_frames, sample_frames
 from tpn.video.motion import write_dataset
@@ -67,7 +68,7 @@ def test_sample_frames_returns_distinct_frames_and_positions(tmp_path):
 
 def test_packets_without_frames_at_the_end_are_not_sampled(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 10)
-    monkeypatch.setattr(decode, "_read_index", lambda *_: decode._FrameIndex(15))
+    monkeypatch.setattr(decode, "read_index", lambda *_: decode.FrameIndex(15))
     frames, _ = sample_frames(path, lambda total: np.array([0, total - 1]))
     assert [number(f) for f in frames] == [0, 9]
 
@@ -88,7 +89,7 @@ CODECS = [  # and whether frames in such a file are located by key frames
 
 def by_key_frames(path, wanted):
     with decode._open(path) as (container, stream):
-        index = decode._read_index(container, stream)
+        index = decode.read_index(container, stream)
     return decode._decode_with_seeks(path, np.array(wanted), None, None, index)
 
 
@@ -139,7 +140,9 @@ def test_packets_without_a_frame(tmp_path):
 def test_frames_that_only_the_container_marks_as_key_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 200, codec="mpeg4", g=30)
     every = read_frames(path, range(200))
-    monkeypatch.setitem(decode.SEEK_BY, ("mov,mp4,m4a,3gp,3g2,mj2", "mpeg4"), "dts")  # a codec whose decoder accepts any start
+    monkeypatch.setitem(
+        frame_index.SEEK_BY, ("mov,mp4,m4a,3gp,3g2,mj2", "mpeg4"), "dts"
+    )  # a codec whose decoder accepts any start
     assert by_key_frames(path, [100]) is not None
     path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # without the table of key frames, all frames are marked
     frames, _ = sample_frames(path, lambda total: np.array([100, 190]))
@@ -210,8 +213,8 @@ def test_seeking_skips_frames(tmp_path, monkeypatch, name):
 def test_distant_frames_are_located_by_key_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 300, codec="libx264", g=50, sc_threshold=0)
     every = read_frames(path, range(300))
-    indexed, read_index = [], decode._read_index
-    monkeypatch.setattr(decode, "_read_index", lambda *args: indexed.append(args) or read_index(*args))
+    indexed, read_index = [], decode.read_index
+    monkeypatch.setattr(decode, "read_index", lambda *args: indexed.append(args) or read_index(*args))
     assert torch.equal(read_frames(path, [280, 3]), every[[280, 3]])
     assert len(indexed) == 1
     assert torch.equal(read_frames(path, [3, 100]), every[[3, 100]])
@@ -237,22 +240,20 @@ def test_counting_stores_no_packets(tmp_path):
 
     container = SimpleNamespace(demux=lambda _: (Packet(i) for i in range(100)), format=SimpleNamespace(name="matroska,webm"))
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
-    index = decode._read_index(container, stream)
+    index = decode.read_index(container, stream)
     assert (index.num_frames, len(index.key_frames)) == (100, 10)
     assert Packet.peak <= 2
 
 
 def test_unexpected_frames_are_decoded_from_the_start(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=20)
-    read_index = decode._read_index
+    read_index = decode.read_index
 
     def wrong(container, stream):
         index = read_index(container, stream)
-        return decode._FrameIndex(
-            index.num_frames, {time: n for time, n in index.number_by_pts.items() if n != 159}, index.key_frames
-        )
+        return replace(index, pts=index.pts + (np.arange(200) >= 159))
 
-    monkeypatch.setattr(decode, "_read_index", wrong)
+    monkeypatch.setattr(decode, "read_index", wrong)
     assert num_decoded(path, [2, 160], monkeypatch) > 161  # first from the key frame, then from the start
 
 

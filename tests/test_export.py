@@ -129,6 +129,15 @@ def test_metadata(folder, model, suffix):
         assert (entry.key, json.loads(entry.value)) == ("tpn", json.loads(json.dumps(exported.about)))
 
 
+def test_metadata_of_earlier_versions(folder, model):
+    """They had indices of classes that a flip exchanges."""
+    about = export.load(folder / "tiny.onnx").about
+    about = about | {"input_spec": about["input_spec"] | {"flip_label_pairs": [[0, 1], [4, 5], [8, 9]]}}
+    assert export.ExportedClassifier(torch.nn.Identity(), about).input_spec == model.input_spec
+    nameless = export.ExportedClassifier(torch.nn.Identity(), about | {"labels": None})
+    assert nameless.input_spec.flip_label_pairs == ()
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_video_classifier_runs_it(folder, model, suffix):
     exported = export.load(folder / f"tiny.{suffix}")

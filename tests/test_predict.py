@@ -1,23 +1,28 @@
 import copy
 import gc
+import io
 import logging
 import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from videos import write_video
 
 import tpn
 from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier
+from tpn.errors import UnknownModelError
 from tpn.models.features import FeatureModel
 from tpn.predict import parse_views
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, read_frames
+from tpn.video.sources import channels_first
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +127,49 @@ def test_names_load_their_weights(model, video, tmp_path):
             VideoClassifier(name, pretrained=False, checkpoint_path=folder / "model.safetensors"),
             VideoClassifier(f"local-dir:{folder}"),
             VideoClassifier(f"local-dir:{folder}", pretrained=False),
+            VideoClassifier(folder),
+            VideoClassifier(str(folder), pretrained=False),
         ):
             assert torch.equal(classify.model.head.fc.weight, published.head.fc.weight)
     with pytest.warns(UserWarning, match=f"{name}.*pretrained=True"):
         classify = VideoClassifier(name, pretrained=False)
     assert not torch.equal(classify.model.head.fc.weight, published.head.fc.weight)
+
+
+def test_folders_are_names(tmp_path, monkeypatch):
+    """Paths of saved models, unless a published model has the name."""
+    monkeypatch.chdir(tmp_path)
+    name = "tpn_slowonly_tiny_motion"
+    saved = tpn.create_model(name, num_classes=3)
+    for folder in ("doors", f"runs/{name}", name):
+        tpn.save_pretrained(saved, folder)
+    (tmp_path / "empty").mkdir()
+    paths = (
+        "doors",
+        "./doors",
+        "doors/",
+        f"runs/{name}",
+        f"./{name}",
+        f"local-dir:{name}",
+        Path("doors"),
+        Path(name),
+        tmp_path / "doors",
+    )
+    for path in paths:
+        assert torch.equal(tpn.create_model(path).head.fc.weight, saved.head.fc.weight), path
+        assert tpn.input_spec(path) == saved.input_spec
+    assert VideoClassifier("doors").model.num_classes == 3
+    for published in (name, f"{name}.scratch"):
+        assert tpn.create_model(published).num_classes == 14
+    for path, error, says in (
+        ("empty", UnknownModelError, "'empty'"),
+        ("./empty", FileNotFoundError, r"empty/config\.json"),
+        (Path("empty"), FileNotFoundError, r"empty/config\.json"),
+        ("./nothing", UnknownModelError, r"'\./nothing'.*no such folder"),
+        (3, TypeError, "name.* 3"),
+    ):
+        with pytest.raises(error, match=says):
+            tpn.create_model(path)
 
 
 def test_logits_that_are_not_finite(model, video):
@@ -269,15 +312,88 @@ def test_read_ahead():
     assert len(running) < 12
 
 
+def test_frames_as_people_have_them(model, video):
+    """OpenCV's reversed channels, read-only memory, images in a list, PIL images: each is one video."""
+    classify = VideoClassifier(model)
+    frames = read_frames(video, range(30)).permute(0, 2, 3, 1).numpy()
+    expected = classify(frames)
+    read_only = np.frombuffer(frames.tobytes(), np.uint8).reshape(frames.shape)
+    bgr = np.ascontiguousarray(frames[..., ::-1])
+    images = [Image.fromarray(frame) for frame in frames]
+    sources = {
+        "reversed channels": bgr[..., ::-1],
+        "reversed images": [image[..., ::-1] for image in bgr],
+        "reversed time": np.ascontiguousarray(frames[::-1])[::-1],
+        "read-only": read_only,
+        "list": list(frames),
+        "tuple": tuple(frames),
+        "tensors": [torch.from_numpy(frame) for frame in frames],
+        "channels first": [torch.from_numpy(frame).permute(2, 0, 1) for frame in frames],
+        "PIL": images,
+        "mixed": [images[0], *frames[1:]],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, source in sources.items():
+            result = classify(source)
+            assert torch.equal(result.view_logits, expected.view_logits), name
+            assert result.source is None
+        for each in (bgr[..., ::-1], read_only):  # without the selection of frames that copies them
+            assert torch.equal(channels_first(each), torch.from_numpy(frames).permute(0, 3, 1, 2))
+    first, second = classify.predict_each([list(frames), list(frames[:4])])
+    assert torch.equal(first.probs, expected.probs)
+    assert not torch.equal(second.probs, expected.probs)
+
+
+def test_list_of_videos(model, video):
+    classify = VideoClassifier(model)
+    frames = read_frames(video, range(30)).permute(0, 2, 3, 1).numpy()
+    for several in ([str(video)], [frames, frames[:4]], (video, frames), [list(frames), video], [video.read_bytes()]):
+        assert [result.probs.shape for result in classify(several)] == [(5,)] * len(several)
+    assert classify([]) == []
+
+
+def test_bytes_and_open_files(model, video, tmp_path):
+    classify = VideoClassifier(model)
+    expected = classify(video)
+    content = video.read_bytes()
+    at_end = io.BytesIO()
+    at_end.write(content)
+    with open(video, "rb") as file:
+        for source in (content, bytearray(content), memoryview(content), file, io.BytesIO(content), at_end):
+            result = classify(source)
+            assert torch.equal(result.view_logits, expected.view_logits)
+            assert result.source is None
+    with pytest.raises(VideoError, match="^bytes: "):
+        classify(b"no video")
+    (tmp_path / "text.mp4").write_text("no video\n" * 50)
+    with open(tmp_path / "text.mp4", "rb") as file, pytest.raises(VideoError, match=r"^\S*text\.mp4: "):
+        classify(file)
+    with open(tmp_path / "text.mp4") as file, pytest.raises(TypeError, match=r"text\.mp4.*binary.*'rb'"):
+        classify(file)
+
+
 @pytest.mark.parametrize(
     ("frames", "error", "says"),
     [
-        (np.zeros((4, 48, 64, 3), np.float32), TypeError, "uint8.*torch.float32"),
-        (np.zeros((4, 48, 64), np.uint8), ValueError, r"\(4, 48, 64\)"),
-        (np.zeros((4, 48, 64, 4), np.uint8), ValueError, r"\(4, 48, 64, 4\)"),
+        (np.zeros((4, 48, 64, 3), np.float32), TypeError, r"uint8.*float32.*255 \* frames"),
+        (torch.zeros(4, 48, 64, 3), TypeError, r"uint8.*float32.*255 \* frames"),
+        ([np.zeros((48, 64, 3), np.float64)] * 4, TypeError, r"uint8.*float64.*255 \* frames"),
+        (np.zeros((4, 48, 64, 3), np.uint16), TypeError, "uint8.*uint16.*convert"),
+        ([np.zeros((48, 64, 3), bool)], TypeError, "uint8.*bool.*convert"),
+        (np.zeros((4, 48, 64), np.uint8), ValueError, r"\(4, 48, 64\).*grayscale.*stack"),
+        (np.zeros((4, 48, 64, 1), np.uint8), ValueError, r"\(4, 48, 64, 1\).*grayscale.*stack"),
+        ([np.zeros((48, 64), np.uint8)] * 30, ValueError, r"48, 64\).*grayscale.*stack"),
+        (np.zeros((48, 64, 3), np.uint8), ValueError, r"\(48, 64, 3\).*\[frame\]"),
+        (np.zeros((4, 48, 64, 4), np.uint8), ValueError, r"\(4, 48, 64, 4\).*frames\[\.\.\., :3\]"),
         (np.zeros((4, 3, 64, 3), np.uint8), ValueError, r"\(4, 3, 64, 3\).*ambiguous"),
         (np.zeros((0, 48, 64, 3), np.uint8), ValueError, r"\(0, 48, 64, 3\)"),
-        (3, TypeError, "path or .*frames.* int"),
+        (
+            [np.zeros((48, 64, 3), np.uint8)] * 9 + [np.zeros((64, 48, 3), np.uint8)] * 9,
+            ValueError,
+            r"one size.*\(48, 64, 3\).*\(64, 48, 3\)",
+        ),
+        (3, TypeError, "path, .*frames.* int"),
     ],
 )
 def test_bad_frames(model, frames, error, says):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,14 @@ def test_files_of_the_first_version(tmp_path):
 def test_weights_of_the_first_version(tmp_path):
     """Its weights files say how they were trained, and are loaded through tpn and timm."""
     model = narrow(num_classes=3, shift_shortcut=True)
+    model.labels, model.input_spec = ("a", "b", "c"), replace(model.input_spec, flip_label_pairs=(("a", "c"),))
     tpn.save_pretrained(model, tmp_path)
     args = {"num_frames": 8, "shift_shortcut": True, "base_channels": 8}
     old = {"architecture": "tpn_tsm_r50_sthv1", "model_args": args}
     spec = model.input_spec.to_dict()
-    spec["mirrored"] = spec.pop("flip_label_pairs")
-    config = {**old, "num_classes": 3, "input_spec": spec, "pretrained_cfg": {"num_classes": 3}}
+    spec["mirrored"] = [[0, 2]]
+    del spec["flip_label_pairs"]
+    config = {**old, "num_classes": 3, "label_names": ["a", "b", "c"], "input_spec": spec, "pretrained_cfg": {"num_classes": 3}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     from safetensors.torch import save_file
 
@@ -84,7 +87,6 @@ def test_assigned_classifier_is_saved(tmp_path):
     model.head.fc = nn.Linear(model.num_features, 12)
     assert (model.num_classes, model.config.num_classes, model.labels) == (12, 12, None)
     assert model.config.aux_head.num_classes == 174
-    assert model.input_spec.flip_label_pairs == ()
     tpn.save_pretrained(model, tmp_path)
     loaded = tpn.create_model(f"local-dir:{tmp_path}")
     assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
@@ -96,7 +98,6 @@ def test_config_follows_the_model():
     assert model.labels
     model.head.fc = nn.Linear(model.num_features, model.num_classes)  # others, although there are as many
     assert model.labels is None
-    assert model.input_spec.flip_label_pairs == ()
     model.reset_classifier(4)
     assert (model.config.num_classes, model.config.aux_head.num_classes, model.config.labels) == (4, 4, None)
     model.labels = ["a", "b", "c", "d"]

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -35,7 +35,8 @@ class InputSpec:
         crop_size: side of the single center crop, and of training crops, in pixels.
         three_crop_size: side of the three crops along the longer side, in pixels. Default: `short_side`.
         mean, std: per channel, on the 0..255 scale.
-        flip_label_pairs: pairs of classes that a horizontal flip exchanges, such as "left to right" and "right to left".
+        flip_label_pairs: pairs of class names that a horizontal flip exchanges, such as ("moving left", "moving right"). They
+            apply to data that has these classes, in any order.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range.
@@ -52,7 +53,7 @@ class InputSpec:
     three_crop_size: int = 0
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    flip_label_pairs: tuple[tuple[int, int], ...] = ()
+    flip_label_pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         check_int("three_crop_size", self.three_crop_size, minimum=0)
@@ -79,12 +80,10 @@ class InputSpec:
         if min(self.std) <= 0:
             raise ValueError(f"std must be greater than 0, got {self.std}")
         pairs = self.flip_label_pairs
-        if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-            raise ValueError(f"flip_label_pairs must be a tuple of pairs of classes, got {pairs!r}")
-        labels = [label for pair in pairs for label in pair]
-        for label in labels:
-            check_int("flip_label_pairs", label, minimum=0)
-        if len(set(labels)) < len(labels):
+        if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and [*map(type, p)] == [str, str] for p in pairs):
+            raise TypeError(f"flip_label_pairs must be a tuple of pairs of class names, got {pairs!r}")
+        names = [name for pair in pairs for name in pair]
+        if len(set(names)) < len(names):
             raise ValueError(f"flip_label_pairs must name each class once, got {pairs}")
 
     @property
@@ -143,17 +142,22 @@ class InputSpec:
     def train_transform(
         self,
         *,
+        classes: Sequence[str] | None = None,
         crop_area: tuple[float, float] = (0.08, 1.0),
         flip_prob: float = 0.5,
         color_jitter: bool = True,
+        rand_augment: int = 0,
+        random_erasing: float = 0.0,
         normalize: bool = True,
     ) -> augment.TrainTransform:
         """Return the published training transform: clip uint8 (T, 3, H, W) [, label] → model input [, label].
 
         Args:
-            crop_area: smallest and largest share of the frame that a crop shows.
-            flip_prob: probability of a horizontal flip, which exchanges the labels of `flip_label_pairs`.
-            color_jitter: jitter brightness, contrast, saturation, and hue.
+            classes: class names of the data in the order of its labels, such as `model.labels`. Needed if the spec has
+                `flip_label_pairs`, unless `flip_prob` is 0.
+            flip_prob: probability of a horizontal flip, which exchanges the labels of `flip_label_pairs`. A clip is not flipped
+                if the flip would give it a class that is not in `classes`.
+            crop_area, color_jitter, rand_augment, random_erasing: see `TrainTransform`.
             normalize: return the model's input; otherwise uint8 (T, 3, S, S), for `normalize` on the device.
         """
         self._check_rgb()
@@ -161,8 +165,11 @@ class InputSpec:
             self.crop_size,
             crop_area=crop_area,
             flip_prob=flip_prob,
-            flip_label_pairs=self.flip_label_pairs,
+            flip_label_pairs=augment.index_pairs(self.flip_label_pairs, classes) if flip_prob else (),
             color_jitter=color_jitter,
+            rand_augment=rand_augment,
+            random_erasing=random_erasing,
+            fill=self.mean,
             normalize=self.normalize if normalize else None,
         )
 
@@ -189,9 +196,13 @@ class InputSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "InputSpec":
-        """Read the result of `to_dict`; fields of a later version are skipped with a warning."""
-        return cls(**_known_fields(cls, _upgrade_fields(values) if isinstance(values, Mapping) else values))
+    def from_dict(cls, values: Mapping[str, Any], labels: Sequence[str] | None = None) -> "InputSpec":
+        """Read the result of `to_dict`; fields of a later version are skipped with a warning.
+
+        Earlier versions stored `flip_label_pairs` as class indices: `labels`, the class names, convert them. Without labels they
+        are dropped with a warning.
+        """
+        return cls(**_known_fields(cls, _upgrade_fields(dict(values), labels) if isinstance(values, Mapping) else values))
 
 
 class FrozenDict(dict[str, Any]):
@@ -247,10 +258,11 @@ MODULE = "module:"
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A classifier: K classes (0 for none) behind dropout."""
+    """A classifier: K classes (0 for none) behind dropout; with `multi_label`, a video may have several classes, or none."""
 
     num_classes: int
     drop_rate: float = 0.5
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         check_int("num_classes", self.num_classes, minimum=0)
@@ -302,9 +314,6 @@ class ModelConfig:
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
         if self.labels is not None:
             check_labels(self.labels, self.num_classes)
-        beyond = [pair for pair in self.input_spec.flip_label_pairs if max(pair) >= self.num_classes]
-        if beyond:
-            raise ValueError(f"flip_label_pairs names classes beyond the model's {self.num_classes}: {beyond[0]}")
         if self.aux_head is not None and self.neck is None:
             raise ValueError("aux_head must be None for a model without neck (neck=None)")
 
@@ -327,7 +336,7 @@ class ModelConfig:
             if isinstance(known.get(name), Mapping):
                 known[name] = kind(**_known_fields(kind, known[name]))
         if isinstance(known.get("input_spec"), Mapping):
-            known["input_spec"] = InputSpec.from_dict(known["input_spec"])
+            known["input_spec"] = InputSpec.from_dict(known["input_spec"], known.get("labels"))
         return cls(**known)
 
 
@@ -366,12 +375,19 @@ def _known_fields(cls: type, values: Any) -> dict[str, Any]:
     return {name: value if name in ("backbone", "neck") else _as_tuple(value) for name, value in values.items() if name in names}
 
 
-def _upgrade_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the fields of an input spec that the first version wrote; it had no limit for `three_crop_size`."""
-    if "mirrored" not in values:
-        return dict(values)
-    renamed = {"flip_label_pairs" if name == "mirrored" else name: value for name, value in values.items()}
-    return renamed | {"three_crop_size": min(renamed["three_crop_size"], renamed["short_side"])}
+def _upgrade_fields(values: dict[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
+    """Read the fields of an input spec that an earlier version wrote."""
+    if "mirrored" in values:  # the first version, which had no limit for `three_crop_size`
+        values["flip_label_pairs"] = values.pop("mirrored")
+        values["three_crop_size"] = min(values["three_crop_size"], values["short_side"])
+    pairs = values.get("flip_label_pairs", ())
+    if any(isinstance(label, int) for pair in pairs for label in pair):
+        names = dict(enumerate(labels or ()))
+        named = [(names[a], names[b]) for a, b in pairs if a in names and b in names]
+        if len(named) < len(pairs):
+            _logger.warning("dropped flip_label_pairs %s: they are indices of classes without names", pairs)
+        values["flip_label_pairs"] = tuple(named)
+    return values
 
 
 def _frozen(values: dict[str, Any]) -> FrozenDict:

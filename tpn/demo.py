@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tpn.models.heads import class_probs
 from tpn.predict import Prediction, VideoClassifier
 from tpn.video import decode, motion
 from tpn.video.encode import write_video
@@ -61,7 +62,7 @@ def analyze(classifier: VideoClassifier, video: str | os.PathLike[str]) -> Analy
     clips = replace(spec, num_clips=NUM_CLIPS).indices(info.num_frames)
     picture_indices = ((np.arange(NUM_PICTURES) + 0.5) / NUM_PICTURES * info.num_frames).astype(int)
     pictures = decode.read_frames(video, picture_indices.tolist())
-    probs = prediction.view_logits.softmax(dim=1).numpy()
+    probs = class_probs(prediction.view_logits, multi_label=classifier.multi_label).numpy()
     return Analysis(prediction, clips.mean(axis=1) / fps, probs, pictures, picture_indices / fps, info.num_frames / fps)
 
 

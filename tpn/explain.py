@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tpn.models.classifier import TPNClassifier
+from tpn.models.heads import class_probs
 from tpn.models.layers import evaluating
 from tpn.models.neck import TemporalPyramid
 from tpn.optimization import OptimizedClassifier
-from tpn.predict import Source, VideoClassifier, read_clips
+from tpn.predict import VideoClassifier
 from tpn.video.encode import write_video
+from tpn.video.sources import Source, read_clips
 
 Method = Literal["occlusion", "grad-cam"]
 
@@ -166,7 +168,7 @@ def explain(
         maps=tuple(heat[0].cpu() for heat in maps),
         target=class_index,
         label=classifier.labels[class_index],
-        probability=float(logits.softmax(dim=0)[class_index]),
+        probability=float(class_probs(logits, multi_label=network.multi_label)[class_index]),
         levels=levels,
         flows=flows,
     )

@@ -90,7 +90,7 @@ class ExportedClassifier(nn.Module):
     """A model that `load` read, for inference; `VideoClassifier` takes it like a `TPNClassifier`.
 
     Attributes:
-        num_classes, num_features, in_chans, labels, input_spec: those of the `TPNClassifier`.
+        num_classes, num_features, in_chans, multi_label, labels, input_spec: those of the `TPNClassifier`.
         about: the metadata of the file, which also has "model", the config, and "tpn_version".
 
     Shape:
@@ -106,8 +106,9 @@ class ExportedClassifier(nn.Module):
         self.num_classes: int = about["num_classes"]
         self.num_features: int = about["num_features"]
         self.in_chans: int = about["in_chans"]
+        self.multi_label: bool = about.get("multi_label", False)  # absent from files of earlier versions
         self.labels: tuple[str, ...] | None = None if about["labels"] is None else tuple(about["labels"])
-        self.input_spec = InputSpec.from_dict(about["input_spec"])
+        self.input_spec = InputSpec.from_dict(about["input_spec"], self.labels)
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = _clip_shape(self.in_chans, self.input_spec)
@@ -177,6 +178,7 @@ def _prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Ten
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "in_chans": model.in_chans,
+        "multi_label": model.multi_label,
         "labels": model.labels,
         "input_spec": spec.to_dict(),
     }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tpn.files import atomic_write
 from tpn.models.features import FeatureModel
 from tpn.predict import Prediction, Unreadable, VideoClassifier
-from tpn.training import weights_hash
+from tpn.training.state import weights_hash
 
 Level = Literal["video", "clip"]
 

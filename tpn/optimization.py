@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tpn.config import ModelConfig
 from tpn.models.backbones.resnet import ResidualBlock
 from tpn.models.classifier import TPNClassifier
+from tpn.models.heads import class_probs
 from tpn.models.layers import channels_last, reference_tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -81,7 +82,7 @@ class OptimizedClassifier(TPNClassifier):
         super().train(False)
         return self
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("an optimized model cannot be changed; change the original model, and optimize it again")
 
     @property
@@ -167,7 +168,7 @@ def optimize(
         got = fast(clips)
     if expected.isfinite().all() and not got.isfinite().all():
         raise ValueError(f"the model's logits are not finite in {wanted}; pass dtype=torch.bfloat16 or torch.float32")
-    difference = _difference(expected, got, classes=bool(given.num_classes))
+    difference = _difference(given, expected, got)
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
     return fast
@@ -276,8 +277,9 @@ def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, s
     return result, [(names[conv], names[norm]) for conv, norm in alone]
 
 
-def _difference(expected: Tensor, got: Tensor, *, classes: bool) -> float:
+def _difference(model: TPNClassifier, expected: Tensor, got: Tensor) -> float:
     """Return the largest difference of a probability, or without classes of a feature, relative to the largest one."""
-    if classes:
-        return float((expected.softmax(dim=1) - got.softmax(dim=1)).abs().max())
+    if model.num_classes:
+        probs = [class_probs(logits, multi_label=model.multi_label) for logits in (expected, got)]
+        return float((probs[0] - probs[1]).abs().max())
     return float((expected - got).abs().max() / expected.abs().max())

@@ -2,15 +2,13 @@
 
 import logging
 import os
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, cast, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,18 +16,15 @@ from tpn.config import InputSpec
 from tpn.export import ExportedClassifier
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
+from tpn.models.heads import class_probs
 from tpn.models.layers import reference_tensor
 from tpn.optimization import DTYPES, OptimizedClassifier, optimize, resolve_device
-from tpn.video import decode
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
-from tpn.zoo.create import create_model
+from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
+from tpn.zoo.create import create_model, is_saved
 
-Path = str | os.PathLike[str]
-Source = Path | np.ndarray[Any, Any] | Tensor
 Progress = Callable[[int, int], None]
-Clips = tuple[Tensor, Tensor]
-"""Distinct frames of a video, uint8 (N, 3, H, W), and its clips as indices into them, int64 (clips, T)."""
 Unreadable = VideoError | OSError
 Model = TPNClassifier | FeatureModel | ExportedClassifier
 
@@ -41,7 +36,8 @@ class Prediction:
     """The result for one video.
 
     Attributes:
-        probs: (K,) float32 on the CPU, the mean over views of their softmax.
+        probs: (K,) float32 on the CPU, the mean over views of the softmax of their logits; of the sigmoid if the model is
+            multi-label, whose classes do not exclude each other.
         view_logits: (V, K) float32 on the CPU; all clips of crop 0 first, then those of crop 1, ...
         labels: K class names, "class 0", ... if the model has none.
         source: the path, or None for frames.
@@ -77,7 +73,7 @@ class VideoClassifier:
     `model.eval()` before the classifier.
 
     Args:
-        model: a name for `create_model`, a model, a `FeatureModel`, or one that `tpn.export.load` read.
+        model: a name or folder for `create_model`, a model, a `FeatureModel`, or one that `tpn.export.load` read.
         pretrained: for a name, load the published weights. Default: True, unless `checkpoint_path` is given. False warns: random
             weights give random classes.
         device: where to run. Default: for a name, a GPU if there is one; for a model, where it is.
@@ -97,7 +93,7 @@ class VideoClassifier:
 
     def __init__(
         self,
-        model: str | Model,
+        model: Path | Model,
         pretrained: bool | None = None,
         *,
         device: str | torch.device | None = None,
@@ -109,12 +105,13 @@ class VideoClassifier:
     ) -> None:
         if device is not None:
             device = resolve_device(device)  # before a model is fetched
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike):
             name, has_weights = model, kwargs.get("checkpoint_path") is not None
-            if pretrained is False and not has_weights and ":" not in name:
+            saved = is_saved(name)
+            if pretrained is False and not has_weights and not saved:
                 warnings.warn(f"{name} has random weights, and its classes are random: pass pretrained=True", stacklevel=2)
             model = create_model(name, not has_weights if pretrained is None else pretrained, **kwargs)
-            if kwargs.get("num_classes") and not has_weights and model.labels is None and ":" not in name:
+            if kwargs.get("num_classes") and not has_weights and model.labels is None and not saved:
                 warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=2)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             precision = precision or "float32"
@@ -161,10 +158,15 @@ class VideoClassifier:
         """The class names, "class 0", ... if the model has none."""
         return self.model.labels or tuple(f"class {i}" for i in range(self.model.num_classes or self.model.num_features))
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may have several classes, each with its own probability."""
+        return bool(getattr(self.model, "multi_label", False))  # a FeatureModel has no classes
+
     @overload
     def __call__(
         self,
-        source: Source,
+        source: Path | File | Array,
         *,
         num_clips: int | None = None,
         num_crops: int | None = None,
@@ -174,26 +176,27 @@ class VideoClassifier:
     @overload
     def __call__(
         self,
-        source: list[Source] | tuple[Source, ...],
+        source: list[Any] | tuple[Any, ...],
         *,
         num_clips: int | None = None,
         num_crops: int | None = None,
         progress: Progress | None = None,
-    ) -> list[Prediction]: ...
+    ) -> Any: ...
 
     def __call__(
         self,
-        source: Source | list[Source] | tuple[Source, ...],
+        source: Source | list[Any] | tuple[Any, ...],
         *,
         num_clips: int | None = None,
         num_crops: int | None = None,
         progress: Progress | None = None,
     ) -> Prediction | list[Prediction]:
-        """Classify one source, or each of a list.
+        """Classify one video, or each of a list.
 
         Args:
-            source: a path; or frames, uint8 RGB 0..255, (T, H, W, 3) or (T, 3, H, W), array or tensor, any T >= 1; or
-                a list of these.
+            source: a path; bytes, or a file that is open in binary mode; or frames, uint8 RGB 0..255, an array or tensor
+                (T, H, W, 3) or (T, 3, H, W), any T >= 1, or a list of T arrays of one frame each or of PIL images. A list of
+                anything else is a list of videos. OpenCV's frames are BGR: pass `frame[..., ::-1]`.
             num_clips, num_crops: views: clips along time, and crops of each, 3 or 1. Default: the test protocol of the weights
                 (`.spec`), mirrored views included.
             progress: called with (views done, views of this source).
@@ -203,13 +206,14 @@ class VideoClassifier:
                 classified; see `predict_each`.
             TypeError, ValueError: frames of another type or shape.
         """
-        sources = source if isinstance(source, list | tuple) else [source]
+        several = isinstance(source, list | tuple) and not is_frame_list(source)
+        sources = cast("list[Source]", source if several else [source])
         results = []
         for result in self.predict_each(sources, num_clips=num_clips, num_crops=num_crops, progress=progress):
             if isinstance(result, Exception):
                 raise result
             results.append(result)
-        return results if sources is source else results[0]
+        return results if several else results[0]
 
     def predict_each(
         self,
@@ -312,8 +316,8 @@ class VideoClassifier:
                 if len(first.logits) < first.count or first.last_batch > batches:
                     return
                 logits = torch.stack(first.logits).cpu()
-                probs = logits.softmax(dim=1).mean(dim=0)
-                if not probs.isfinite().all():  # minus infinity is a valid logit
+                probs = class_probs(logits, multi_label=self.multi_label).mean(dim=0)
+                if not (probs.isfinite().all() and (logits < torch.inf).all()):  # minus infinity is a valid logit
                     half = reference_tensor(self.model).dtype != torch.float32
                     remedy = ", or pass precision='float32'" if half else ""
                     raise ValueError(f"the model returned NaN or infinite values; check its weights{remedy}")
@@ -344,55 +348,3 @@ def parse_views(text: str) -> tuple[int, int]:
     if not (clips.isdecimal() and crops.isdecimal() and int(clips) >= 1 and int(crops) in (1, 3)):
         raise ValueError(f"views must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {text!r}")
     return int(clips), int(crops)
-
-
-class _Streams(threading.local):
-    """One CUDA stream per thread and device: freed memory stays with the stream that used it."""
-
-    def __init__(self) -> None:
-        self.of: dict[torch.device, torch.cuda.Stream] = {}
-
-
-_streams = _Streams()
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, run the uploads and resizing of a reading thread beside the model's queued work."""
-    if device.type != "cuda":
-        yield
-        return
-    if device not in _streams.of:
-        _streams.of[device] = torch.cuda.Stream(device)
-    stream = _streams.of[device]
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
-
-
-def read_clips(source: Source, spec: InputSpec, device: torch.device) -> Clips:
-    """Return the distinct frames that the views of a source need, and each clip as indices into them."""
-    if isinstance(source, str | os.PathLike):
-        with _side_stream(device):
-            frames, place = decode.sample_frames(source, spec.indices, short_side=spec.short_side, device=device)
-        return frames, torch.from_numpy(place)
-    video = channels_first(source)
-    wanted, place = np.unique(spec.indices(len(video)), return_inverse=True)
-    frames = video[torch.from_numpy(wanted)]
-    return frames, torch.from_numpy(place).view(spec.num_clips, spec.num_frames)
-
-
-def channels_first(frames: np.ndarray[Any, Any] | Tensor) -> Tensor:
-    """(T, H, W, 3) or (T, 3, H, W) → (T, 3, H, W)."""
-    if not isinstance(frames, np.ndarray | Tensor):
-        raise TypeError(f"expected a path or an array of frames, got {type(frames).__name__}")
-    video = torch.as_tensor(frames)
-    if video.dtype != torch.uint8:
-        raise TypeError(f"frames must be uint8, 0..255, got {video.dtype}")
-    if 0 in video.shape:
-        raise ValueError(f"frames must not be empty, got {tuple(video.shape)}")
-    last, second = video.ndim == 4 and video.shape[3] == 3, video.ndim == 4 and video.shape[1] == 3
-    if last == second:
-        what = "ambiguous" if last else "neither"
-        raise ValueError(f"frames must be (T, H, W, 3) or (T, 3, H, W), got {tuple(video.shape)}, {what}")
-    return video.permute(0, 3, 1, 2) if last else video

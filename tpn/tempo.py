@@ -16,12 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from tpn.config import InputSpec
-from tpn.predict import Prediction, VideoClassifier, channels_first
+from tpn.predict import Prediction, VideoClassifier
 from tpn.video import decode
 from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
 from tpn.video.live import newest
 from tpn.video.sampling import dense_indices
+from tpn.video.sources import channels_first
 from tpn.video.transforms import center_crop, resize_short_side
 
 PathLike = str | os.PathLike[str]
@@ -273,7 +274,7 @@ def dataset_tempos(
             if fps is None:
                 raise VideoError(f"{item.path}: the file does not state its frame rate")
             clips = slide(classifier, item.path, stride=stride, frame_interval=frame_interval)
-            return InstanceTempo(item, instance_tempo(clips, labels[item.label], fps=fps))
+            return InstanceTempo(item, instance_tempo(clips, labels[item.labels[0]], fps=fps))
         except (VideoError, OSError) as error:
             return InstanceTempo(item, None, bad_reason(item, error))
 
@@ -285,7 +286,7 @@ def tempo_variance(tempos: Iterable[InstanceTempo], num_classes: int) -> NDArray
     seconds: list[list[float]] = [[] for _ in range(num_classes)]
     for tempo in tempos:
         if tempo.seconds is not None:
-            seconds[tempo.item.label].append(tempo.seconds)
+            seconds[tempo.item.labels[0]].append(tempo.seconds)
     return np.array([np.var(values, ddof=1) if len(values) > 1 else np.nan for values in seconds])
 
 

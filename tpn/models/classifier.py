@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -39,10 +38,10 @@ class TPNClassifier(nn.Module):
     Attributes:
         config: the `ModelConfig` of the model, always up to date.
         num_classes, num_features: K, read from the classifier, and the channels that the head pools.
+        multi_label: whether a video may have several classes, whose probabilities are then sigmoids of the logits.
         in_chans: input channels.
         labels: the K class names, None if unknown. Assign yours. They belong to the classifier `head.fc`: another one has none.
-        input_spec: the `InputSpec` of its clips, None if unknown. Its pairs of classes that a flip exchanges belong to the
-            classifier, too.
+        input_spec: the `InputSpec` of its clips, None if unknown. Assign one to change sampling or sizes.
         architecture: the entry point that the model started from.
 
     Shape:
@@ -66,9 +65,9 @@ class TPNClassifier(nn.Module):
         self.head = head
         self.aux_head = aux_head
         self.architecture = "tpn"
-        # Each with the classifier that it describes, in a tuple, which does not make it a submodule.
+        self.input_spec: Any = None  # an InputSpec; None only for models put together by hand
+        # With the classifier that they describe, in a tuple, which does not make it a submodule.
         self._labels: tuple[tuple[str, ...] | None, nn.Module] = (None, head.fc)
-        self._input_spec: tuple[InputSpec | None, nn.Module] = (None, head.fc)
 
     @classmethod
     def from_config(
@@ -104,12 +103,12 @@ class TPNClassifier(nn.Module):
             if not isinstance(getattr(neck, "out_channels", None), int):
                 raise TypeError(f"a neck needs an attribute out_channels, the channels of its map; got a {type(neck).__name__}")
             out_channels = cast("Any", neck).out_channels
-        head = ClassificationHead(out_channels, config.head.num_classes, config.head.drop_rate)
+        head = ClassificationHead(out_channels, **vars(config.head))
         aux_head = None
         if config.aux_head is not None:
             if len(shapes) < 2:
                 raise ValueError("aux_head needs two feature maps, the backbone returns one; pass aux_head=False")
-            aux_head = AuxHead(shapes[-2].channels, out_channels, config.aux_head.num_classes, config.aux_head.drop_rate)
+            aux_head = AuxHead(shapes[-2].channels, out_channels, **vars(config.aux_head))
         model = cls(backbone, neck, head, aux_head)
         for part in filter(None, (neck, head, aux_head)):
             part.to(reference_tensor(backbone))
@@ -122,7 +121,7 @@ class TPNClassifier(nn.Module):
 
         Raises ValueError: a part was assigned after the model was built, and nothing says how to build it again.
         """
-        if self._input_spec[0] is None:
+        if self.input_spec is None:
             raise ValueError("the model has no input_spec; build it with tpn.TPNClassifier.from_config, or assign one")
         return ModelConfig(
             head=_head_config("head", self.head),
@@ -139,36 +138,28 @@ class TPNClassifier(nn.Module):
         return self.head.num_classes
 
     @property
+    def multi_label(self) -> bool:
+        return self.head.multi_label
+
+    @property
     def num_features(self) -> int:
         return self.head.in_channels
 
     @property
     def in_chans(self) -> int:
-        spec = self._input_spec[0]
-        return int(getattr(self.backbone, "in_chans", 3)) if spec is None else spec.in_chans
+        return int(getattr(self.backbone, "in_chans", 3) if self.input_spec is None else self.input_spec.in_chans)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
         names, classifier = self._labels
-        return names if self._is_classifier(classifier) else None
+        current = unwrapped(getattr(self.head, "fc", self.head), compiled=True)
+        return names if current is unwrapped(classifier, compiled=True) else None
 
     @labels.setter
     def labels(self, names: Sequence[str] | None) -> None:
         if names is not None:
             check_labels(names, self.num_classes)
         self._labels = (None if names is None else tuple(names), self.head.fc)
-
-    @property
-    def input_spec(self) -> Any:  # InputSpec; None only for models put together by hand
-        spec, classifier = self._input_spec
-        return spec if spec is None or self._is_classifier(classifier) else replace(spec, flip_label_pairs=())
-
-    @input_spec.setter
-    def input_spec(self, spec: InputSpec | None) -> None:
-        self._input_spec = (spec, self.head.fc)
-
-    def _is_classifier(self, module: nn.Module) -> bool:
-        return unwrapped(getattr(self.head, "fc", self.head), compiled=True) is unwrapped(module, compiled=True)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -233,20 +224,19 @@ class TPNClassifier(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels and flip pairs are dropped.
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, multi_label: bool | None = None) -> None:
+        """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels are dropped.
 
         num_classes = 0 removes them: the model then returns features. `global_pool` is timm's argument; only "avg"
-        exists here.
+        exists here. `multi_label` says whether a video may have several classes; None keeps the present setting.
         """
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
         for head in filter(None, (self.head, self.aux_head)):
             head.reset(num_classes)
+            head.multi_label = head.multi_label if multi_label is None else multi_label
             head.to(reference_tensor(self.backbone))
         self.labels = None
-        if self.input_spec is not None:
-            self.input_spec = replace(self.input_spec, flip_label_pairs=())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute the backbone's activations in the backward pass."""
@@ -318,7 +308,7 @@ def _head_config(name: str, head: nn.Module) -> HeadConfig:
             f"model.{name} is a {type(head).__name__} that was assigned after the model was built; assign a classifier to "
             f"model.{name}.fc instead, or put the module into a neck"
         )
-    return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)))
+    return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)), head.multi_label)
 
 
 def input_cfg(spec: InputSpec) -> dict[str, Any]:

@@ -8,6 +8,14 @@ from tpn.config import check_int
 from tpn.models.layers import ConvBnAct, init_weights, kaiming_fan_out
 
 
+def class_probs(logits: Tensor, *, multi_label: bool) -> Tensor:
+    """Return the probabilities of classes, (..., K), for logits (..., K).
+
+    They are the softmax of the logits, or for a multi-label model the sigmoid of each: independent of each other, with any sum.
+    """
+    return logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+
+
 class ClassificationHead(nn.Module):
     """Mean over time and space, dropout, linear.
 
@@ -18,14 +26,16 @@ class ClassificationHead(nn.Module):
         in_channels: channels of the map.
         num_classes: K; 0 removes the linear layer.
         drop_rate: dropout before the linear layer.
+        multi_label: a video may have several classes, or none; see `class_probs`.
 
     Shape:
         (B, in_channels, T, H, W) → logits (B, K); with `pre_logits`, or K = 0, features (B, in_channels).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, drop_rate: float = 0.5) -> None:
+    def __init__(self, in_channels: int, num_classes: int, drop_rate: float = 0.5, multi_label: bool = False) -> None:
         super().__init__()
         self.in_channels = in_channels
+        self.multi_label = multi_label
         self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.reset(num_classes)
 
@@ -55,8 +65,10 @@ class AuxHead(ClassificationHead):
         (B, in_channels, T, H, W) → aux_logits (B, K)
     """
 
-    def __init__(self, in_channels: int, mid_channels: int, num_classes: int, drop_rate: float = 0.5) -> None:
-        super().__init__(mid_channels, num_classes, drop_rate)
+    def __init__(
+        self, in_channels: int, mid_channels: int, num_classes: int, drop_rate: float = 0.5, multi_label: bool = False
+    ) -> None:
+        super().__init__(mid_channels, num_classes, drop_rate, multi_label)
         self.conv = ConvBnAct(in_channels, mid_channels, (1, 3, 3), (1, 2, 2))
         init_weights(self.conv, conv=kaiming_fan_out)
 

@@ -1,82 +1,44 @@
-"""Datasets of videos for training and validation: class folders, lists of videos, extracted frames.
+"""Datasets of videos for training and validation: class folders, tables, lists of videos, extracted frames.
 
 Each item is a clip, uint8 (T, 3, S, S), and its label. The random choice of frames, crop and colors depends only on the seed, the
 epoch and the index, not on the number of loader workers. A video that cannot be read is logged and replaced by another one; see
 `VideoDataset.bad_files`.
 """
 
+import copy
 import json
 import logging
 import os
-import tempfile
-import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tpn.config import InputSpec
-from tpn.video import decode, lists
+from tpn.video import augment, decode, lists
 from tpn.video.ahead import read_ahead
+from tpn.video.bad_files import MAX_LISTED, SharedState, TooManyBadFilesError, format_bad_files
 from tpn.video.decode import VideoError
+from tpn.video.frame_folders import read_image
+from tpn.video.items import Item, bad_reason, naming_row, read_items
+from tpn.video.lists import videos_below
 from tpn.video.sampling import FrameSampler
 from tpn.video.transforms import resize_short_side
-
-VIDEO_SUFFIXES = frozenset(
-    [".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"]
-)
-
-MAX_LISTED = 20
-"""Number of bad files that an error lists. Training also stops if this many videos fail before one can be read."""
 
 PathLike = str | os.PathLike[str]
 
 _logger = logging.getLogger(__name__)
 
 
-class TooManyBadFilesError(RuntimeError):
-    """More videos cannot be read than `max_bad` of the dataset allows. The message lists them."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A video and its label.
-
-    Attributes:
-        path: video file, or folder of extracted frames.
-        label: class index.
-        num_frames: number of extracted frames; None for a video file.
-    """
-
-    path: str
-    label: int
-    num_frames: int | None = None
-
-
-class _SharedState:
-    """State that a dataset shares with its copies in loader workers. A deep copy of the dataset gets a copy of the state."""
-
-    def __init__(self, epoch: int = 0, any_read: bool = False, log: bytes = b"") -> None:
-        self.epoch = torch.tensor(epoch).share_memory_()
-        self.any_read = torch.tensor(any_read).share_memory_()
-        handle, self.log = tempfile.mkstemp(prefix="tpn-bad-files-", suffix=".jsonl")
-        with os.fdopen(handle, "wb") as file:
-            file.write(log)
-        weakref.finalize(self, _remove_log, self.log, os.getpid())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedState":
-        return _SharedState(int(self.epoch), bool(self.any_read), Path(self.log).read_bytes())
-
-
-class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
+class VideoDataset(Dataset[tuple[Tensor, Any]], ABC):
     """Base class of `VideoFolder`, `VideoList` and `RawFrames`.
 
     Args:
@@ -87,7 +49,12 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         target_fps: sample each video as if it had this frame rate. Default: the video's own frame rate.
         max_bad: largest fraction of videos, 0..1, that may be unreadable. If there are more, TooManyBadFilesError is raised.
         seed: seed of all random choices.
+
+    Attributes:
+        numbered: whether the file has numbers for the classes, not names.
     """
+
+    numbered = False
 
     def __init__(
         self,
@@ -108,23 +75,67 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
             raise ValueError(f"max_bad must be between 0 and 1, got {max_bad}")
         self.items, self.classes, self.spec, self.train = list(items), tuple(classes), spec, train
         self.target_fps, self.max_bad, self.seed = target_fps, max_bad, seed
-        self.transform = spec.train_transform(normalize=False) if train else spec.eval_transform(normalize=False)
-        self._num_videos = len({item.path for item in self.items})
-        self._shared = _SharedState()
+        self.use_spec(spec)
+        self._num_videos = len({item.name for item in self.items})
+        self._shared = SharedState()
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
-    def labels(self) -> list[int]:
+    def labels(self) -> list[int | tuple[int, ...]]:
         """The label of each item."""
         return [item.label for item in self.items]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may have several classes."""
+        return any(not isinstance(item.label, int) for item in self.items)
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """Number of items of each class, in the order of `classes`; an item with several classes counts for each of them."""
+        counts = Counter(label for item in self.items for label in item.labels)
+        return tuple(counts[label] for label in range(len(self.classes)))
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets (N, K), float32: 1 for the classes of each item."""
+        targets = torch.zeros(len(self.items), len(self.classes))
+        for row, item in zip(targets, self.items, strict=True):
+            row[list(item.labels)] = 1
+        return targets
+
+    def _multi_hot(self, item: Item) -> Tensor:
+        return torch.zeros(len(self.classes)).index_fill_(0, torch.tensor(item.labels, dtype=torch.int64), 1)
+
+    def part(self, items: Sequence[Item], *, train: bool) -> "VideoDataset":
+        """Return a dataset of some of the items, for training or for validation."""
+        part = copy.copy(self)
+        part.items, part.train = list(items), train
+        part._num_videos = len({item.name for item in part.items})
+        part._shared = SharedState()
+        part.use_spec(self.spec)
+        return part
+
+    def use_spec(self, spec: InputSpec, **transform: Any) -> None:
+        """Read clips for another input spec; `transform` are arguments of `spec.train_transform`.
+
+        A flip exchanges labels by the names in `classes`: a list with the numbers of a model's classes needs their names, such as
+        `VideoList(..., classes=model.labels)`.
+        """
+        self.spec = spec
+        self.transform: augment.TrainTransform | augment.EvalTransform = (
+            spec.train_transform(classes=self.classes, normalize=False, **transform)
+            if self.train
+            else spec.eval_transform(normalize=False)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, on which the random choices depend. Loader workers that are already running use it too."""
         self._shared.epoch.fill_(epoch)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Any]:
         """Return a clip, uint8 (T, 3, S, S), and its label.
 
         If the video cannot be read, another one takes its place. The index may be a pair (index, draw): each draw gives another
@@ -144,15 +155,16 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             clip = frames.index_select(0, clips[0])  # several times faster than frames[clips[0]]
-            return self.transform(clip, item.label) if self.train else (self.transform(clip), item.label)
+            label = item.label if isinstance(item.label, int) else self._multi_hot(item)
+            return self.transform(clip, label) if self.train else (self.transform(clip), label)
 
     def bad_files(self) -> dict[str, str]:
-        """Return the path of each video that could not be read so far, in any loader worker, with the reason."""
+        """Return the name of each video that could not be read so far, in any loader worker, with the reason."""
         lines = Path(self._shared.log).read_text(encoding="utf-8").splitlines()
         return dict(json.loads(line) for line in lines)
 
     def check(self, workers: int = 2) -> Iterator[tuple[Item, str | None]]:
-        """Read every frame of every video in `workers` threads. Yield each item with the reason why it is bad, or None."""
+        """Read every frame of each item in `workers` threads. Yield each item with the reason why it is bad, or None."""
 
         def find_reason(item: Item) -> str | None:
             try:
@@ -190,28 +202,34 @@ class VideoDataset(Dataset[tuple[Tensor, int]], ABC):
         """Raise TooManyBadFilesError if `bad`, in the form of `bad_files`, has more videos than `max_bad` allows."""
         if len(bad) > self.max_bad * self._num_videos or len(bad) == self._num_videos:
             problem = f"{len(bad)} of {self._num_videos} videos cannot be read, more than max_bad={self.max_bad} allows:"
-            raise TooManyBadFilesError(problem + _format_bad_files(bad))
+            raise TooManyBadFilesError(problem + format_bad_files(bad))
 
     def _log_bad_file(self, item: Item, error: Exception) -> None:
         bad = self.bad_files()
-        if item.path not in bad:
+        if item.name not in bad:
             reason = bad_reason(item, error)
-            _logger.warning("skipped %s: %s", item.path, reason)
+            _logger.warning("skipped %s: %s", item.name, reason)
             with open(self._shared.log, "a", encoding="utf-8") as file:  # in one short write, because workers append concurrently
-                file.write(json.dumps([item.path, reason]) + "\n")
-            bad[item.path] = reason
+                file.write(json.dumps([item.name, reason]) + "\n")
+            bad[item.name] = reason
         self.check_bad(bad)
         if len(bad) >= MAX_LISTED and not self._shared.any_read:
             problem = f"none of the first {len(bad)} videos can be read. Check the folder that paths are relative to:"
-            raise TooManyBadFilesError(problem + _format_bad_files(bad))
+            raise TooManyBadFilesError(problem + format_bad_files(bad))
 
 
 class _VideoFiles(VideoDataset):
     def verify(self, item: Item) -> None:
-        decode.verify(item.path)
+        if not item.is_segment:
+            decode.verify(item.path)
+            return
+        with naming_row(item):
+            decode.sample_frames(item.path, np.arange, start=item.start, end=item.end, short_side=16)
 
     def read(self, item: Item, sample: FrameSampler, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
-        frames, positions = decode.sample_frames(item.path, sample, target_fps=self.target_fps, short_side=short_side)
+        options: dict[str, Any] = {"target_fps": self.target_fps, "short_side": short_side}
+        with naming_row(item):
+            frames, positions = decode.sample_frames(item.path, sample, start=item.start, end=item.end, **options)
         return frames, torch.from_numpy(positions)
 
 
@@ -233,9 +251,12 @@ class VideoFolder(_VideoFiles):
     def __init__(
         self, root: PathLike, spec: InputSpec, *, train: bool, classes: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        folders = lists.class_folders(root)
         if not folders:
             raise ValueError(f"{root}: no class folders found. Expected videos as {root}/CLASS/VIDEO.mp4")
+        if parts := lists.split_folders(root):
+            found = ", ".join(str(path) for path in parts.values())
+            raise ValueError(f"{root} has no class folders, but the parts of a dataset. Pass one of them: {found}")
         names = folders if classes is None else list(classes)
         lists.check_classes(root, folders, names)
         items = []
@@ -248,15 +269,29 @@ class VideoFolder(_VideoFiles):
 
 
 class VideoList(_VideoFiles):
-    """Videos from a text file with "path label" on each line, or from an official Kinetics CSV file.
+    """Videos, or labelled segments of long videos, from a table or a list.
+
+    A table is a CSV or Parquet file with a header: the columns path and label, and optionally start and end in seconds, split,
+    and group; see `tpn.video.tables`. Several labels in one cell are separated by "|". If any cell has several, or if the column
+    is named labels, the dataset is multi-label: every item's label is a tuple, empty for an empty cell of the column labels.
+
+    A segment has the frames with `start <= time < end`, where `time` is the presentation time after the first frame. Segments are
+    read by seeking. One without a frame is a bad file; one that reaches past the end of the video ends with it.
+
+    A list is a text file with "path label" on each line, or an official Kinetics CSV file with the columns label, youtube_id,
+    time_start and time_end. Kinetics' videos are `root/label/id_000001_000011.mp4` or `root/id_000001_000011.mp4`; missing videos
+    are skipped with a warning.
 
     Args:
-        file: the list. Labels are numbers from 0 or class names. A CSV file has the columns label, youtube_id, time_start and
-            time_end. Its videos are `root/label/id_000001_000011.mp4` or `root/id_000001_000011.mp4`; missing videos are skipped
-            with a warning.
+        file: the table or list. Labels are numbers from 0 or class names.
         spec, train, target_fps, max_bad, seed: see `VideoDataset`.
-        root: folder to which paths are relative. Default: the folder of the list.
+        root: folder to which paths are relative. Default: the folder of the file.
         classes: class names in the order of the labels. Default: "class 0", ... for numbers, otherwise the sorted labels.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be read.
+        ImportError: it is a Parquet file, and pyarrow is missing.
+        ValueError: it is none of these files, or a line is not valid; the message has its number.
     """
 
     def __init__(
@@ -269,24 +304,17 @@ class VideoList(_VideoFiles):
         classes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        folder = Path(file).parent if root is None else Path(root)
-        lines = lists.read_lines(file)
-        if lines and "youtube_id" in lines[0].split(","):
-            videos = lists.find_kinetics_videos(file, lines, folder)
-        else:
-            videos = [(str(folder / path), label) for path, label in lists.split_lines(file, lines, 2)]
-        labels, names = lists.encode_labels(file, [label for _, label in videos], classes)
-        items = [Item(path, label) for (path, _), label in zip(videos, labels, strict=True)]
-        super().__init__(items, names, spec, train=train, **kwargs)
+        items, names, self.numbered = read_items(file, root, classes)
+        super().__init__([replace(item, num_frames=None) for item in items], names, spec, train=train, **kwargs)
 
 
 class RawFrames(VideoDataset):
-    """Videos stored as folders of numbered images, from a text file with "folder num_frames label" on each line.
+    """Videos stored as folders of numbered images, from a list with "folder num_frames label" on each line, or a table.
 
     Args:
-        file: the list. Labels are numbers from 0 or class names.
+        file: the list, or a table with the columns path, num_frames and label, and optionally split and group; see `VideoList`.
         spec, train, max_bad, seed: see `VideoDataset`. `target_fps` is not supported: images have no frame rate.
-        root: folder to which paths are relative. Default: the folder of the list.
+        root: folder to which paths are relative. Default: the folder of the file.
         template: format of the file names, with the frame number as argument.
         first: number of the first frame.
         classes: see `VideoList`.
@@ -307,26 +335,21 @@ class RawFrames(VideoDataset):
         if kwargs.get("target_fps") is not None:
             raise ValueError("target_fps is not valid for extracted frames, which have no frame rate")
         self.template, self.first = template, first
-        folder = Path(file).parent if root is None else Path(root)
-        rows = lists.split_lines(file, lists.read_lines(file), 3)
-        labels, names = lists.encode_labels(file, [label for _, _, label in rows], classes)
-        items = []
-        for (path, count, _), label in zip(rows, labels, strict=True):
-            if not count.isdecimal() or int(count) == 0:
-                raise ValueError(f"{file}: num_frames of {path!r} must be a positive integer, got {count!r}")
-            items.append(Item(str(folder / path), label, int(count)))
+        items, names, self.numbered = read_items(file, root, classes, num_fields=3)
+        if any(item.num_frames is None or item.is_segment for item in items):
+            raise ValueError(f"{file}: extracted frames need the column num_frames in each row, and no start or end")
         super().__init__(items, names, spec, train=train, **kwargs)
 
     def verify(self, item: Item) -> None:
         assert item.num_frames is not None
         for i in range(item.num_frames):
-            _read_image(self._frame_path(item, i))
+            read_image(self._frame_path(item, i))
 
     def read(self, item: Item, sample: FrameSampler, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
         assert item.num_frames is not None
         indices = sample(item.num_frames)
         distinct, positions = np.unique(indices, return_inverse=True)
-        images = [_read_image(self._frame_path(item, i)) for i in distinct.tolist()]
+        images = [read_image(self._frame_path(item, i)) for i in distinct.tolist()]
         if short_side is not None:
             images = [resize_short_side(image, short_side) for image in images]
         if len({image.shape for image in images}) > 1:
@@ -340,59 +363,15 @@ class RawFrames(VideoDataset):
 def open_dataset(data: PathLike, spec: InputSpec, *, train: bool, template: str | None = None, **kwargs: Any) -> VideoDataset:
     """Return a `VideoFolder` if `data` is a folder, a `RawFrames` if there is a `template`, otherwise a `VideoList`.
 
+    `RawFrames` and `VideoList` read tables with a header (CSV, Parquet) and lists.
     `kwargs` are passed to the class; `root` and `first` are ignored where they do not apply. Raises the errors of the class.
     """
     if os.path.isdir(data):
         if template is not None:
-            raise ValueError(f"template needs a list with 'folder num_frames label' on each line, got the folder {data}")
+            raise ValueError(f"template needs a list or a table of folders with images, got the folder {data}")
         kwargs = {name: value for name, value in kwargs.items() if name not in ("root", "first")}
         return VideoFolder(data, spec, train=train, **kwargs)
     if template is not None:
         return RawFrames(data, spec, train=train, template=template, **kwargs)
     kwargs.pop("first", None)
     return VideoList(data, spec, train=train, **kwargs)
-
-
-def bad_reason(item: Item, error: Exception) -> str:
-    """Return the reason why a video cannot be read, without its path."""
-    if isinstance(error, OSError) and error.strerror:
-        is_other_file = error.filename and os.fspath(error.filename) != item.path
-        return f"{error.strerror}: {error.filename}" if is_other_file else error.strerror
-    return str(error).removeprefix(f"{item.path}: ")
-
-
-def _format_bad_files(bad: dict[str, str]) -> str:
-    lines = [f"\n  {path}: {reason}" for path, reason in bad.items()]
-    more = f"\n  and {len(lines) - MAX_LISTED} more; `tpn check` lists all" if len(lines) > MAX_LISTED else ""
-    return "".join(lines[:MAX_LISTED]) + more
-
-
-def videos_below(folder: Path) -> list[Path]:
-    """Return the sorted video files in a folder and its subfolders, except hidden ones. No folder is read twice."""
-    seen: set[str] = set()
-    found = []
-    for path, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(path, name) for name in files if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")]
-    return sorted(found)
-
-
-def _read_image(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except UnidentifiedImageError as error:
-        raise VideoError(f"{path}: not an image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # from Python, such as a missing file; Pillow sets no errno
-            raise
-        raise VideoError(f"{path}: damaged image ({error})") from error
-
-
-def _remove_log(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked loader worker
-        Path(path).unlink(missing_ok=True)

@@ -6,12 +6,14 @@ therefore found only in the part that is decoded; `verify` decodes the whole fil
 all frames are scaled to the size of the first one, as FFmpeg's own tools do.
 """
 
+import logging
 import os
 import threading
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from tpn.video.frame_index import FrameIndex, read_index
 from tpn.video.sampling import FrameSampler, at_frame_rate
 from tpn.video.transforms import resize_short_side
 
@@ -36,14 +39,6 @@ Device = torch.device | str | None
 # Restore PyAV's default. Older versions of torchvision, imported above, make FFmpeg's threads log through Python. Closing a
 # decoder would then deadlock: it holds the interpreter lock while it waits for threads that need the lock to log.
 av.logging.set_level(None)
-
-SEEK_BY = {
-    (container, codec): timestamp
-    for container, timestamp in (("mov,mp4,m4a,3gp,3g2,mj2", "dts"), ("matroska,webm", "pts"))
-    for codec in ("h264", "hevc", "vp9", "av1", "libdav1d")
-}
-"""Timestamp by which FFmpeg seeks, for each (container, codec) with marked key frames from which decoding can start and one frame
-in each packet. MPEG-4 part 2 is excluded because some of its packets contain no frame."""
 
 MIN_SKIP = 24
 """A seek must skip more frames than this, because it takes about as long as decoding a few frames."""
@@ -57,6 +52,7 @@ REFORMAT_OPTIONS: dict[str, int] = {"threads": 1} if int(av.__version__.partitio
 UPLOAD_BYTES = {"cpu": 0}
 """Size of the batches in which frames are copied to a device, by device type; default: 16 MiB. 0 copies each frame separately."""
 
+_logger = logging.getLogger(__name__)
 _thread_settings = threading.local()
 
 
@@ -85,7 +81,7 @@ def probe(path: PathLike) -> VideoInfo:
         VideoError: the file is not a video or is damaged.
     """
     with _open(path) as (container, stream):
-        num_frames = _read_index(container, stream).num_frames
+        num_frames = read_index(container, stream).num_frames
     with _open(path) as (container, stream):
         first = next(_decode_all(path, container, stream))
         height, width, _ = _to_rgb(VideoReformatter(), first, first.width, first.height).shape
@@ -120,10 +116,10 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     if requested.ndim != 1 or requested.size == 0 or requested.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
     distinct, positions = np.unique(requested, return_inverse=True)
-    index = _FrameIndex(0)
+    index = FrameIndex(0)
     if np.diff(distinct, prepend=-1).max() > MIN_GAP_FOR_INDEX:
         with _open(path) as (container, stream):
-            index = _read_index(container, stream)
+            index = read_index(container, stream)
     frames, num_frames = _decode_selected(path, distinct, short_side, None, index)
     if len(frames) < len(distinct):
         raise IndexError(f"{path}: cannot read frame {requested.max()}, the video has {num_frames} frames")
@@ -137,8 +133,13 @@ def sample_frames(
     target_fps: float | None = None,
     short_side: int | None = None,
     device: Device = None,
+    start: float | None = None,
+    end: float | None = None,
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """Count the frames of a video and read those that `sample` selects.
+    """Count the frames of a video, or of a segment of it, and read those that `sample` selects.
+
+    A frame belongs to a segment if `start <= time < end`, where `time` is its presentation time in seconds after the first frame.
+    What comes before the segment is skipped, not decoded; the packets of the file are read for its first segment only.
 
     Args:
         path: video file.
@@ -146,6 +147,7 @@ def sample_frames(
         target_fps: sample as if the video had this frame rate. Default: the video's own frame rate.
         short_side: resize each frame while reading, as in `read_frames`.
         device: device on which frames are resized and returned. Default: the CPU.
+        start, end: segment in seconds. Default: from the first frame, to the last one.
 
     Returns:
         The distinct frames, uint8 RGB (N, 3, H, W), and for each selected index its position among them, with the shape of
@@ -154,19 +156,22 @@ def sample_frames(
     Raises:
         VideoError, OSError: as in `probe`.
     """
-    with _open(path) as (container, stream):
-        index = _read_index(container, stream)
-        if target_fps is not None:
-            sample = at_frame_rate(sample, _frame_rate(stream), target_fps)
-    total = index.num_frames
-    if total == 0:
-        raise VideoError(f"{path}: no frame could be decoded")
+    if start is None and end is None:
+        with _open(path) as (container, stream):
+            index, fps = read_index(container, stream), _frame_rate(stream)
+        first, last = 0, index.num_frames
+    else:
+        index, fps, first, last = _find_segment(path, start, end)
+    if target_fps is not None:
+        sample = at_frame_rate(sample, fps, target_fps)
     for _ in range(2):  # again if the decoder returns fewer frames than there are packets, which is rare
-        distinct, positions = np.unique(sample(total), return_inverse=True)
+        if last <= first:
+            raise VideoError(f"{path}: no frame could be decoded")
+        distinct, positions = np.unique(first + sample(last - first), return_inverse=True)
         frames, num_frames = _decode_selected(path, distinct, short_side, device, index)
         if len(frames) == len(distinct):
-            return frames, positions.reshape(sample(total).shape)
-        total, index = num_frames, _FrameIndex(num_frames)
+            return frames, positions.reshape(sample(last - first).shape)
+        last, index = min(last, num_frames), FrameIndex(num_frames)
     raise VideoError(f"{path}: decoding twice gave different numbers of frames")
 
 
@@ -229,40 +234,36 @@ def _frame_rate(stream: VideoStream) -> float | None:
     return None if stream.average_rate is None else float(stream.average_rate)
 
 
-@dataclass(frozen=True)
-class _FrameIndex:
-    """The frames of a stream according to its packets, which takes much less time than decoding.
+def _find_segment(path: PathLike, start: float | None, end: float | None) -> tuple[FrameIndex, float | None, int, int]:
+    """Return the index of a file, its frame rate, and the numbers of the first frame of a segment and of the frame after it."""
+    status = os.stat(path)
+    index, times, fps = _read_times(os.fspath(path), status.st_size, status.st_mtime_ns)
+    first, last = times.searchsorted([0.0 if start is None else start, np.inf if end is None else end]).tolist()
+    if first >= last:
+        raise VideoError(f"{path}: no frame from start={start} to end={end}, the last frame is at {times[-1]:.10g} s")
+    return index, fps, first, last
 
-    Attributes:
-        num_frames: number of packets with a visible frame.
-        number_by_pts: frame number for each presentation timestamp; empty if seeking is not reliable.
-        key_frames: frame number and seek timestamp of each key frame, in order; empty if seeking is not reliable.
+
+@lru_cache(maxsize=128)  # an hour of video takes about 2 MB
+def _read_times(path: str, size: int, mtime_ns: int) -> tuple[FrameIndex, NDArray[np.float64], float | None]:
+    """Return the index of a file, the time of each frame in seconds after the first one, and the frame rate.
+
+    `size` and `mtime_ns` identify the content. If the packets do not number the frames, all frames are decoded.
     """
-
-    num_frames: int
-    number_by_pts: dict[int, int] = field(default_factory=dict)
-    key_frames: tuple[tuple[int, int], ...] = ()
-
-
-def _read_index(container: InputContainer, stream: VideoStream) -> _FrameIndex:
-    num_packets = num_frames = 0
-    timestamps = []
-    for packet in container.demux(stream):  # the packets are not stored, they are as large as the file
-        if packet.size:
-            num_packets += 1
-            num_frames += not packet.is_discard
-            if packet.pts is not None:
-                timestamps.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
-    number_by_pts = {pts: i for i, pts in enumerate(sorted(pts for pts, _, _ in timestamps))}
-    seek_by = SEEK_BY.get((container.format.name, stream.codec_context.name))
-    # Seeking is reliable if each packet is one frame with a unique timestamp and the first frame is a key frame.
-    if seek_by is None or not timestamps or not len(number_by_pts) == len(timestamps) == num_packets == num_frames:
-        return _FrameIndex(num_frames)
-    first_pts, _, first_is_key = timestamps[0]
-    if number_by_pts[first_pts] > 0 or not first_is_key:
-        return _FrameIndex(num_frames)
-    key_frames = sorted((number_by_pts[pts], pts if seek_by == "pts" else dts) for pts, dts, is_key in timestamps if is_key)
-    return _FrameIndex(num_frames, number_by_pts, tuple(key_frames))
+    with _open(path) as (container, stream):
+        index, fps, unit = read_index(container, stream), _frame_rate(stream), stream.time_base
+    pts = index.pts
+    if not len(pts):
+        _logger.warning("%s has no reliable index, each segment is decoded from the start; H.264 in MP4 is faster", path)
+        with _open(path) as (container, stream):
+            pts = np.array([-1 if frame.pts is None else frame.pts for frame in _decode_all(path, container, stream)])
+        index = FrameIndex(len(pts))
+        if (np.diff(pts) <= 0).any():  # as in AVI files, which have no presentation times
+            if not fps:
+                raise VideoError(f"{path}: the frames have no times")
+            return index, np.arange(len(pts)) / fps, fps
+    assert unit is not None
+    return index, (pts - pts[0]) * unit.numerator / unit.denominator, fps  # rounds once, as the time in a table does
 
 
 def _decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -331,7 +332,7 @@ class _FrameBuffer:
 
 
 def _decode_selected(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _FrameIndex
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: FrameIndex
 ) -> tuple[Tensor, int]:
     """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames found."""
     try:
@@ -352,7 +353,7 @@ def _decode_selected(
 
 
 def _decode_with_seeks(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: _FrameIndex
+    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: FrameIndex
 ) -> Tensor | None:
     """Return the frames `wanted`, skipping to key frames where that saves time.
 
@@ -378,7 +379,7 @@ def _decode_with_seeks(
                 next_number = key
             while next_number <= number:
                 frame = next(frames, None)
-                decoded = None if frame is None or frame.pts is None else index.number_by_pts.get(frame.pts)
+                decoded = None if frame is None else index.number_of(frame.pts)
                 if decoded is not None and decoded < next_number:
                     continue  # the seek went further back than to the key frame
                 if frame is None or decoded != next_number or (frame.width, frame.height) != size:

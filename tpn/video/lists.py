@@ -1,37 +1,97 @@
-"""Read lists of videos: text files with "path label" or "folder num_frames label" lines, and the official Kinetics CSV files."""
+"""Find labelled videos: in folders, in lists with "path label" or "folder num_frames label", and in Kinetics' CSV files."""
 
 import csv
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from tpn.video.tables import SEPARATOR, SPLITS, Row
+
 PathLike = str | os.PathLike[str]
+
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"]
+)
+
+_FORMATS = {
+    2: "Expected 'path label' on each line, or a CSV table with a header: path,label or path,label,start,end. "
+    "Lines with 'folder num_frames label' need the template of the file names (--frames)",
+    3: "Expected 'folder num_frames label' on each line, or a CSV table with the header path,num_frames,label",
+}
+_COMMA_AFTER_VIDEO = re.compile(rf"({'|'.join(sorted(VIDEO_SUFFIXES))})\"?\s*[,;]".replace(".", r"\."), re.IGNORECASE)
+_ENDS_IN_NUMBER = re.compile(r"\s[\d.]+$")
 
 _logger = logging.getLogger(__name__)
 
 
-def read_lines(file: PathLike) -> list[str]:
+def class_folders(root: PathLike) -> list[str]:
+    """Return the sorted names of the folders in a folder, except hidden ones."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def split_folders(data: PathLike) -> dict[str, Path]:
+    """Return the folders train, val, and test in a folder of datasets, as far as they exist, by these names.
+
+    Other spellings are those of `tables.SPLITS`. The result is empty if `data` is a file, or if it has no folder train beside one
+    of the others: its folders are then classes.
+    """
+    if not os.path.isdir(data):
+        return {}
+    folders = {name.lower(): name for name in class_folders(data)}
+    found: dict[str, Path] = {}
+    for spelling, split in SPLITS.items():
+        if spelling in folders:
+            found.setdefault(split, Path(data, folders[spelling]))
+    return found if "train" in found and len(found) > 1 else {}
+
+
+def videos_below(folder: Path) -> list[Path]:
+    """Return the sorted video files in a folder and its subfolders, except hidden ones. No folder is read twice."""
+    seen: set[str] = set()
+    found = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(path, name) for name in files if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")]
+    return sorted(found)
+
+
+def read_list(file: PathLike, root: Path, *, num_fields: int = 2) -> list[Row]:
+    """Return the videos of a text file with 2 fields on each line, "path label", or 3, or of a Kinetics CSV file.
+
+    Only the path may contain spaces. Empty lines are skipped. `root` is the folder of relative paths.
+    """
     try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a list of videos. Pass a folder or a text file in UTF-8") from error
-
-
-def split_lines(file: PathLike, lines: Sequence[str], num_fields: int) -> list[tuple[str, ...]]:
-    """Split each line into fields. Only the first field, the path, may contain spaces. Empty lines are skipped."""
+    if lines and "youtube_id" in lines[0].split(","):
+        return _find_kinetics_videos(file, lines, root)
     rows = []
     for number, line in enumerate(lines, 1):
-        row = line.rsplit(maxsplit=num_fields - 1)
-        if row and len(row) != num_fields:
-            raise ValueError(f"{file}: line {number}: expected {num_fields} fields, got {line!r}")
-        if row:
-            rows.append(tuple(row))
+        fields = line.rsplit(maxsplit=num_fields - 1)
+        if not fields:
+            continue
+        path, *counts, label = fields if len(fields) > 1 else ("", line)
+        if len(fields) != num_fields or _COMMA_AFTER_VIDEO.search(line) or _has_more_fields(path, root):
+            raise ValueError(f"{file}: line {number}: got {line!r}. {_FORMATS[num_fields]}")
+        if counts and not (counts[0].isdecimal() and int(counts[0])):
+            raise ValueError(f"{file}: line {number}: num_frames of {path!r} must be a positive integer, got {counts[0]!r}")
+        rows.append(Row(number, path, (label,), num_frames=int(counts[0]) if counts else None))
     return rows
 
 
-def find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> list[tuple[str, str]]:
-    """Return (path, class name) of each video in an official Kinetics CSV file. Missing videos are skipped with a warning."""
+def _has_more_fields(path: str, root: Path) -> bool:
+    return _ENDS_IN_NUMBER.search(path) is not None and not (root / path).exists()
+
+
+def _find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> list[Row]:
+    """Return the videos of an official Kinetics CSV file. Missing ones are skipped with a warning."""
     reader = csv.DictReader(lines)
     missing = {"label", "youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ())
     if missing:
@@ -45,10 +105,16 @@ def find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> li
             raise ValueError(f"{file}: line {number}: time_start and time_end must be whole seconds") from None
         path = next((p for p in (root / row["label"] / name, root / name) if p.is_file()), None)
         if path is not None:
-            found.append((str(path), row["label"]))
+            split = SPLITS.get((row.get("split") or "").strip().lower(), "")
+            found.append(Row(number, str(path.relative_to(root)), (row["label"],), split=split))
     if len(found) < len(rows):
         _logger.warning("%s of the %s listed videos are missing in %s", len(rows) - len(found), len(rows), root)
     return found
+
+
+def are_numbers(labels: Collection[str]) -> bool:
+    """Return whether all labels are numbers."""
+    return all(label.isdecimal() for label in labels)
 
 
 def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] | None) -> tuple[list[int], list[str]]:
@@ -56,7 +122,7 @@ def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] 
 
     The default class names are "class 0", "class 1", ... for numbers, otherwise the sorted labels.
     """
-    if all(label.isdecimal() for label in labels):
+    if are_numbers(labels):
         numbers = [int(label) for label in labels]
         largest = max(numbers, default=-1)
         names = list(classes) if classes is not None else [f"class {i}" for i in range(largest + 1)]
@@ -64,8 +130,19 @@ def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] 
             raise ValueError(f"{file}: label {largest} is out of range, there are {len(names)} classes, numbered from 0")
         return numbers, names
     names = list(classes) if classes is not None else sorted(set(labels))
+    _refuse_joined_labels(file, labels, names if classes is not None else ())
     check_classes(file, labels, names)
-    return [names.index(label) for label in labels], names
+    index = {name: i for i, name in reversed(list(enumerate(names)))}
+    return [index[label] for label in labels], names
+
+
+def _refuse_joined_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str]) -> None:
+    known = {*labels, *classes}
+    for label in sorted(set(labels) - set(classes)):
+        parts = re.split(r"\s*[,;|]\s*", label)
+        if len(parts) > 1 and all(part.isdecimal() or part in known for part in parts):
+            problem = f"{file}: the label {label!r} looks like several labels. "
+            raise ValueError(problem + f"Separate labels by {SEPARATOR!r}, in a CSV table with the header path,label")
 
 
 def check_classes(source: PathLike, found: Collection[str], expected: Sequence[str]) -> None:

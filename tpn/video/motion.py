@@ -32,8 +32,12 @@ CLASSES = (
     "blinking",
     "jumping",
 )
-MIRRORED = ((0, 1), (4, 5), (8, 9))
-"""Pairs of labels that a horizontal flip swaps."""
+MIRRORED = (
+    ("moving left", "moving right"),
+    ("turning clockwise", "turning counter-clockwise"),
+    ("circling clockwise", "circling counter-clockwise"),
+)
+"""Pairs of classes that a horizontal flip exchanges."""
 
 Order = Literal["as rendered", "shuffled", "one frame"]
 

@@ -146,7 +146,7 @@ def _config(model: str, layout: Layout) -> ModelConfig:
     family, depth, *tempo, data = model.removeprefix("tpn_").split("_")
     labels, neck = read_labels(data), PartConfig("tpn")
     if family == "tsm":
-        spec = InputSpec(8, 1, "segments", num_clips=2, num_crops=3, flip_label_pairs=_FLIP_LABEL_PAIRS[data])
+        spec = InputSpec(8, 1, "segments", num_clips=2, num_crops=3, flip_label_pairs=_FLIP_LABEL_PAIRS)
         backbone = PartConfig("tsm", {"depth": 50, "shift_shortcut": layout == "original"})
     else:
         frames, interval = map(int, tempo[0].split("x")) if tempo else (8, 8)
@@ -180,7 +180,12 @@ def _original(model: str, file_id: str, top1: float, *, hires: bool = False) -> 
 
 
 _DATASETS = {"k400": "Kinetics-400", "sthv1": "Something-Something v1", "sthv2": "Something-Something v2"}
-_FLIP_LABEL_PAIRS = {"sthv1": ((2, 4), (30, 41), (52, 66)), "sthv2": ((86, 87), (93, 94), (166, 167))}
+_FLIP_LABEL_PAIRS = (
+    ("Pulling something from left to right", "Pulling something from right to left"),
+    ("Pushing something from left to right", "Pushing something from right to left"),
+    ("Turning the camera left while filming something", "Turning the camera right while filming something"),
+)
+"""In both versions of Something-Something."""
 
 _TABLE = (
     _mmaction2(

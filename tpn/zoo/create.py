@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def create_model(
-    name: str,
+    name: str | PathLike[str],
     pretrained: bool = False,
     *,
     num_classes: int | None = None,
@@ -45,8 +46,9 @@ def create_model(
     """Build a model of the zoo, a saved model, or a neck on a backbone of your choice, in training mode.
 
     Args:
-        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model as "hf-hub:owner/repository",
-            "hf-hub:owner/repository@revision" or "local-dir:folder", whose weights are always loaded; or "tpn" with a `backbone`.
+        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model, whose weights are always loaded:
+            the path of its folder (as "local-dir:folder" if it has the name of a published model), "hf-hub:owner/repository" or
+            "hf-hub:owner/repository@revision"; or "tpn" with a `backbone`.
         pretrained: load the published weights; see `tpn.zoo.fetch`.
         num_classes: K. Default: that of the weights. With another K, the classifiers of head and auxiliary head are new.
         checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original layout.
@@ -60,8 +62,9 @@ def create_model(
         pretrained_cfg_overlay: timm's way to name another source of the weights: {"url": LINK}, {"file": PATH},
             {"hf_hub_id": "owner/repository"} or {"state_dict": TENSORS}.
         **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans` (RGB weights of SlowOnly and TSM are
-            adapted as timm does), `drop_rate`, `input_spec`, `backbone_args` and `neck_args` (mappings), `aux_head=False`, and
-            arguments of neck or backbone, such as `flow_order`, `temporal_scales`, `shift_shortcut`, `out_indices`.
+            adapted as timm does), `drop_rate`, `multi_label` (a video may have several classes), `input_spec`, `backbone_args`
+            and `neck_args` (mappings), `aux_head=False`, and arguments of neck or backbone, such as `flow_order`,
+            `temporal_scales`, `shift_shortcut`, `out_indices`.
 
     Raises:
         UnknownModelError: no such name; the message lists the nearest ones.
@@ -78,6 +81,8 @@ def create_model(
         pretrained = checkpoint_path is None
     _check_start(config, neck, pretrained, checkpoint_path, backbone_pretrained)
     weights = None if checkpoint_path is None else load.read_weights(checkpoint_path)
+    if kwargs.get("multi_label") is None and weights is not None and weights.trained is not None:
+        kwargs["multi_label"] = weights.trained.head.multi_label
     if num_classes is None and weights is not None:
         num_classes = weights.num_classes
     elif num_classes is None and name == "tpn":
@@ -154,36 +159,57 @@ def count(model: TPNClassifier) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / 1e9
 
 
-def input_spec(model: TPNClassifier | str) -> InputSpec:
+def input_spec(model: TPNClassifier | str | PathLike[str]) -> InputSpec:
     """Return the clips that a model takes: frames, sampling, size, normalization, transforms.
 
     Args:
         model: a model, or any name that `create_model` takes.
     """
-    if not isinstance(model, str):
+    if not isinstance(model, str | PathLike):
         return unwrapped(model).input_spec
     folder = saved_folder(model, weights=False)
-    return (read_config(folder) if folder else get_checkpoint(model).config).input_spec
+    return (read_config(folder) if folder else get_checkpoint(str(model)).config).input_spec
 
 
-def saved_folder(name: str, cache_dir: hub.CacheDir = None, *, weights: bool = True) -> Path | None:
-    """Return the folder of "local-dir:folder" or "hf-hub:owner/repository", downloaded if necessary; None for other names."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', got {name!r}")
+def saved_folder(name: str | PathLike[str], cache_dir: hub.CacheDir = None, *, weights: bool = True) -> Path | None:
+    """Return the folder of a saved model, downloaded if necessary; None for the name of a published model."""
+    if folder := local_folder(name):
+        return folder
+    name = str(name)
     scheme, _, place = name.partition(":")
-    if scheme == "local-dir" and place:
-        return Path(place)
     if scheme == "hf-hub" and place:
         return hub.snapshot(place, *([CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]), cache_dir=cache_dir)
     if set(name) & set(":/"):
-        raise UnknownModelError(
-            f"unknown model {name!r}; a model on the Hub is 'hf-hub:owner/name', one in a folder 'local-dir:folder'"
-        )
+        raise UnknownModelError(f"unknown model {name!r}; there is no such folder, and a model on the Hub is 'hf-hub:owner/name'")
     return None
 
 
+def local_folder(name: str | PathLike[str]) -> Path | None:
+    """Return the folder that "local-dir:folder" or a path names; None for other names.
+
+    A string without "/" is a path if the folder has a `config.json`, and no published model has this name.
+    """
+    if isinstance(name, PathLike):
+        return Path(name)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', or the path of a folder, got {name!r}")
+    scheme, _, place = name.partition(":")
+    if scheme == "local-dir" and place:
+        return Path(place)
+    published = any(name in (entry.model, entry.name) for entry in checkpoints.CHECKPOINTS.values())
+    is_path = (
+        os.path.isdir(name) if {"/", os.sep} & set(name) else os.path.isfile(os.path.join(name, CONFIG_FILE)) and not published
+    )
+    return Path(name) if is_path else None
+
+
+def is_saved(name: str | PathLike[str]) -> bool:
+    """Return whether a name stands for a saved model, whose weights are always loaded."""
+    return local_folder(name) is not None or str(name).startswith("hf-hub:")
+
+
 def _find(
-    name: str, backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.CacheDir, *, with_weights: bool
+    name: str | PathLike[str], backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.CacheDir, *, with_weights: bool
 ) -> tuple[ModelConfig, Checkpoint | Path | None]:
     """Return the config that a name stands for, and the source of its weights: an entry, the file of a saved model, or None."""
     if name == "tpn":
@@ -197,7 +223,7 @@ def _find(
         return config if backbone is None else replace(config, backbone=part_of(backbone)), folder / WEIGHTS_FILE
     if backbone is not None:
         raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")
-    entry = get_checkpoint(name)
+    entry = get_checkpoint(str(name))
     return entry.config, entry
 
 

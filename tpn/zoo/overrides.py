@@ -36,6 +36,7 @@ def override(
     *,
     num_classes: int | None = None,
     drop_rate: float | None = None,
+    multi_label: bool | None = None,
     num_frames: int | None = None,
     in_chans: int | None = None,
     input_spec: InputSpec | None = None,
@@ -47,10 +48,11 @@ def override(
 ) -> ModelConfig:
     """Return a config with changes; None keeps a value.
 
-    With another number of frames, the pyramid's temporal scales change in proportion. With another number of classes, labels and
-    flip pairs are dropped.
+    With another number of frames, the pyramid's temporal scales change in proportion. With another number of classes, labels are
+    dropped.
 
     Args:
+        multi_label: whether a video may have several classes.
         neck: "auto" for that of the config; None for none; a registered name; or a module.
         aux_head: False leaves the auxiliary head out.
         **part_args: arguments of the neck, or of the backbone if the neck does not have them.
@@ -69,18 +71,19 @@ def override(
         if scales and spec.num_frames != old:
             of_neck = {"temporal_scales": [max(s * spec.num_frames // old, 1) for s in scales], **of_neck}
         neck_part = replace(neck_part, args={**neck_part.args, **of_neck, **(neck_args or {})})
-    given = {"num_classes": num_classes, "drop_rate": drop_rate}
+    if not isinstance(multi_label, bool | None):
+        raise TypeError(f"multi_label must be True or False, got {multi_label!r}")
+    given = {"num_classes": num_classes, "drop_rate": drop_rate, "multi_label": multi_label}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     aux = config.head if config.neck is None else config.aux_head  # a baseline that gets a neck gets both
-    same_classes = num_classes in (None, config.num_classes)
     return replace(
         config,
         backbone=replace(backbone, args={**backbone.args, **of_backbone, **(backbone_args or {})}),
         neck=neck_part,
         head=replace(config.head, **changes),
         aux_head=replace(aux, **changes) if aux and aux_head and neck_part else None,
-        input_spec=spec if same_classes or input_spec is not None else replace(spec, flip_label_pairs=()),
-        labels=config.labels if same_classes else None,
+        input_spec=spec,
+        labels=config.labels if num_classes in (None, config.num_classes) else None,
     )
 
 

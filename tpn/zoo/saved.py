@@ -103,7 +103,8 @@ def _config_of(values: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig.from_dict(values["model"])
     architecture, args = values["architecture"], dict(values["model_args"])
     neck = "auto" if args.pop("pyramid", True) else None
-    spec = InputSpec.from_dict(values["input_spec"]) if "input_spec" in values else None
+    labels = values.get("label_names")
+    spec = InputSpec.from_dict(values["input_spec"], labels) if "input_spec" in values else None
     if architecture == "tpn":
         backbone = re.sub("^own/", MODULE, args.pop("backbone"))
         base = custom_config(backbone, args["num_frames"])
@@ -112,7 +113,6 @@ def _config_of(values: Mapping[str, Any]) -> ModelConfig:
         if base.backbone.name == "tsm":
             args.setdefault("shift_shortcut", False)
     config = override(base, num_classes=values.get("num_classes"), neck=neck, input_spec=spec, **args)
-    labels = values.get("label_names")
     return config if labels is None else replace(config, labels=tuple(labels))
 
 
