@@ -40,9 +40,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import tpn
+from tpn.cli.script import positive_int, run_cli
 from tpn.files import atomic_write
 from tpn.predict import VideoClassifier, parse_views
-from tpn.training import positive_int, run_cli, weights_hash
+from tpn.training.state import weights_hash
 from tpn.video import decode
 from tpn.video.datasets import videos_below
 from tpn.video.decode import VideoError

@@ -8,7 +8,7 @@ import argparse
 
 import tpn
 from tpn import export
-from tpn.training import run_cli
+from tpn.cli.script import run_cli
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import tpn
+from tpn.cli.script import run_cli
 from tpn.features import FeatureModel
-from tpn.training import run_cli
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ python examples/predict.py video.mp4 --model tpn_slowonly_tiny_motion
 import argparse
 
 import tpn
-from tpn.training import run_cli
+from tpn.cli.script import run_cli
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ shuffled frames. Writes `tempo.json`, `tempo.png` and `tempo.md`. The same comma
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import tpn
+from tpn.cli.script import run_cli
 from tpn.files import atomic_write
-from tpn.training import run_cli
 from tpn.video import motion
 from tpn.video.datasets import VideoFolder
 
@@ -86,13 +84,8 @@ def render(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, Any], data: str = "train") -> tpn.TPNClassifier:
     folder = args.output / f"{name} {seed}"
     if not (folder / "model.safetensors").exists():
-        script = Path(__file__).with_name("train.py")
-        arguments = [sys.executable, script, "--recipe", "motion", "--train", args.output / data, "--output", folder]
-        arguments += ["--model-args", json.dumps(model_args), "--seed", seed, "--epochs", args.epochs, "--workers", args.workers]
-        with open(args.output / f"{name} {seed}.log", "a") as log:
-            done = subprocess.run([*map(str, arguments), "--resume", "auto"], stdout=log, stderr=log)
-        if done.returncode:
-            raise RuntimeError(f"a training failed; see {log.name}")
+        options = {"recipe": "motion", "model_args": model_args, "seed": seed, "epochs": args.epochs, "workers": args.workers}
+        tpn.train(args.output / data, output=folder, val_fraction=0, resume=True, **options)
     return tpn.create_model(f"local-dir:{folder}")
 
 

@@ -10,7 +10,7 @@ import argparse
 
 import tpn
 from tpn import tempo
-from tpn.training import run_cli
+from tpn.cli.script import run_cli
 from tpn.video import decode
 
 

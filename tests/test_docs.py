@@ -19,9 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 from pages import PAGES, PAGES_FOLDER, ROOT, RUN, SHOWN, blocks
 from safetensors.torch import save
-from scripts import example
 
 import tpn
+from tpn.training.config import RECIPES
 from tpn.video import motion
 from tpn.zoo import fetch
 from tpn.zoo.checkpoints import CHECKPOINTS, get_checkpoint
@@ -251,12 +251,11 @@ def test_picture_is_what_its_script_draws(script):
 
 def test_recipes_of_the_training_page():
     rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \| (\w+) \| (\S+) \| (\d+) \|$", TRAINING, re.MULTILINE)
-    recipes = example("train").RECIPES
-    assert {name for name, *_ in rows} == recipes.keys() - {"motion"}
+    assert {name for name, *_ in rows} == RECIPES.keys() - {"motion"}
     for name, model, start, decay, norm in rows:
-        recipe = recipes[name]
+        recipe = RECIPES[name]
         assert (model, float(decay), float(norm)) == (recipe["model"], recipe["weight_decay"], recipe["clip_grad"])
-        assert recipe.get("imagenet", False) == (start == "ImageNet")
+        assert recipe["weights"] == {"random": "random", "ImageNet": "backbone"}[start]
 
 
 def test_table_of_the_readme_agrees_with_the_weights():

@@ -1,21 +1,26 @@
-"""`examples/evaluate.py`: every video counts once, with several processes and after an interruption, too."""
+"""`tpn evaluate` and `tpn.evaluate`: every video counts once, with several processes and after an interruption, too."""
 
 import csv
 import json
 import os
 import pickle
-import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import call_example, example, run_example
+from scripts import ROOT
+from servers import start_python
+from test_cli import run
 
 import tpn
 from tpn.predict import VideoClassifier
+from tpn.training import evaluation
 from tpn.video import motion
+from tpn.video.datasets import open_dataset
 from tpn.video.decode import read_frames
 from tpn.video.encode import write_video
 
@@ -41,18 +46,19 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, output, *args):
-    model = f"local-dir:{folder / 'model'}"
-    return ["--model", model, "--data", folder / "list.txt", "--output", output, "--max-bad", "0.2", *args]
+    return ["evaluate", "model", "list.txt", "--output", str(output), "--max-bad", "0.2", *map(str, args)]
 
 
 def evaluate(folder, output, *args):
-    example("evaluate").main([str(a) for a in arguments(folder, output, *args)])
+    done = run(*arguments(folder, output, *args), cwd=folder)
+    assert done.returncode == 0, done.stderr
     return json.loads((output / "summary.json").read_text())
 
 
-def test_results(folder, tmp_path, capsys):
-    summary = evaluate(folder, tmp_path, "--dump", tmp_path / "d.npz")
-    classify = VideoClassifier(f"local-dir:{folder / 'model'}")
+def test_results(folder, tmp_path):
+    done = run(*arguments(folder, tmp_path, "--dump", tmp_path / "d.npz"), cwd=folder)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    classify = VideoClassifier(folder / "model")
     readable = [i for i in range(7) if i != 2]
     probs = np.stack([classify(folder / f"video {i}.mp4").probs.numpy() for i in readable])
     labels = np.array(LABELS)[readable]
@@ -63,7 +69,7 @@ def test_results(folder, tmp_path, capsys):
     assert tuple(dump["class"]) == motion.CLASSES
 
     hits = probs.argmax(axis=1) == labels
-    assert (summary["videos"], summary["views"]) == (6, 3)
+    assert (summary["videos"], summary["views"], summary["model"]) == (6, 3, "model")
     assert summary["top1"] == pytest.approx(100 * hits.mean(), abs=1e-3)
     ranks = (probs > probs[np.arange(6), labels][:, None]).sum(axis=1)
     assert summary["top5"] == pytest.approx(100 * (ranks < 5).mean(), abs=1e-3)
@@ -73,16 +79,24 @@ def test_results(folder, tmp_path, capsys):
     assert path.endswith("video 2.mp4")
     assert "not a video" in reason
     assert not others
-    printed = capsys.readouterr().out
-    assert "6 videos, 3 views each: top1" in printed
-    assert f"not counted: {path}: " in printed
+    first, header, *rows = done.stdout.splitlines()
+    assert first.startswith(f"6 videos, 3 views each: top1 {summary['top1']:.2f}, ")
+    assert header.split()[:3] == ["class", "videos", "top1"]
+    assert [row[:20].strip() for row in rows] == [name[:20].strip() for name in motion.CLASSES]
+    assert f"not counted: {path}: " in done.stderr
 
     rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text().splitlines()))
     assert [row["class"] for row in rows] == list(motion.CLASSES)
     assert {row["class"]: row["videos"] for row in rows if row["videos"] != "0"} == {
         "moving left": "2", "turning clockwise": "2", "shrinking": "1", "blinking": "1"
     }  # fmt: skip
-    assert (tmp_path / "confusion.png").stat().st_size > 10_000
+    assert Image.open(tmp_path / "confusion.png").size[0] > 300
+
+
+def test_nothing_is_written_without_output(folder, tmp_path):
+    done = run("evaluate", folder / "model", folder / "list.txt", "--views", "1x1", "--max-bad", "0.2", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["videos"] == 6
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_formats(folder, tmp_path):
@@ -97,80 +111,162 @@ def test_formats(folder, tmp_path):
         assert arrays[name].tolist() == parsed[name]
 
 
+def test_function_and_validation_agree(folder):
+    """They use the same views, of a model in any mode, which they restore."""
+    model = tpn.create_model(folder / "model").train()
+    model.neck.eval()
+    seen = []
+    result = tpn.evaluate(model, folder / "list.txt", views="2x1", progress=lambda *done: seen.append(done))
+    assert seen == [(done, 7) for done in range(8)]
+    assert model.training
+    assert not model.neck.training
+    assert model.input_spec == tpn.input_spec(folder / "model")
+    assert (result.views, len(result.items)) == (2, 6)
+    spec = tpn.InputSpec.from_dict(model.input_spec.to_dict() | {"num_clips": 2, "num_crops": 1})
+    validation = evaluation.validate(model, open_dataset(folder / "list.txt", spec, train=False, classes=model.labels))
+    assert np.array_equal(validation.probs, result.probs)
+    assert validation.metrics == result.metrics
+    by_name = tpn.evaluate(str(folder / "model"), folder / "list.txt", views="2x1")
+    assert by_name.metrics["top1"] == result.metrics["top1"]
+    np.testing.assert_allclose(by_name.probs, result.probs, atol=1e-5)
+
+
+def run_processes(count, *args, cwd, before=""):
+    """Run `tpn` in several processes that torchrun starts; `before` is code that changes `evaluation` first."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = ["-m", "tpn"]
+    if before:
+        script = cwd / "changed.py"
+        script.write_text(f"import os\nfrom tpn.training import evaluation\n{before}\nfrom tpn.cli import main\nmain()\n")
+        program = [str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *program]
+    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+RECORD = """
+def record(classifier, data, indices, original=evaluation.classify_dataset, **kwargs):
+    open(f"read by {os.environ['RANK']}", "w").write(" ".join(map(str, indices)))
+    return original(classifier, data, indices, **kwargs)
+evaluation.classify_dataset = record
+"""
+
+
 def test_three_processes_give_the_results_of_one(folder, tmp_path):
     evaluate(folder, tmp_path / "one", "--dump", tmp_path / "one.json")
-    run_example("evaluate", *arguments(folder, tmp_path / "three", "--dump", tmp_path / "three.json"), processes=3)
+    options = arguments(folder, tmp_path / "three", "--dump", tmp_path / "three.json")
+    done = run_processes(3, *options, cwd=folder, before=RECORD)
+    assert done.returncode == 0, done.stderr
+    assert [(folder / f"read by {rank}").read_text() for rank in range(3)] == ["0 3 6", "1 4", "2 5"]
+    assert done.stdout.count("6 videos, 3 views each") == 1
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
     assert (tmp_path / "one" / "summary.json").read_bytes() == (tmp_path / "three" / "summary.json").read_bytes()
 
 
-KILL = """
-import os, signal
-add = example.Journal.add
-def killing(self, row):
-    add(self, row)
-    if row["index"] == 3:
-        with self.file.open("a") as file:
-            file.write('{"index": 4, "pro')
-        os.kill(os.getpid(), signal.SIGKILL)
-example.Journal.add = killing
+FAIL = """
+def fail(*args, original=evaluation.classify_dataset, **kwargs):
+    for number, each in enumerate(original(*args, **kwargs)):
+        if number == 1 and os.environ["RANK"] == "1":
+            raise ValueError("the second process fails")
+        yield each
+evaluation.classify_dataset = fail
 """
 
 
-def test_a_killed_run_resumes(folder, tmp_path, monkeypatch, capsys):
-    killed = run_example("evaluate", *arguments(folder, tmp_path / "run"), before=KILL, check=False)
-    assert killed.returncode < 0
-    with pytest.raises(ValueError, match="unfinished .*other weights, videos or views"):
-        evaluate(folder, tmp_path / "run", "--views", "1x1")
-    assert evaluated(folder, tmp_path / "run", monkeypatch) == [2, 4, 5, 6]  # an unreadable video is read again
-    assert "resuming: 3 of 7 videos" in capsys.readouterr().out
-    run = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert evaluate(folder, tmp_path / "whole", "--dump", tmp_path / "whole.json") == run
+def test_all_processes_end_when_one_fails(folder, tmp_path):
+    done = run_processes(2, *arguments(folder, tmp_path), cwd=folder, before=FAIL)
+    assert done.returncode != 0
+    assert "error: the second process fails\n" in done.stderr
+    assert not (tmp_path / "summary.json").exists()
+
+
+KILL = """
+import os, signal, sys
+from tpn import cli
+from tpn.training.evaluation import Journal
+def killing(self, index, probs, add=Journal.add):
+    add(self, index, probs)
+    if index == 3:
+        with self.file.open("a") as file:
+            file.write('{"index": 4, "pro')
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.add = killing
+"""
+
+
+def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
+    process = start_python(f"{KILL}\nsys.argv = {['tpn', *arguments(folder, tmp_path / 'run')]}\ncli.main()", folder)
+    process.communicate(timeout=120)
+    assert process.returncode < 0
+    other = run(*arguments(folder, tmp_path / "run", "--views", "1x1"), cwd=folder)
+    assert other.returncode == 1
+    assert "other weights, videos, or settings" in other.stderr
+    read, done = evaluated(folder, tmp_path / "run", monkeypatch)
+    assert read == [2, 4, 5, 6]  # an unreadable video is read again
+    assert "resuming: 3 of 7 videos" in done.stderr
+    result = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert evaluate(folder, tmp_path / "whole", "--dump", tmp_path / "whole.json") == result
     assert (tmp_path / "run.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def evaluated(folder, output, monkeypatch):
-    """Run the evaluation; return the indices of the videos that it read."""
-    read, module = [], example("evaluate")
+    """Run the evaluation; return the indices of the videos that it read, and what it printed."""
+    read = []
 
-    def classify(classifier, data, indices, workers, original=module.classify):
-        for row in original(classifier, data, indices, workers):
-            read.append(row["index"])
-            yield row
+    def classify(*args, original=evaluation.classify_dataset, **kwargs):
+        for index, result in original(*args, **kwargs):
+            read.append(index)
+            yield index, result
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "classify", classify)
-        evaluate(folder, output, "--dump", f"{output}.json")
-    return read
+        patch.setattr(evaluation, "classify_dataset", classify)
+        done = run(*arguments(folder, output, "--dump", f"{output}.json"), cwd=folder)
+    return read, done
 
 
 def test_only_a_repaired_video_is_read_again(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "copy")
     broken, output = tmp_path / "copy" / "video 2.mp4", tmp_path / "run"
-    done = call_example("evaluate", *arguments(tmp_path / "copy", output, "--max-bad", "0.1"))
+    done = run(*arguments(tmp_path / "copy", output, "--max-bad", "0.1"), cwd=tmp_path / "copy")
     assert done.returncode == 1
-    assert re.match("error: .*1 of 7 videos.*--max-bad", done.stderr)
+    assert done.stderr.splitlines()[-1].startswith("error: 1 unreadable")
     assert json.loads((output / "summary.json").read_text())["videos"] == 6
     broken.write_bytes((folder / "video 1.mp4").read_bytes())
-    assert evaluated(tmp_path / "copy", output, monkeypatch) == [2]
+    read, _ = evaluated(tmp_path / "copy", output, monkeypatch)
+    assert read == [2]
     assert json.loads((output / "summary.json").read_text())["videos"] == 7
     assert not (output / "unfinished").exists()
 
 
+def test_unreadable_videos_do_not_raise(folder, tmp_path):
+    result = tpn.evaluate(folder / "model", folder / "list.txt", views="1x1")
+    assert [os.path.basename(path) for path in result.failed] == ["video 2.mp4"]
+    assert result.unreadable_share == pytest.approx(1 / 7)
+    (tmp_path / "bad.txt").write_text(f"{folder / 'video 2.mp4'} 0\n")
+    with pytest.raises(ValueError, match="all 1 videos are unreadable.*not a video"):
+        tpn.evaluate(folder / "model", tmp_path / "bad.txt")
+
+
 def test_half_precision(folder, tmp_path):
-    summaries = []
+    probs = []
     for precision in ("float32", "bfloat16"):
         evaluate(folder, tmp_path / precision, "--views", "1x1", "--precision", precision, "--dump", tmp_path / "d.npz")
-        summaries.append(np.load(tmp_path / "d.npz")["probs"])
-    assert not np.array_equal(*summaries)
-    np.testing.assert_allclose(*summaries, atol=0.02)
+        probs.append(np.load(tmp_path / "d.npz")["probs"])
+    assert not np.array_equal(*probs)
+    np.testing.assert_allclose(*probs, atol=0.02)
 
 
-def test_fewer_than_five_classes(tmp_path):
-    probs = np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], dtype=np.float32)
-    accuracy, confusion = example("evaluate").measure(probs, np.array([1, 1, 2]), 3)
-    assert accuracy == {"top1": 66.6667, "top5": 100.0, "mean_class": 75.0}
-    assert confusion.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
+def test_checkpoint(folder, tmp_path):
+    """The weights of a file, in the network of a name."""
+    other = tpn.create_model("tpn_slowonly_tiny_motion", pretrained=True)
+    tpn.save_pretrained(other, tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    results = [
+        tpn.evaluate("tpn_slowonly_tiny_motion", folder / "list.txt", views="1x1", checkpoint=checkpoint).probs
+        for checkpoint in (None, file)
+    ]
+    assert np.array_equal(*results)
+    with pytest.raises(ValueError, match="checkpoint.*model"):
+        tpn.evaluate(other, folder / "list.txt", checkpoint=file)
 
 
 def test_frames(folder, tmp_path):
@@ -181,22 +277,45 @@ def test_frames(folder, tmp_path):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "v" / f"{i + 1:03d}.png")
     (tmp_path / "frames.txt").write_text("v 50 0\n")
     (tmp_path / "videos.txt").write_text("video 0.mp4 0\n")
-    common = ["--dump", tmp_path / "d.npz"]
-    evaluate(folder, tmp_path / "a", "--data", tmp_path / "frames.txt", "--frames", "{:03d}.png", *common)
-    from_frames = np.load(tmp_path / "d.npz")["probs"]
-    evaluate(folder, tmp_path / "a", "--data", tmp_path / "videos.txt", "--root", folder, *common)
-    assert np.array_equal(from_frames, np.load(tmp_path / "d.npz")["probs"])
+    from_frames = tpn.evaluate(folder / "model", tmp_path / "frames.txt", frames="{:03d}.png")
+    from_video = tpn.evaluate(folder / "model", tmp_path / "videos.txt", root=folder)
+    assert np.array_equal(from_frames.probs, from_video.probs)
+    slower = tpn.evaluate(folder / "model", tmp_path / "videos.txt", root=folder, target_fps=12)
+    assert not np.array_equal(slower.probs, from_video.probs)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("args", "code", "message"),
     [
-        (["--views", "3"], "error: .*views.*CLIPSxCROPS"),
-        (["--dump", "x.csv"], r"--dump.*\.json, \.pkl, \.npz.*x\.csv"),
-        (["--model", "nothing"], "error: .*'nothing'"),
+        (["model", "list.txt", "--views", "3"], 2, "CLIPSxCROPS"),
+        (["model", "list.txt", "--dump", "x.csv"], 2, ".json, .pkl, .npz"),
+        (["model", "list.txt", "--device", "warp"], 1, "error: cannot use device 'warp'"),
+        (["model", "nowhere.txt"], 1, "error: nowhere.txt: No such file or directory"),
+        (["nothing", "list.txt"], 1, "error: unknown model 'nothing'"),
+        (["./nothing", "list.txt"], 1, "error: unknown model './nothing'; there is no such folder"),
+        ([".", "list.txt"], 1, "error: unknown model '.'"),
+        (["tpn_slowonly_tiny_motion", "two.txt"], 1, "error: two.txt: unknown classes: one, two"),
+        (["unnamed", "two.txt"], 1, "error: two.txt has 2 classes, but the model has 14"),
     ],
 )
-def test_errors(folder, tmp_path, options, message):
-    done = call_example("evaluate", *arguments(folder, tmp_path, *options))
-    assert done.returncode in (1, 2)
-    assert re.search(message, done.stderr)
+def test_errors(folder, args, code, message):
+    (folder / "two.txt").write_text("video 0.mp4 one\nvideo 1.mp4 two\n")
+    model = tpn.create_model(folder / "model")
+    model.labels = None
+    tpn.save_pretrained(model, folder / "unnamed")
+    done = run("evaluate", *args, cwd=folder)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.split())
+    assert code == 2 or len(done.stderr.splitlines()) == 1
+
+
+def test_bad_arguments(folder):
+    for model, options, error, says in (
+        (torch.nn.Linear(1, 1), {}, TypeError, "model.*Linear"),
+        (3, {}, TypeError, "model.*int"),
+        (folder / "model", {"workers": 0}, ValueError, "workers.*0"),
+        (folder / "model", {"views": "1x2"}, ValueError, "views.*1x2"),
+        (folder / "model", {"target_fps": 0}, ValueError, "target_fps.*0"),
+    ):
+        with pytest.raises(error, match=says):
+            tpn.evaluate(model, folder / "list.txt", **options)

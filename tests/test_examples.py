@@ -12,7 +12,7 @@ from tpn.demo import render_video
 from tpn.video import motion
 
 TINY = "tpn_slowonly_tiny_motion"
-SHORT = ["predict", "features", "own_backbone", "finetune", "timeline", "export"]
+SHORT = ["predict", "features", "own_backbone", "timeline", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,14 @@ def test_own_backbone(run):
     assert lines[-1] == "same logits after loading: True"
 
 
-def test_finetune(run, tmp_path):
+def test_train(run, tmp_path):
     motion.write_dataset(tmp_path / "videos", 1, seed=1, num_frames=34)
     for name in motion.CLASSES[3:]:
         shutil.rmtree(tmp_path / "videos" / name)
-    lines = run("finetune", "videos", "videos", "--model", TINY, "--epochs", 2)
+    lines = run("train", "videos", "videos", "mine", "--epochs", 2, "--workers", 0)
     assert lines[1].startswith("epoch 1: loss ")
     assert lines[1].endswith("% of 3")
-    assert tpn.create_model(f"local-dir:{tmp_path}/my-tpn").labels == tuple(sorted(motion.CLASSES[:3]))
+    assert tpn.create_model(f"local-dir:{tmp_path}/mine").labels == tuple(sorted(motion.CLASSES[:3]))
 
 
 def test_timeline(run, video):

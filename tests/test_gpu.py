@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from scripts import run_example
 from videos import write_video
 
 import tpn
+from tpn.training.loop import train
 from tpn.video.motion import write_dataset
 from tpn.video.transforms import resize_short_side
 
@@ -80,12 +80,11 @@ def test_larger_frames_are_resized_on_the_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--amp", "float16"], ["--amp", "bfloat16", "--compile"], ["--amp", "float32", "--checkpointing"]]
+    "options", [{"amp": "float16"}, {"amp": "bfloat16", "compile": True}, {"amp": "float32", "checkpointing": True}]
 )
 def test_training_learns(motion, tmp_path, options):
-    common = ["--recipe", "motion", "--train", motion, "--val", motion, "--output", tmp_path / "run", "--workers", 2]
-    small = ["--epochs", 3, "--batch-size", 8, "--model-args", '{"drop_rate": 0.0}', "--device", DEVICE]
-    run_example("train", *common, *small, *options)
+    small = {"epochs": 3, "batch_size": 8, "model_args": {"drop_rate": 0.0}, "device": DEVICE, "workers": 2}
+    train(motion, val=str(motion), output=tmp_path / "run", recipe="motion", **small, **options)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]

@@ -18,7 +18,8 @@ ORDER = (
     ["zoo"],
     ["optimization"],
     ["export"],
-    ["training", "predict"],
+    ["predict"],
+    ["training"],
     ["features", "tempo", "explain", "demo"],
     ["cli"],
 )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from recipe import upstream_state_dict
-from scripts import example
 
 import tpn
+from tpn.training.loop import train
 from tpn.video.decode import VideoError, probe, read_frames
 from tpn.video.encode import write_video
 from tpn.video.transforms import center_crop
@@ -97,9 +97,7 @@ def test_overfits_a_dozen_real_clips(tmp_path):
             frames = read_frames(VIDEOS / source, range(40 * i, 40 * i + 34), short_side=72)
             frames = center_crop(frames, 72)
             write_video(folder / f"{source}.mp4", frames.permute(0, 2, 3, 1).numpy(), fps=25)
-    common = ["--train", tmp_path / "videos", "--val", tmp_path / "videos", "--output", tmp_path / "run", "--workers", 0]
-    options = "--recipe motion --epochs 120 --batch-size 12 --lr-batch 12 --warmup 10 --crop-area 0.9 1 --flip-prob 0 --ema 0.9"
-    example("train").main([*map(str, common), *options.split(), "--val-interval", "120"])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
-    assert rows[-1]["val_top1"] == 100
+    options = {"recipe": "motion", "epochs": 120, "batch_size": 12, "lr_batch": 12, "warmup": 1 / 12, "crop_area": (0.9, 1.0)}
+    options |= {"flip_prob": 0.0, "ema": 0.9, "val_interval": 120, "workers": 0, "threads": torch.get_num_threads()}
+    result = train(tmp_path / "videos", val=str(tmp_path / "videos"), output=tmp_path / "run", **options)
+    assert result.evaluation.metrics["top1"] == 100

@@ -1,23 +1,47 @@
-"""`examples/train.py`: its options, its files, and that an interrupted run gives the same result."""
+"""`tpn.training.loop`: options, files, faults, and that an interrupted run gives the same result."""
 
 import json
+import math
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from scripts import call_example, example, run_example
-from servers import run_python
-from videos import write_video
+from scripts import ROOT
+from torch.utils.data import DataLoader
 
 import tpn
 from tpn.predict import VideoClassifier
+from tpn.training import evaluation, loop
+from tpn.training.config import RECIPES, TrainConfig
+from tpn.training.loop import Interrupted, Observer, train
 from tpn.video import motion
-from tpn.video.datasets import TooManyBadFilesError
+from tpn.video.datasets import TooManyBadFilesError, VideoFolder
 
 CLASSES = ("moving left", "turning clockwise", "blinking")
-SMALL = ["--model", "tpn_slowonly_tiny_motion", "--model-args", '{"base_channels": 4, "drop_rate": 0.2}', "--crop-size", "32",
-         "--short-side", "36", "--optimizer", "adamw", "--lr", "0.01", "--lr-batch", "4", "--workers", "0", "--log-interval", "1"]  # fmt: skip
+SMALL = {
+    "model": "tpn_slowonly_tiny_motion",
+    "model_args": {"base_channels": 4, "drop_rate": 0.2},
+    "weights": "random",
+    "frame_interval": 2,
+    "crop_size": 32,
+    "short_side": 36,
+    "views": "1x1",
+    "lr": 0.01,
+    "lr_batch": 4,
+    "batch_size": 4,
+    "val_interval": 1,
+    "label_smoothing": 0.0,
+    "amp": "float32",
+    "workers": 0,
+    "threads": 1,
+    "log_interval": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +55,16 @@ def videos(tmp_path_factory):
     return root
 
 
-def train(videos, output, *args, small=SMALL):
-    example("train").main([*small, "--train", str(videos / "train"), "--output", str(output), *map(str, args)])
-    return metrics(output)
+@pytest.fixture(autouse=True)
+def threads():
+    """Restore the number of threads, which a run sets."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def fit(data, output, resume=False, observer=None, **options):
+    return train(data, output=output, resume=resume, observer=observer, **{**SMALL, **options})
 
 
 def metrics(folder):
@@ -44,83 +75,129 @@ def without_times(lines):
     return [{k: v for k, v in line.items() if k not in ("clips_per_s", "data_wait")} for line in lines]
 
 
+def steps(folder):
+    return [line for line in without_times(metrics(folder)) if "loss" in line]
+
+
 def weights(folder):
     return tpn.create_model(f"local-dir:{folder}").state_dict()
 
 
-def test_training_writes_metrics_and_models(videos, tmp_path, capsys):
-    lines = train(
-        videos, tmp_path, "--val", videos / "val", "--epochs", 3, "--batch-size", 4, "--warmup", 1, "--lr", 0.04, "--lr-batch", 16
-    )
-    printed = capsys.readouterr().out
-    assert "12 videos, 3 classes, 3 steps per epoch, float32 on cpu" in printed
-    assert "4 clips per step: 4 x 1 forward passes x 1 devices" in printed
-    assert "learning rate 0.01, scaled from 0.04 for 16 clips per step" in printed
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 10))
-    assert steps[0]["lr"] == pytest.approx(0.0001)  # warm-up
-    assert steps[3]["lr"] > steps[8]["lr"] > 0
-    assert all(line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["grad_norm"] > 0 for line in steps)
+def in_processes(options, count=1, before="", check=True):
+    """Run `train` in processes of its own; `before` is code that runs first."""
+    script = f"import sys\nfrom tpn.training import loop\nfrom pathlib import Path\noptions = {options!r}\n{before}\nloop.train(**options)\n"
+    command = [sys.executable, "-c", script]
+    if count > 1:
+        file = options["output"] + ".py"
+        with open(file, "w") as f:
+            f.write(script)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), file]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+# What a run writes
+
+
+def test_training_writes_metrics_and_models(videos, tmp_path):
+    result = fit(videos, tmp_path, epochs=3, warmup=1 / 3, lr=0.04, lr_batch=16)
+    lines = metrics(tmp_path)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 10))
+    assert trained[0]["lr"] == pytest.approx(0.0001)  # warm-up
+    assert trained[3]["lr"] > trained[8]["lr"] > 0
+    assert all(line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["grad_norm"] > 0 for line in trained)
     validations = [line for line in lines if "val_loss" in line]
     assert [(line["step"], line["val_top5"]) for line in validations] == [(3, 100), (6, 100), (9, 100)]
+    assert json.loads((tmp_path / "train.json").read_text())["lr"] == 0.04
 
     for folder in (tmp_path, tmp_path / "best"):
         model = tpn.create_model(f"local-dir:{folder}")
         assert model.labels == tuple(sorted(CLASSES))
         assert model.input_spec.crop_size == 32
-        assert model.input_spec.flip_label_pairs == ()
+    assert all(torch.equal(value, weights(tmp_path)[name]) for name, value in result.model.state_dict().items())
     video = next((videos / "val").rglob("*.mp4"))
     assert {name for name, _ in VideoClassifier(model)(video).top(5)} == set(CLASSES)
 
 
-def test_a_loaded_classifier_and_the_order_of_its_classes_are_kept(videos, tmp_path, capsys):
-    options = ["--model", "tpn_slowonly_tiny_motion", "--pretrained", *SMALL[4:]]
-    train(videos / "all", tmp_path, "--epochs", 1, "--batch-size", 8, small=options)
-    assert "untrained" not in capsys.readouterr().out
-    model = tpn.create_model(f"local-dir:{tmp_path}")
-    assert model.labels == motion.CLASSES != tuple(sorted(motion.CLASSES))
-    assert model.input_spec.flip_label_pairs == motion.MIRRORED
+def test_validation_and_evaluation_agree(videos, tmp_path):
+    """Both use the views that are saved with the model."""
+    result = fit(videos, tmp_path, epochs=1, views="2x3", short_side=40)
+    model = tpn.create_model(f"local-dir:{tmp_path}").eval()
+    assert (model.input_spec.num_clips, model.input_spec.num_crops) == (2, 3)
+    data = VideoFolder(videos / "val", model.input_spec, train=False, classes=model.labels)
+    again = evaluation.validate(model, data)
+    assert again.views == result.evaluation.views == 6
+    assert again.metrics == result.evaluation.metrics
+    assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(again.metrics["loss"])
+    classify = VideoClassifier(model)
+    for item, probs in zip(again.items, again.probs, strict=True):
+        assert torch.equal(classify(item.path).probs, torch.from_numpy(probs))
 
 
-@pytest.mark.parametrize("loaded", [True, False], ids=["saved model", "no weights"])
-def test_replacing_a_loaded_classifier_is_printed(videos, tmp_path, capsys, loaded):
-    """The list's numeric labels are fewer than the model's 14 classes."""
-    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4)
-    tpn.save_pretrained(model, tmp_path / "start")
+def test_a_loaded_classifier_and_the_order_of_its_classes_are_kept(videos, tmp_path):
+    options = {"weights": "pretrained", "model_args": {}}
+    result = fit(videos / "all" / "train", tmp_path, epochs=1, batch_size=8, val_fraction=0, **options)
+    assert result.model.labels == motion.CLASSES != tuple(sorted(motion.CLASSES))
+    assert tpn.create_model(f"local-dir:{tmp_path}").labels == motion.CLASSES
+
+
+@pytest.mark.parametrize("start", ["saved", "random"])
+def test_whether_a_loaded_classifier_is_replaced(videos, tmp_path, start):
+    tpn.save_pretrained(tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4), tmp_path / "start")
     files = sorted((videos / "train").rglob("*.mp4"))
     (tmp_path / "list.txt").write_text("".join(f"{file.relative_to(videos)} {i % 3}\n" for i, file in enumerate(files)))
-    options = ["--model", f"local-dir:{tmp_path / 'start'}", *SMALL[4:]] if loaded else SMALL
-    options = [*options, "--train", tmp_path / "list.txt", "--root", videos, "--epochs", 1, "--batch-size", 4]
-    example("train").main([*map(str, options), "--output", str(tmp_path / "run")])
-    printed = [line for line in capsys.readouterr().out.splitlines() if "untrained" in line]
-    assert len(printed) == loaded
-    for line in printed:
-        assert re.search(r"\b3 classes.*\b14\b.*\bhead\.fc\b.*\baux_head\.fc\b", line)
+    seen = []
+    observer = Observer()
+    observer.planned = seen.append
+    options = {"model": f"local-dir:{tmp_path / 'start'}", "model_args": {}, "weights": None} if start == "saved" else {}
+    fit(tmp_path / "list.txt", tmp_path / "run", root=str(videos), epochs=1, observer=observer, **options)
+    assert seen[0].new_classifier == (start == "saved")
     assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").labels == ("class 0", "class 1", "class 2")
 
 
+def test_numeric_labels_keep_the_models_classes_only_if_asked(videos, tmp_path):
+    files = sorted((videos / "train").rglob("*.mp4"))
+    (tmp_path / "list.txt").write_text("".join(f"{files[i % 12].relative_to(videos)} {i}\n" for i in range(14)))
+    for keep, expected in ((True, motion.CLASSES), (False, tuple(f"class {i}" for i in range(14)))):
+        result = fit(tmp_path / "list.txt", tmp_path / str(keep), root=str(videos), epochs=1, val_fraction=0, keep_classes=keep)
+        assert result.model.labels == expected
+
+
+def test_dry_run_trains_nothing(videos, tmp_path):
+    result = train(videos, output=tmp_path / "run", dry_run=True, **SMALL)
+    assert {line.name: line.reason for line in result.plan}["batch_size"] == "given"
+    assert not (tmp_path / "run").exists()
+
+
+# Interruption
+
+
 KILL = """
-import os, signal, torch
-from tpn import training
-class Log(training.MetricsLog):
-    def write(self, step, values):
-        super().write(step, values)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-training.MetricsLog = Log
+import os, signal
+write = loop.MetricsLog.write
+def kill(self, step, values):
+    write(self, step, values)
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.MetricsLog.write = kill
 """
 KILL_WHILE_WRITING = """
-import os, signal, torch
-original, count = torch.save, 0
-def save(content, path):
+import os, signal
+write_bytes, count = Path.write_bytes, 0
+def kill(self, content):
     global count
-    count += 1
-    original(content, path)
+    count += self.name == "checkpoint.pt"
     if count == 3:
-        os.truncate(path, os.path.getsize(path) // 2)
+        write_bytes(self, bytes(content)[:len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
+    return write_bytes(self, content)
+Path.write_bytes = kill
 """
+LONG = {"log_interval": 2, "workers": 1, "epochs": 2, "batch_size": 2, "accumulate": 2, "ema": 0.9, "checkpoint_interval": 2}
 
 
 @pytest.mark.parametrize(
@@ -132,33 +209,15 @@ torch.save = save
 )
 def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
     """The run has two epochs of three steps; it writes checkpoints and metrics at every second step and after every epoch."""
-    args = [*SMALL, "--train", videos / "train", "--val", videos / "val"]
-    args += [
-        "--log-interval",
-        "2",
-        "--workers",
-        "1",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "2",
-        "--accumulate",
-        "2",
-        "--ema",
-        "0.9",
-        "--checkpoint-interval",
-        "2",
-    ]
-    run_example("train", *args, "--output", tmp_path / "whole")
-    args += ["--output", tmp_path / "killed"]
-    done = run_example("train", *args, before=kill, check=False)
-    assert done.returncode < 0
+    options = {**SMALL, **LONG, "data": str(videos)}
+    in_processes({**options, "output": str(tmp_path / "whole")})
+    options["output"] = str(tmp_path / "killed")
+    assert in_processes(options, before=kill, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == step
-    again = call_example("train", *args)
-    assert again.returncode == 1
-    assert re.fullmatch(rf"error: {re.escape(str(tmp_path / 'killed'))} .*--resume auto.*\n", again.stderr)
-    run_example("train", *args, "--resume", "auto")
+    with pytest.raises(ValueError, match=r"killed.*checkpoint.*resume"):
+        train(**options)
+    in_processes({**options, "resume": True})
     lines = [without_times(metrics(tmp_path / run)) for run in ("whole", "killed")]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 6
@@ -166,14 +225,230 @@ def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
-def test_other_settings_are_refused_on_resume(videos, tmp_path):
-    args = ["--epochs", 1, "--batch-size", 4]
-    train(videos, tmp_path, *args)
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
+def test_a_signal_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(videos, tmp_path, number, step):
+    """Within an epoch, and in its last step, after which the validation still takes place."""
+
+    class Stop(Observer):
+        def stepped(self, run, loss):
+            if run.step == step:
+                os.kill(os.getpid(), number)
+
+    options = {**LONG, "workers": 0, "checkpoint_interval": None}
+    fit(videos, tmp_path / "whole", **options)
+    with pytest.raises(Interrupted, match=f"{number.name}.*step {step}") as caught:
+        fit(videos, tmp_path / "stopped", observer=Stop(), **options)
+    assert caught.value.number == number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    fit(videos, tmp_path / "stopped", resume=True, **options)
+    assert without_times(metrics(tmp_path / "whole")) == without_times(metrics(tmp_path / "stopped"))
+    for file in ("model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_resume_trains_longer_and_refuses_other_settings(videos, tmp_path):
+    fit(videos, tmp_path, epochs=1)
     with pytest.raises(ValueError, match=r"checkpoint\.pt.*settings: seed=0, now 1"):
-        train(videos, tmp_path, *args, "--seed", 1, "--resume", "auto")
+        fit(videos, tmp_path, epochs=1, seed=1, resume=True)
     before = (tmp_path / "model.safetensors").read_bytes()
-    train(videos, tmp_path, *args, "--resume", "auto", "--workers", 1)
+    fit(videos, tmp_path, epochs=1, workers=1, resume=True)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    fit(videos, tmp_path, epochs=2, resume=True)
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 7))
+
+
+# Faults
+
+
+class Poison(Observer):
+    """Makes gradients infinite after the given steps."""
+
+    def __init__(self, bad):
+        self.bad, self.run = bad, None
+
+    def planned(self, run):
+        self.run = run
+        next(run.model.parameters()).register_hook(lambda gradient: gradient * (math.inf if run.step in self.bad else 1))
+
+
+def test_a_step_with_an_infinite_gradient_changes_nothing(videos, tmp_path):
+    """Also in the last step."""
+    poison = Poison({1, 5})
+    states = []
+    poison.stepped = lambda run, loss: states.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    result = fit(videos, tmp_path, epochs=2, observer=poison)
+    assert poison.run.skipped == 2
+    for before, after in ((0, 1), (4, 5)):
+        changed = [n for n, value in states[before].items() if not torch.equal(value, states[after][n])]
+        assert all("num_batches_tracked" in name for name in changed)
+    assert not torch.equal(states[1]["head.fc.weight"], states[2]["head.fc.weight"])
+    assert all(value.isfinite().all() for value in result.model.state_dict().values())
+
+
+def test_ten_infinite_gradients_in_a_row_stop_the_run(videos, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"10 steps.*lr"):
+        fit(videos, tmp_path, epochs=5, observer=Poison(set(range(3, 99))))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == 12
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(videos, tmp_path):
+    class Break(Observer):
+        def stepped(self, run, loss):
+            if run.step == 4:
+                with torch.no_grad():
+                    run.model.head.fc.bias[0] = math.nan
+
+    with pytest.raises(FloatingPointError, match=r"head\.fc\.bias.*lr"):
+        fit(videos, tmp_path / "val", epochs=2, observer=Break())
+    with pytest.raises(FloatingPointError, match=r"head\.fc\.bias.*lr"):
+        fit(videos / "train", tmp_path / "run", epochs=2, val_fraction=0, observer=Break())
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 3
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(videos, tmp_path, monkeypatch):
+    write_bytes, count = type(tmp_path).write_bytes, []
+
+    def full(path, content):
+        if path.name == "checkpoint.pt":
+            count.append(path)
+            if len(count) == 2:
+                raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    fit(videos, tmp_path / "whole", epochs=2)
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(videos, tmp_path / "run", epochs=2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == ["checkpoint.pt"]
+    fit(videos, tmp_path / "run", epochs=2, resume=True)
+    assert steps(tmp_path / "whole") == steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped bit", "text"])
+def test_a_damaged_checkpoint_is_refused(videos, tmp_path, damage):
+    fit(videos, tmp_path, epochs=1)
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes({"cut": content[: len(content) // 2], "text": b"no"}.get(damage, content))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt.*damaged"):
+        fit(videos, tmp_path, epochs=2, resume=True)
+
+
+def test_garbage_in_the_metrics_is_dropped(videos, tmp_path):
+    fit(videos, tmp_path, epochs=1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "lo\n\xff\xfe garbage\n[1]\n{"no": 1}\n')
+    fit(videos, tmp_path, epochs=2, resume=True)
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 7))
+
+
+def test_two_runs_in_one_folder(videos, tmp_path):
+    class Second(Observer):
+        def planned(self, run):
+            with pytest.raises(ValueError, match=rf"in use.*process {os.getpid()}\b"):
+                fit(videos, tmp_path, epochs=1)
+
+    fit(videos, tmp_path, epochs=1, observer=Second())
+    assert len(steps(tmp_path)) == 3
+
+
+def test_a_killed_loader_worker(videos, tmp_path, monkeypatch):
+    original = DataLoader.__iter__
+
+    def kill(self):
+        batches = original(self)
+        if self.num_workers:
+            os.kill(batches._workers[0].pid, signal.SIGKILL)
+        return batches
+
+    monkeypatch.setattr(DataLoader, "__iter__", kill)
+    with pytest.raises(RuntimeError, match="worker"):
+        fit(videos, tmp_path, epochs=1, workers=1)
+
+
+def test_a_signal_to_all_processes_of_a_group_saves_a_checkpoint(videos, tmp_path):
+    """The loader process leaves the signal to the run."""
+
+    class Stop(Observer):
+        def stepped(self, run, loss):
+            if run.step == 1:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 1"):
+        fit(videos, tmp_path, epochs=2, workers=1, observer=Stop())
+
+
+def test_unreadable_validation_videos_are_listed_and_limited(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "data")
+    (tmp_path / "data" / "val" / "blinking" / "broken.mp4").write_bytes(b"not a video")
+    fit(tmp_path / "data", tmp_path / "run", epochs=1, max_bad=0.2)
+    assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("broken.mp4")
+    with pytest.raises(TooManyBadFilesError, match=r"1 of 7 .*max_bad"):
+        fit(tmp_path / "data", tmp_path / "strict", epochs=1)
+    assert torch.load(tmp_path / "strict" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 3
+
+
+def test_several_labels_of_the_models_own_classes(videos, tmp_path):
+    """The classifier is replaced: it was trained for one label per video."""
+    files = sorted((videos / "train").rglob("*.mp4"))
+    rows = [f"{files[i % 12]},{name}|{motion.CLASSES[0]}" for i, name in enumerate(motion.CLASSES[1:])]
+    (tmp_path / "table.csv").write_text("path,label\n" + "\n".join(rows))
+    result = fit(tmp_path / "table.csv", tmp_path / "run", epochs=1, val_fraction=0, weights="pretrained", model_args={})
+    assert result.model.multi_label
+    assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").multi_label
+
+
+def test_early_stopping(videos, tmp_path, monkeypatch):
+    """No validation is better than the first one."""
+    monkeypatch.setattr(loop, "validate", lambda *args, **kwargs: result)
+    result = evaluation.validate(tpn.create_model("tpn_slowonly_tiny_motion", num_classes=3), _val(videos))
+    fit(videos, tmp_path, epochs=9, patience=2)
+    assert len(steps(tmp_path)) == 9
+
+
+def _val(videos):
+    return VideoFolder(videos / "val", tpn.input_spec("tpn_slowonly_tiny_motion"), train=False)
+
+
+def test_bad_files_are_replaced_and_listed(videos, tmp_path):
+    shutil.copytree(videos / "train", tmp_path / "train")
+    (tmp_path / "train" / "blinking" / "broken.mp4").write_bytes(b"not a video")
+    fit(tmp_path / "train", tmp_path / "run", epochs=1, val_fraction=0, max_bad=0.1)
+    assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("blinking/broken.mp4")
+    with pytest.raises(TooManyBadFilesError, match=r"1 of 13 .*max_bad.*0\.05"):
+        fit(tmp_path / "train", tmp_path / "strict", epochs=1, val_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 13}, ValueError, "12 videos.*13 clips.*batch_size"),
+        ({"model": "tpn_slowonly_r5"}, ValueError, "tpn_slowonly_r5"),
+        ({"val": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"crop_size": 64}, ValueError, "crop_size.*short_side=36.*64"),
+        ({"device": "gpu"}, ValueError, "device.*'gpu'"),
+        ({"weights": "backbone", "model": "local-dir:x"}, FileNotFoundError, "x"),
+        ({"model": "local-dir:x"}, ValueError, "weights='random'.*local-dir:x"),
+        ({"epochs": 1, "steps": 1}, ValueError, "steps=1.*epochs=1"),
+        ({"flip_prob": 2}, ValueError, "flip_prob.*between 0 and 1.*2"),
+        ({"recipe": "k600"}, ValueError, "recipe.*k400-in1k.*'k600'"),
+        ({"learning_rate": 1}, TypeError, "learning_rate"),
+        ({"freeze": "head"}, ValueError, "freeze.*backbone.*'head'"),
+        ({"views": "3"}, ValueError, "views.*'3'"),
+        ({"group": "("}, ValueError, r"group.*'\('"),
+        ({"group": "x", "val": "y"}, ValueError, "group.*val=y"),
+    ],
+)
+def test_errors(videos, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        fit(videos, tmp_path, **options)
+
+
+# Several processes
 
 
 TWO_RANKS = """
@@ -183,18 +458,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 import tpn
-from scripts import example
 from tpn.models.layers import freeze_batch_norm
+from tpn.training.loss import TrainingLoss
 
 def gradients(part, weights):
     torch.manual_seed(0)
     model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=8, drop_rate=0.0)
-    loss = example("train").TrainingLoss(model, weights=weights)
+    loss = TrainingLoss(model, weights=weights)
     network = DistributedDataParallel(loss) if dist.is_initialized() else loss
     freeze_batch_norm(model.train())
     frames = torch.randint(256, (8, 16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(8)
-    network(frames[part], labels[part])[0].backward()
+    targets = torch.eye(14)[:8]
+    network(frames[part], targets[part])[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 def rank(i, path, weights):
@@ -217,27 +492,27 @@ if __name__ == "__main__":
 def test_two_devices_give_the_gradients_of_one(tmp_path):
     """Each device has half of the batch; batch norm is frozen. With class weights, the halves have different sums of weights."""
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
-    printed, _ = run_python("import runpy; runpy.run_path('two_ranks.py', run_name='__main__')", tmp_path, OMP_NUM_THREADS="1")
-    assert len(re.findall(r"\de-\d\d", printed)) == 4  # two processes, two losses
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "two_ranks.py"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    assert len(re.findall(r"\de-\d\d", done.stdout)) == 4  # two processes, two losses
 
 
 ELSEWHERE = """
 import os
 if os.environ["RANK"] == "1":  # as on another machine, without the checkpoint
-    sys.argv[sys.argv.index("--output") + 1] += " elsewhere"
+    options["output"] += " elsewhere"
 """
 
 
 @pytest.mark.slow
 def test_two_devices_resume_bit_for_bit(videos, tmp_path):
-    args = [*SMALL, "--train", videos / "train", "--val", videos / "val", "--epochs", 2, "--batch-size", 2, "--workers", 1]
-    args += ["--ema", 0.9, "--checkpoint-interval", 2]
-    run_example("train", *args, "--output", tmp_path / "whole", processes=2)
-    args += ["--output", tmp_path / "killed"]
-    done = run_example("train", *args, before=KILL, processes=2, check=False)
-    assert done.returncode != 0
+    options = {**SMALL, **LONG, "accumulate": 1, "log_interval": 1, "data": str(videos)}
+    in_processes({**options, "output": str(tmp_path / "whole")}, 2)
+    options["output"] = str(tmp_path / "killed")
+    assert in_processes(options, 2, before=KILL, check=False).returncode != 0
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
-    run_example("train", *args, "--resume", "auto", before=ELSEWHERE, processes=2)
+    in_processes({**options, "resume": True}, 2, before=ELSEWHERE)
     assert not (tmp_path / "killed elsewhere").exists()
     lines = [without_times(metrics(tmp_path / run)) for run in ("whole", "killed")]
     assert lines[0] == lines[1]
@@ -253,20 +528,19 @@ def test_bad_files_of_all_devices_are_counted(videos, tmp_path):
         shutil.copy(source, tmp_path / "train" / source.parent.name / f"{i}.mp4")
     for i in range(5):
         (tmp_path / "train" / CLASSES[0] / f"bad {i}.mp4").write_bytes(b"bad")
-    args = [*SMALL, "--train", tmp_path / "train", "--epochs", 1, "--batch-size", 2, "--output", tmp_path / "run"]
-    done = run_example("train", *args, "--max-bad", 0.17, processes=2, check=False)
+    options = {**SMALL, "data": str(tmp_path / "train"), "val_fraction": 0, "epochs": 1, "batch_size": 2, "max_bad": 0.17}
+    done = in_processes({**options, "output": str(tmp_path / "run")}, 2, check=False)
     assert done.returncode != 0
-    assert re.search("error: .*5 of 25 videos", done.stderr)
-    assert 'train.py", line' not in done.stderr
+    assert re.search("TooManyBadFilesError: .*5 of 25 videos", done.stderr)
 
 
 @pytest.mark.slow
 def test_two_devices_train_like_one(videos, tmp_path):
-    args = [*SMALL, "--model-args", '{"base_channels": 4, "drop_rate": 0}', "--freeze", "bn", "--train", videos / "train"]
-    args += ["--val", videos / "val", "--epochs", 2, "--log-interval", 2, "--optimizer", "sgd", "--lr", 0.1, "--class-weights"]
-    run_example("train", *args, "--batch-size", 3, "--output", tmp_path / "two", processes=2)
-    run_example("train", *args, "--batch-size", 6, "--output", tmp_path / "one")
-    run_example("train", *args, "--batch-size", 2, "--accumulate", 3, "--output", tmp_path / "passes")
+    options = {**SMALL, "model_args": {"base_channels": 4, "drop_rate": 0.0}, "freeze": "bn", "data": str(videos)}
+    options |= {"epochs": 2, "log_interval": 2, "optimizer": "sgd", "lr": 0.1, "class_weights": True}
+    in_processes({**options, "batch_size": 3, "output": str(tmp_path / "two")}, 2)
+    in_processes({**options, "batch_size": 6, "output": str(tmp_path / "one")})
+    in_processes({**options, "batch_size": 2, "accumulate": 3, "output": str(tmp_path / "passes")})
     one, two, passes = (without_times(metrics(tmp_path / run)) for run in ("one", "two", "passes"))
     for other in (two, passes):
         for a, b in zip(one, other, strict=True):
@@ -275,13 +549,15 @@ def test_two_devices_train_like_one(videos, tmp_path):
     assert all(torch.allclose(start[name], end[name], atol=1e-5) for name in start)
 
 
+# Options
+
+
 @pytest.mark.parametrize("freeze", ["none", "bn", "backbone"])
 def test_freezing(videos, tmp_path, freeze):
     torch.manual_seed(5)
-    model = tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4)
-    tpn.save_pretrained(model, tmp_path / "start")
-    small = ["--model", f"local-dir:{tmp_path / 'start'}", *SMALL[4:]]
-    train(videos, tmp_path / "end", "--epochs", 1, "--batch-size", 4, "--freeze", freeze, small=small)
+    tpn.save_pretrained(tpn.create_model("tpn_slowonly_tiny_motion", base_channels=4), tmp_path / "start")
+    options = {"model": f"local-dir:{tmp_path / 'start'}", "model_args": {}, "weights": None}
+    fit(videos, tmp_path / "end", epochs=1, freeze=freeze, **options)
     before, after = weights(tmp_path / "start"), weights(tmp_path / "end")
     changed = {name for name in before if before[name].shape == after[name].shape and not torch.equal(before[name], after[name])}
     statistics = {name for name in changed if "running" in name or "num_batches" in name}
@@ -293,129 +569,101 @@ def test_freezing(videos, tmp_path, freeze):
 @pytest.mark.parametrize(
     "options",
     [
-        "--aux-weight 0",
-        "--amp bfloat16 --ema 0.9 --layer-decay 0.8",
-        "--amp float16 --no-channels-last --clip-grad 0 --optimizer sgd --deterministic",  # fills uninitialized memory with NaN
-        "--schedule multistep --milestones 1 --accumulate 2 --batch-size 2",
+        {"aux_weight": 0.0},
+        {"amp": "bfloat16", "ema": 0.9, "layer_decay": 0.8},
+        # deterministic fills uninitialized memory with NaN
+        {"amp": "float16", "channels_last": False, "clip_grad": 0.0, "optimizer": "sgd", "deterministic": True},
+        {"schedule": "multistep", "milestones": (1,), "accumulate": 2, "batch_size": 2, "warmup": 0.0},
     ],
 )
 def test_options(videos, tmp_path, options):
     try:
-        lines = train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, *options.split())
+        fit(videos, tmp_path, epochs=2, **options)
     finally:
         torch.use_deterministic_algorithms(False)
+    lines = steps(tmp_path)
     assert len(lines) == 6
     assert all(0 < line["loss"] < 20 for line in lines)
-    rates = [line["lr"] for line in lines]
-    if "multistep" in options:
-        assert rates == pytest.approx([0.01] * 3 + [0.001] * 3)
-    if "--ema" in options:
+    if "milestones" in options:
+        assert [line["lr"] for line in lines] == pytest.approx([0.01] * 3 + [0.001] * 3)
+    if "ema" in options:
         saved, parts = weights(tmp_path), torch.load(tmp_path / "checkpoint.pt")["parts"]
         assert all(torch.equal(value, parts["ema"][name]) for name, value in saved.items())
         assert not torch.equal(saved["head.fc.weight"], parts["model"]["head.fc.weight"])
-    if "--aux-weight" in options:
+    if "aux_weight" in options:
         assert lines[0]["loss"] == pytest.approx(1.1, abs=0.2)  # ln 3, not 1.5 ln 3
 
 
 @pytest.fixture(scope="module")
 def plain(videos, tmp_path_factory):
     """Return the metrics of two epochs without options."""
-    return without_times(train(videos, tmp_path_factory.mktemp("plain"), "--epochs", 2, "--batch-size", 4))
+    folder = tmp_path_factory.mktemp("plain")
+    fit(videos, folder, epochs=2)
+    return steps(folder)
 
 
-CHANGES = """--balanced, --label-smoothing 0.1, --layer-decay 0.5, --target-fps 12, --frame-interval 1, --crop-area 0.9 1,
-    --flip-prob 0, --no-color-jitter, --clip-grad 0.1, --weight-decay 2, --freeze bn, --seed 1"""
-
-
-@pytest.mark.parametrize("option", re.split(r",\s+", CHANGES))
-def test_an_option_changes_something(videos, tmp_path, plain, option):
-    lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, *option.split()))
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("balanced", True), ("label_smoothing", 0.1), ("layer_decay", 0.5), ("target_fps", 12.0), ("frame_interval", 1)),
+        *(("crop_area", (0.9, 1.0)), ("flip_prob", 0.0), ("color_jitter", False), ("clip_grad", 0.1), ("weight_decay", 2.0)),
+        *(("freeze", "bn"), ("seed", 1), ("backbone_lr", 0.1), ("class_weights", True), ("mixup", 0.8), ("cutmix", 1.0)),
+        *(("rand_augment", 9), ("random_erasing", 1.0)),
+    ],
+)
+def test_an_option_changes_something(videos, tmp_path, plain, option, value):
+    data = videos
+    if option == "class_weights":  # without effect on classes of one size
+        shutil.copytree(videos, tmp_path / "data")
+        extra = next((tmp_path / "data" / "train" / "blinking").iterdir())
+        shutil.copy(extra, extra.with_name("again.mp4"))
+        data = tmp_path / "data"
+    fit(data, tmp_path / "run", epochs=2, **{option: value})
+    lines = steps(tmp_path / "run")
     assert [line["loss"] for line in lines] != [line["loss"] for line in plain]
-    assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with --layer-decay, that of the classifier
+    assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with layer_decay, that of the classifier
 
 
-@pytest.mark.parametrize("option", ["--checkpointing", "--no-channels-last", "--compile", "--deterministic"])
+@pytest.mark.parametrize(
+    "option", [{"checkpointing": True}, {"channels_last": False}, {"compile": True}, {"deterministic": True}]
+)
 def test_an_option_does_not_change_the_result(videos, tmp_path, plain, monkeypatch, option):
     compiled, original = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))  # no C++ compiler
     try:
-        lines = without_times(train(videos, tmp_path, "--epochs", 2, "--batch-size", 4, option))
+        fit(videos, tmp_path, epochs=2, **option)
     finally:
         torch.use_deterministic_algorithms(False)
-    if option == "--no-channels-last":  # sums have another order; small batches and steps magnify the difference
+    lines = steps(tmp_path)
+    if "channels_last" in option:  # sums have another order; small batches and steps magnify the difference
         lines, plain = lines[0]["loss"], pytest.approx(plain[0]["loss"], rel=1e-5)
     assert lines == plain
-    assert len(compiled) == (option == "--compile")
+    assert len(compiled) == ("compile" in option)
 
 
-def test_class_weights_reach_the_loss(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(example("train"), "class_weights", lambda labels, num_classes: torch.zeros(num_classes))
-    for options, expected in (([], False), (["--class-weights"], True)):
-        lines = train(videos, tmp_path / str(expected), "--epochs", 1, "--batch-size", 4, *options)
-        assert (lines[0]["loss"] == 0) is expected
-
-
-COMMON = {"lr": 0.01, "schedule": "multistep", "optimizer": "sgd", "momentum": 0.9, "aux_weight": 0.5}
+COMMON = {"lr": 0.01, "schedule": "multistep", "optimizer": "sgd", "momentum": 0.9, "aux_weight": 0.5, "lr_batch": 64}
 
 
 def test_recipes():
-    def values(name, *options):
-        args = vars(example("train").parse_args(["--train", "a", "--output", "b", "--recipe", name, *options]))
-        return {key: args[key] for key in COMMON | expected}
-
-    expected = {"model": "tpn_tsm_r50_sthv1", "imagenet": True, "epochs": 9, "weight_decay": 5e-4, "clip_grad": 20}
-    expected |= {"milestones": [75, 125]}
-    assert values("sthv1-tsm", "--epochs", "9") == COMMON | expected
-    for name in ("k400-scratch", "k400-in1k"):
-        expected = {"model": "tpn_slowonly_r50_k400", "imagenet": name == "k400-in1k", "epochs": 150, "weight_decay": 1e-4}
-        expected |= {"clip_grad": 40, "lr_batch": 64, "flip_prob": 0.5, "crop_area": [0.08, 1]}
-        assert values(name) == COMMON | expected
+    expected = {"model": "tpn_tsm_r50_sthv1", "weights": "backbone", "epochs": 9, "weight_decay": 5e-4, "clip_grad": 20}
+    config = TrainConfig.of("sthv1-tsm", epochs=9)
+    assert {name: getattr(config, name) for name in COMMON | expected} == COMMON | expected
+    for recipe in ("k400-scratch", "k400-in1k"):
+        start = {"k400-scratch": "random", "k400-in1k": "backbone"}[recipe]
+        expected = {"model": "tpn_slowonly_r50_k400", "weights": start, "epochs": 150, "weight_decay": 1e-4, "clip_grad": 40}
+        expected |= {"milestones": (75, 125), "flip_prob": 0.5, "crop_area": (0.08, 1), "frame_interval": None}
+        config = TrainConfig.of(recipe)
+        assert {name: getattr(config, name) for name in COMMON | expected} == COMMON | expected
 
 
-def test_bad_files_are_replaced_and_listed(videos, tmp_path, capsys):
-    shutil.copytree(videos / "train", tmp_path / "train")
-    (tmp_path / "train" / "blinking" / "broken.mp4").write_bytes(b"not a video")
-    train(tmp_path, tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--max-bad", 0.1)
-    assert "1 unreadable videos were replaced" in capsys.readouterr().out
-    assert (tmp_path / "run" / "bad_files.txt").read_text().split("\t")[0].endswith("blinking/broken.mp4")
-    with pytest.raises(TooManyBadFilesError, match=r"1 of 13 .*max_bad.*0\.05"):
-        train(tmp_path, tmp_path / "strict", "--epochs", 1, "--batch-size", 4)
-
-
-def test_errors_are_one_line(videos, tmp_path):
-    shutil.copytree(videos / "train", tmp_path / "train")
-    for i in range(3):
-        (tmp_path / "train" / "blinking" / f"broken {i}.mp4").write_bytes(b"not a video")
-    args = [*SMALL, "--train", tmp_path / "train", "--batch-size", 4, "--epochs", 1, "--output", tmp_path / "run"]
-    done = run_example("train", *args, "--workers", 2, check=False)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("skipped")]
-    assert re.match(r"error: .*[123] of 15 videos", errors[0])  # each loader process may have met another one
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (["--batch-size", "13"], ValueError, "12 videos.*13 clips.*--batch-size"),
-        (["--lr", "1e30", "--epochs", "3", "--log-interval", "100"], FloatingPointError, "loss is nan.*--lr"),
-        (["--model", "tpn_slowonly_r5"], ValueError, "tpn_slowonly_r5"),
-        (["--val", "nowhere"], FileNotFoundError, "nowhere"),
-        (["--crop-size", "64"], ValueError, "crop_size.*short_side=36.*64"),
-        (["--device", "gpu"], ValueError, "device.*'gpu'"),
-        (["--pretrained", "--imagenet"], ValueError, "pretrained"),
-    ],
-)
-def test_errors(videos, tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        train(videos, tmp_path, "--batch-size", 4, *options)
-
-
-def test_numeric_labels_keep_the_names_of_the_models_classes(tmp_path):
-    """The list has as many numeric labels as the model has classes."""
-    for i in range(2):
-        write_video(tmp_path / f"{i}.mp4", num_frames=9)
-    (tmp_path / "list.txt").write_text("".join(f"{i % 2}.mp4 {i}\n" for i in range(14)))
-    args = [*SMALL, "--train", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--epochs", "1"]
-    example("train").main(args)
-    assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").labels == motion.CLASSES
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_leaves_nothing_about_learning_to_the_plan(videos, tmp_path, recipe):
+    overrides = {name: SMALL[name] for name in ("crop_size", "short_side", "workers", "threads", "batch_size")}
+    overrides |= {"model": "tpn_slowonly_tiny_motion", "weights": "random"}
+    result = train(videos, output=tmp_path, recipe=recipe, dry_run=True, **overrides)
+    of_recipe = {line.name for line in result.plan if line.reason == f"recipe {recipe}"}
+    given = {line.name for line in result.plan if line.reason == "given"}
+    assert of_recipe | given >= RECIPES[recipe].keys()
+    assert {line.name for line in result.plan} - RECIPES[recipe].keys() <= {"workers", "threads", "amp"}
+    assert result.model.input_spec.frame_interval == 2
+    assert result.model.input_spec.num_clips == 3

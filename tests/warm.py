@@ -27,8 +27,8 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 
 SHORTER = {
-    "train.py": "--epochs 1 --batch-size 2 --crop-size 64 --short-side 64 --workers 1",
-    "evaluate.py": "--views 1x1",
+    "train": "--epochs 1 --batch-size 2 --crop-size 64 --short-side 64 --workers 1",
+    "evaluate": "--views 1x1",
     "predict": "--views 1x1",
     "features": "--views 1x1",
     "explain": "--method grad-cam",
@@ -76,7 +76,7 @@ def narrow_networks():
 
     import tpn.cli
     import tpn.demo
-    import tpn.training  # noqa: F401
+    import tpn.training.loop  # noqa: F401
     from tpn.zoo.checkpoints import CHECKPOINTS, Embedded
 
     for name, entry in CHECKPOINTS.items():

@@ -22,6 +22,9 @@ from tpn.zoo.saved import save_pretrained
 
 if TYPE_CHECKING:
     from tpn.predict import Prediction, VideoClassifier
+    from tpn.training.config import TrainConfig
+    from tpn.training.evaluation import evaluate
+    from tpn.training.loop import TrainResult, train
 
 __all__ = [
     "AuxHead",
@@ -38,6 +41,8 @@ __all__ = [
     "ResNetTSM",
     "TPNClassifier",
     "TemporalPyramid",
+    "TrainConfig",
+    "TrainResult",
     "UnknownModelError",
     "UploadError",
     "VideoClassifier",
@@ -45,6 +50,7 @@ __all__ = [
     "__version__",
     "build",
     "create_model",
+    "evaluate",
     "input_spec",
     "list_models",
     "model_info",
@@ -53,15 +59,23 @@ __all__ = [
     "register_backbone",
     "register_neck",
     "save_pretrained",
+    "train",
 ]
 
-_NEEDS_DECODER = {"VideoClassifier", "Prediction"}
-"""Imported on first use: models build and run where no video decoder is installed."""
+_LAZY = {
+    "Prediction": "tpn.predict",
+    "TrainConfig": "tpn.training.config",
+    "TrainResult": "tpn.training.loop",
+    "VideoClassifier": "tpn.predict",
+    "evaluate": "tpn.training.evaluation",
+    "train": "tpn.training.loop",
+}
+"""Modules that are imported on first use: models build and run where no video decoder is installed."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_DECODER:
-        return getattr(import_module("tpn.predict"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     if name in entrypoints.__all__ and name != "tpn":
         return getattr(entrypoints, name)
     raise AttributeError(f"module 'tpn' has no attribute {name!r}")

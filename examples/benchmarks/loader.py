@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import tpn
-from tpn.training import positive_int, run_cli
+from tpn.cli.script import positive_int, run_cli
 from tpn.video.datasets import VideoDataset, open_dataset
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = open_dataset(args.data, tpn.input_spec(args.model), train=True)
     plain = open_dataset(args.data, tpn.input_spec(args.model), train=True)
-    plain.transform = plain.spec.train_transform(color_jitter=False, normalize=False)
+    plain.use_spec(plain.spec, color_jitter=False)
     indices = [i % len(data) for i in range(args.clips)]
 
     def load(dataset: Dataset[Any]) -> None:

@@ -31,9 +31,9 @@ from timing import Bench, Run, fast_half, layer_work
 from torch import Tensor, nn
 
 import tpn
+from tpn.cli.script import positive_int, run_cli
 from tpn.models.layers import channels_last
 from tpn.optimization import resolve_device
-from tpn.training import positive_int, run_cli
 from tpn.video import decode
 from tpn.video.encode import write_video
 

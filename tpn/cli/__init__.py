@@ -4,7 +4,7 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 2 wrong usage, 130 interrupted.
 """
 
-from tpn.cli import videos, features, timeline, explain, models, export  # isort: skip  # the order of commands in `tpn --help`
+from tpn.cli import videos, train, evaluate, features, timeline, explain, models, export  # isort: skip  # the order in `tpn --help`
 from tpn.cli.app import app, main
 
-__all__ = ["app", "explain", "export", "features", "main", "models", "timeline", "videos"]
+__all__ = ["app", "evaluate", "explain", "export", "features", "main", "models", "timeline", "train", "videos"]

@@ -1,7 +1,6 @@
-"""What all commands share: the application, common options, results, progress bars, and error messages."""
+"""What all commands share: the application, common options, results, and progress bars."""
 
 import errno
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from tpn.errors import WeightsUnavailableError
+from tpn.cli.script import run_cli
 from tpn.version import __version__
 
 app = typer.Typer(
@@ -28,7 +27,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 DEFAULT_MODEL = "tpn_slowonly_r50_k400"
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Model name (see tpn list), local-dir:FOLDER, or hf-hub:OWNER/NAME.")
+    str, typer.Option("--model", "-m", help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")
 ]
 CheckpointOption = Annotated[
     Path | None,
@@ -50,20 +49,7 @@ def _app(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Run the command line. Report an error as one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal's encoding lacks
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app()
-    except Exception as error:
-        if os.environ.get("TPN_DEBUG"):
-            raise
-        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | WeightsUnavailableError)
-        decode = sys.modules.get("tpn.video.decode")  # importing it here could fail: it needs PyAV
-        expected |= decode is not None and isinstance(error, decode.VideoError)
-        kind = "" if expected else f"{type(error).__name__}: "
-        err.print(f"error: {kind}{one_line_message(error)}" + ("" if expected else " (set TPN_DEBUG=1 for the traceback)"))
-        sys.exit(1)
+    run_cli(app)
 
 
 def print_result(text: str) -> None:
@@ -126,10 +112,3 @@ def parse_views_option(views: str | None) -> tuple[int | None, int | None]:
         return parse_views(views)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--views") from error
-
-
-def one_line_message(error: BaseException) -> str:
-    """Return the first line of an error's message, without "[Errno 2]" in front of it."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -15,7 +15,7 @@ FORMAT_OF_SUFFIX: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Model name (see tpn list), local-dir:FOLDER, or hf-hub:OWNER/NAME.")],
+    model: Annotated[str, typer.Argument(help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")],
     format: Annotated[
         Format | None,
         typer.Option(
@@ -40,7 +40,7 @@ def export(
     The file contains the weights, class names, sampling, and transform.
     """
     from tpn import export as exporting
-    from tpn.zoo.create import create_model
+    from tpn.zoo.create import create_model, is_saved
 
     if output is not None and output.suffix not in FORMAT_OF_SUFFIX:
         raise typer.BadParameter(f"must end in .onnx or .pt2, got {str(output)!r}", param_hint="--output")
@@ -54,7 +54,7 @@ def export(
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}.{format}")
     require_parent_folder(output)
     built = create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
-    if num_classes and built.labels is None and pretrained and checkpoint is None and ":" not in model:
+    if num_classes and built.labels is None and pretrained and checkpoint is None and not is_saved(model):
         err.print(f"the weights have another number of classes, so the classifier for {num_classes} classes is untrained")
     if num_clips is not None and num_crops is not None:
         built.input_spec = replace(built.input_spec, num_clips=num_clips, num_crops=num_crops, flip=False)

@@ -13,12 +13,12 @@ from tpn.cli.app import (
     ViewsOption,
     app,
     err,
-    one_line_message,
     parse_views_option,
     print_result,
     progress_bars,
     require_exists,
 )
+from tpn.cli.script import one_line_message
 
 
 @app.command()

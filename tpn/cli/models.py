@@ -12,7 +12,7 @@ from tpn.cli.app import app, err, print_result
 from tpn.zoo import fetch
 from tpn.zoo import publish as publishing
 from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles, get_checkpoint
-from tpn.zoo.create import count, create_model, list_models, model_info
+from tpn.zoo.create import count, create_model, is_saved, list_models, model_info
 from tpn.zoo.load import read_weights
 
 
@@ -52,13 +52,13 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="Model name, also with a tag (tpn_slowonly_r50_k400.scratch), local-dir:FOLDER, or hf-hub:OWNER/NAME."
+            help="Model name, also with a tag (tpn_slowonly_r50_k400.scratch), folder of a saved model, or hf-hub:OWNER/NAME."
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the properties of a model and its weights."""
-    if ":" in name:
+    if is_saved(name):
         facts = _saved_facts(name)
         shown = facts | {"labels": ", ".join(facts["labels"][:5]) + (", ..." if len(facts["labels"]) > 5 else "")}
     else:

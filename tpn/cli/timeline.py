@@ -26,13 +26,13 @@ from tpn.cli.app import (
     PrecisionOption,
     app,
     err,
-    one_line_message,
     print_result,
     progress_bars,
     require_exists,
     require_parent_folder,
     require_picture_path,
 )
+from tpn.cli.script import one_line_message
 from tpn.files import atomic_write
 
 if TYPE_CHECKING:

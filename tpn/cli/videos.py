@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,6 @@ from tpn.cli.app import (
     ViewsOption,
     app,
     err,
-    one_line_message,
     parse_views_option,
     print_result,
     progress_bars,
@@ -25,6 +25,7 @@ from tpn.cli.app import (
     require_parent_folder,
     require_picture_path,
 )
+from tpn.cli.script import one_line_message
 
 MAX_SHOWN_BAD_FILES = 10
 
@@ -68,7 +69,10 @@ def predict(
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
     views: ViewsOption = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
+    top: Annotated[
+        int,
+        typer.Option(min=1, help="Number of classes to print. With a multi-label model, those above 50% are in the video."),
+    ] = 5,
     device: DeviceOption = None,
     exported: Annotated[
         Path | None,
@@ -128,7 +132,9 @@ def predict(
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
+    data: Annotated[
+        Path, typer.Argument(help="Folder with one folder per class, or with train and val; or a table or list of videos.")
+    ],
     root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
     frames: Annotated[
         str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
@@ -144,21 +150,25 @@ def check(
     If you interrupt it, the report lists the unreadable files found so far.
     """
     from tpn.config import InputSpec
-    from tpn.video import datasets
+    from tpn.video import datasets, lists
 
     spec = InputSpec(num_frames=1)  # required by datasets, but no clip is taken
-    dataset = datasets.open_dataset(data, spec, train=False, root=root, template=frames, first=first_frame)
-    num_bad = 0
+    options: dict[str, Any] = {"root": root, "template": frames, "first": first_frame}
+    folders = list(lists.split_folders(data).values()) or [data]
+    parts = [datasets.open_dataset(folder, spec, train=False, **options) for folder in folders]
+    num_items, num_bad = sum(len(part) for part in parts), 0
     with progress_bars() as progress:
         report.unlink(missing_ok=True)
-        for item, reason in progress.track(dataset.check(workers), total=len(dataset), description="files"):
+        checks = chain.from_iterable(part.check(workers) for part in parts)
+        for item, reason in progress.track(checks, total=num_items, description="files"):
             if reason:
                 num_bad += 1
                 if num_bad <= MAX_SHOWN_BAD_FILES:
-                    err.print(f"{item.path}: {reason}")
+                    err.print(f"{item.name}: {reason}")
                 with report.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(f"{item.path}\t{reason}\n")
-    print_result(f"{len(dataset)} videos in {len(dataset.classes)} classes, {num_bad} unreadable")
+                    file.write(f"{item.name}\t{reason}\n")
+    classes = {name for part in parts for name in part.classes}
+    print_result(f"{num_items} videos in {len(classes)} classes, {num_bad} unreadable")
     if num_bad:
         err.print(f"error: {report} lists the unreadable files")
         raise typer.Exit(1)

@@ -1,0 +1,154 @@
+"""Compare settings of `tpn train` on the folds of a dataset, with several seeds.
+
+    python examples/benchmarks/settings.py fights motion --output study --settings plan,random,lr-3e-4 --seeds 3
+    python examples/benchmarks/settings.py --output study --table      # only print the table
+
+A dataset is a folder with the lists fold0_train.txt and fold0_test.txt, fold1_train.txt, ... Each run trains on all videos of a
+training list, without validation, and is evaluated once on the test list. The same command resumes, also while another process
+works on the same output; `results.jsonl` has the results.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import tpn
+from tpn.cli.script import positive_int, run_cli
+
+TINY: dict[str, Any] = {"model": "tpn_slowonly_tiny_motion"}
+LITE: dict[str, Any] = {"model": "tpn", "crop_size": 112, "short_side": 128}
+LITE_ARGS: dict[str, Any] = {"backbone": "timm/tf_efficientnet_lite0"}
+LARGER = {"crop_size": 96, "short_side": 112}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    # What the plan chooses, with three starts
+    "plan": TINY,
+    "random": {**TINY, "weights": "random"},
+    "imagenet": {**LITE, "model_args": LITE_ARGS},
+    # One change of the plan each, for the embedded weights
+    "lr-3e-4": {**TINY, "lr": 3e-4},
+    "lr-3e-3": {**TINY, "lr": 3e-3},
+    "sgd": {**TINY, "optimizer": "sgd", "lr": 0.02, "weight_decay": 1e-4},
+    "backbone-lr-0.1": {**TINY, "backbone_lr": 0.1},
+    "frozen": {**TINY, "freeze": "backbone"},
+    "frozen-bn": {**TINY, "freeze": "bn"},
+    "half-steps": {**TINY, "steps": 375},
+    "double-steps": {**TINY, "steps": 1500},
+    "larger": {**TINY, **LARGER},
+    "interval": {**TINY, "frame_interval": 2},
+    "small-crops": {**TINY, "crop_area": (0.08, 1.0)},
+    "large-crops": {**TINY, "crop_area": (0.6, 1.0)},
+    "no-smoothing": {**TINY, "label_smoothing": 0.0},
+    "ema": {**TINY, "ema": 0.99},
+    # Augmentation
+    "no-jitter": {**TINY, "color_jitter": False},
+    "rand-augment": {**TINY, "rand_augment": 9},
+    "erasing": {**TINY, "random_erasing": 0.25},
+    "mixup": {**TINY, "mixup": 0.8},
+    "cutmix": {**TINY, "cutmix": 1.0},
+    # The pyramid against none
+    "no-pyramid": {**TINY, "model": "tpn_slowonly_tiny_motion", "model_args": {"neck": None}, "weights": "random"},
+    "imagenet-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}},
+    "imagenet-backbone-lr-0.1": {**LITE, "model_args": LITE_ARGS, "backbone_lr": 0.1},
+    "imagenet-no-pyramid-backbone-lr-0.1": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "backbone_lr": 0.1},
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="*", type=Path, help="folders with fold lists")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--settings", default="plan", help=f"names, separated by commas, of {', '.join(SETTINGS)}")
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser.add_argument("--threads", type=positive_int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the results so far, and stop")
+    return parser.parse_args()
+
+
+def fold_lists(data: Path) -> list[tuple[Path, Path]]:
+    """Return the training list and the test list of each fold."""
+    found = sorted(path for path in data.iterdir() if re.fullmatch(r"fold\d+_train\.\w+", path.name))
+    if not found:
+        raise ValueError(f"{data}: no lists named fold0_train.txt, fold0_test.txt, ...")
+    return [(path, path.with_name(path.name.replace("_train", "_test"))) for path in found]
+
+
+def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and test once, unless the result is there or another process has claimed the run."""
+    run_name = f"{train.parent.name}-{train.stem.removesuffix('_train')}-{name}-{seed}"
+    claim = args.output / f"{run_name}.claim"
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    folder = args.output / run_name
+    done = False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        computation = {"threads": args.threads, "workers": args.workers}
+        result = tpn.train(train, output=folder, val_fraction=0, seed=seed, verbose=False, **SETTINGS[name] | computation)
+        seconds = time.perf_counter() - start
+        metrics = tpn.evaluate(result.model, test).metrics
+        row = {
+            "data": train.parent.name,
+            "fold": train.stem,
+            "settings": name,
+            "seed": seed,
+            "seconds": round(seconds),
+            **metrics,
+        }
+        with (args.output / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        shutil.rmtree(folder)
+        done = True
+    finally:
+        if not done:
+            claim.unlink()
+
+
+def print_table(output: Path) -> None:
+    """Print mean accuracy and its standard deviation over seeds (of the mean over folds), and the median minutes of a run."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    with suppress(FileNotFoundError):
+        for line in (output / "results.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            runs[row["data"], row["settings"]].append(row)
+    print("| data | settings | top-1, % | spread over seeds | folds x seeds | minutes |\n|---|---|---:|---:|---:|---:|")
+    for (data, name), rows in runs.items():
+        by_seed = defaultdict(list)
+        for row in rows:
+            by_seed[row["seed"]].append(row["top1"])
+        folds = max(map(len, by_seed.values()))
+        means = [statistics.mean(values) for values in by_seed.values() if len(values) == folds]
+        spread = f"{statistics.stdev(means):.1f}" if len(means) > 1 else ""
+        minutes = statistics.median(row["seconds"] for row in rows) / 60
+        print(f"| {data} | {name} | {statistics.mean(means):.1f} | {spread} | {folds} x {len(means)} | {minutes:.1f} |")
+
+
+def main() -> None:
+    args = parse_args()
+    names = args.settings.split(",")
+    if unknown := set(names) - SETTINGS.keys():
+        raise ValueError(f"settings must be of {', '.join(SETTINGS)}, got {', '.join(sorted(unknown))}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in range(0 if args.table else args.seeds):
+        for name in names:
+            for data in args.data:
+                for train, test in fold_lists(data):
+                    run(train, test, name, seed, args)
+    print_table(args.output)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,142 @@
+"""The command evaluate."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tpn.cli.app import (
+    CheckpointOption,
+    DeviceOption,
+    PrecisionOption,
+    ViewsOption,
+    app,
+    err,
+    parse_views_option,
+    print_result,
+    progress_bars,
+    require_exists,
+)
+
+if TYPE_CHECKING:
+    from tpn.training.metrics import Evaluation
+
+MAX_PRINTED_CLASSES = 30
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")],
+    data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
+    checkpoint: CheckpointOption = None,
+    views: ViewsOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for summary.json, per_class.csv, and confusion.png. Default: only print."),
+    ] = None,
+    dump: Annotated[Path | None, typer.Option(help="File for the probabilities of all videos: .json, .pkl, or .npz.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
+    ] = None,
+    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
+    target_fps: Annotated[float | None, typer.Option(help="Sample as if every video had this frame rate.")] = None,
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of unreadable videos; with more, the exit code is 1.")
+    ] = 0.0,
+    device: DeviceOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Views per forward pass. Default: 30 on a GPU, 1 on a CPU.")
+    ] = None,
+    precision: PrecisionOption = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model, which takes up to a minute.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the accuracy of a model on labelled videos, each counted once.
+
+    The weights of the model are loaded. With --output, the same command resumes an interrupted run. Unreadable videos are listed
+    and not counted; the same command reads only them again. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn evaluate ...
+    """
+    from tpn.training import evaluation, metrics
+
+    parse_views_option(views)
+    require_exists(data)
+    if dump is not None and dump.suffix not in metrics.PROBS_SUFFIXES:
+        formats = ", ".join(metrics.PROBS_SUFFIXES)
+        raise typer.BadParameter(f"must end in one of {formats}, got {str(dump)!r}", param_hint="--dump")
+    with _video_bar() as show_progress:
+        result = evaluation.evaluate(
+            model,
+            data,
+            output=output,
+            views=views,
+            checkpoint=checkpoint,
+            root=root,
+            frames=frames,
+            first_frame=first_frame,
+            target_fps=target_fps,
+            device=device,
+            batch_size=batch_size,
+            precision=precision,
+            compile=compile,
+            workers=workers,
+            progress=show_progress,
+        )
+    if _is_first_process():
+        if dump is not None:
+            metrics.write_probs(result, dump)
+        _print_result(result, model, as_json)
+        if output is not None:
+            err.print(f"wrote {output}")
+        if result.unreadable_share > max_bad:
+            err.print(f"error: {len(result.failed)} unreadable videos were not counted. Repair them, or pass a larger --max-bad")
+    if result.unreadable_share > max_bad:
+        raise typer.Exit(1)
+
+
+def _is_first_process() -> bool:
+    """Return whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function that shows how many videos are done, in the first process."""
+    if not _is_first_process():
+        yield None
+        return
+    with progress_bars() as bars:
+        task = bars.add_task("videos", total=None)
+
+        def show(done: int, total: int) -> None:
+            if done and bars.tasks[0].total is None:
+                err.print(f"resuming: {done} of {total} videos are finished")
+            bars.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
+    from tpn.training import metrics
+
+    for path, reason in result.failed.items():
+        err.print(f"not counted: {path}: {reason}")
+    if as_json:
+        print_result(json.dumps(metrics.summary_of(result, model=model), ensure_ascii=False))
+        return
+    values = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
+    print_result(f"{len(result.items)} videos, {result.views} views each: {values}")
+    header, rows = metrics.per_class_rows(result)
+    if len(rows) <= MAX_PRINTED_CLASSES:
+        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console(width=1000).print(table, highlight=False)  # wider than any row: nothing is cut off

@@ -1,0 +1,160 @@
+"""The command train, whose options are the fields of `TrainConfig`."""
+
+import errno
+import inspect
+import json
+import logging
+import os
+import shlex
+import sys
+import typing
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+
+from tpn.cli.app import app, err, require_exists
+from tpn.cli.script import error_message
+from tpn.training.config import TrainConfig
+
+SHORT = {"model": "-m"}
+NEGATED = "no_"
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(help="Folder of class folders, folder with such folders named train and val, or list.", metavar="DATA"),
+    ],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model and the report.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the data and the plan, and stop.")] = False,
+    **options: Any,
+) -> None:
+    """Train a model on your videos, or fine-tune a published one.
+
+    Settings without a default are chosen from the data and the model. --dry-run shows them with their reasons.
+
+    Every switch has an opposite, such as --no-color-jitter.
+
+    Use the result with tpn predict --model local-dir:OUTPUT. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn train ...
+    """
+    from tpn.training import loop
+
+    require_exists(data)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in [name for name in given if name.startswith(NEGATED)]:
+        given[name.removeprefix(NEGATED)] = not given.pop(name)
+    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    with advice():
+        loop.train(data, output=output, resume=resume, dry_run=dry_run, **given)
+
+
+@contextmanager
+def advice() -> Iterator[None]:
+    """Say what to do about faults that do not come from the settings, with the command that continues the run."""
+    from tpn.training.loop import Interrupted
+
+    again = shlex.join(["tpn", *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
+    try:
+        yield
+    except Interrupted as stop:
+        _stop(128 + stop.number, f"{stop}; continue with: {again}")
+    except torch.OutOfMemoryError as error:
+        _stop(1, f"error: {error_message(error)} (--batch-size) with --accumulate, or --checkpointing")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _stop(1, f"error: {error_message(error)}; free some space, and continue with: {again}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        _stop(1, f"error: a loader process was killed, perhaps for memory; continue with fewer --workers: {again}")
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    err.print(message)
+    raise typer.Exit(code)
+
+
+def options_of(field: "Field[Any]") -> list[inspect.Parameter]:
+    """Return a field of `TrainConfig` as an option of the command. Its default is None: the option is not given.
+
+    The --no- form of a switch is an option of its own, so that it takes no column in the help.
+    """
+    kind = typing.get_type_hints(TrainConfig)[field.name]
+    if typing.get_origin(kind) in (UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not NoneType)
+    about: dict[str, Any] = {"help": field.metadata["help"] + _default(field), "metavar": field.metadata.get("metavar")}
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Mapping:
+        kind, about["parser"] = dict, _json_object
+    elif origin is tuple and parts[1:] == (...,):
+        kind, about["parser"], about["metavar"] = tuple, _integers, about["metavar"] or "N,N,..."
+    elif origin is tuple:
+        about["metavar"] = about["metavar"] or " ".join("N" for _ in parts)
+    elif origin is Literal:
+        about["help"] += f" One of {', '.join(parts)}."
+        about["metavar"] = about["metavar"] or "NAME"
+    elif kind is bool:
+        about["metavar"] = " "  # room for the help
+    flag = field.name.replace("_", "-")
+    names = [f"--{flag}", *([SHORT[field.name]] if field.name in SHORT else [])]
+    option = typer.Option(*names, rich_help_panel=field.metadata["group"], show_default=False, **about)
+    options = [_parameter(field.name, kind, option)]
+    if kind is bool:
+        options.append(_parameter(NEGATED + field.name, kind, typer.Option(f"--no-{flag}", hidden=True)))
+    return options
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _default(field: "Field[Any]") -> str:
+    """Return a sentence about the default of a field; none for settings that the plan chooses, and for "no"."""
+    default = field.default
+    if default is MISSING or default is None or default is False:
+        return ""
+    if default is True:
+        return f" Default: yes; --no-{field.name.replace('_', '-')} turns it off."
+    return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}."
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be JSON, such as '{{\"num_frames\": 16}}', got {text!r}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"must be a JSON object, such as '{{\"num_frames\": 16}}', got {text!r}")
+    return value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"must be integers with commas between them, got {text!r}") from error
+
+
+def _with_options() -> None:
+    """Put the fields of `TrainConfig` in the place of `**options` in the signature of `train`."""
+    own = inspect.signature(train)
+    parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters += [option for field in fields(TrainConfig) for option in options_of(field)]
+    train.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command()(train)
+
+
+_with_options()

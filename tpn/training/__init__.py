@@ -1,0 +1,1 @@
+"""Training and evaluation: `tpn.train`, `tpn.evaluate`, and what they consist of."""

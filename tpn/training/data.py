@@ -1,0 +1,266 @@
+"""The data of a run: a folder, table, or list, divided into training and validation, and the facts from which defaults follow."""
+
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tpn.config import InputSpec
+from tpn.training.config import TrainConfig
+from tpn.video import decode, lists, tables
+from tpn.video.datasets import Item, VideoDataset, open_dataset
+from tpn.video.decode import VideoError
+from tpn.video.tables import Row
+
+PROBED = 100
+"""Videos whose headers are read for the medians."""
+
+
+TRIES = 100
+"""Random orders of the groups from which the best split is chosen; fewer if there are more than 10,000 videos."""
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The datasets of a run.
+
+    Attributes:
+        train, val: both with the same classes.
+        split: where the division comes from, in words.
+    """
+
+    train: VideoDataset
+    val: VideoDataset | None
+    split: str
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the division as a table, CSV or Parquet. Training on this table gives the same division."""
+        parts = {"train": self.train, "val": self.val}
+        rows = [row for split, part in parts.items() if part is not None for row in _rows_of(part, split)]
+        tables.write_table(path, rows, multi_label=self.train.multi_label)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Numbers from which the plan follows.
+
+    Attributes:
+        videos: number of training videos.
+        class_counts: of each class.
+        frames: median number of frames of a video, or of a labelled part; None if no header states it.
+        fps: median frame rate, None if unknown.
+    """
+
+    videos: int
+    class_counts: tuple[int, ...]
+    frames: float | None
+    fps: float | None
+
+
+def open_data(data: str, config: TrainConfig, spec: InputSpec, classes: Sequence[str] | None = None) -> TrainData:
+    """Open the data of a run, and divide it if it has no validation part.
+
+    The validation part is the first of these that exists: `config.val`; a folder val, or test, beside a folder train; the rows of
+    a table whose split is val, or test; a share `config.val_fraction` of each class. Rows for validation are never trained on.
+
+    Args:
+        data: a folder of class folders; a folder with such folders named train and val; or a table or list of videos.
+        classes: class names in the order of the labels. Default: from the training data.
+    """
+    options: dict[str, Any] = {
+        "root": config.root,
+        "template": config.frames,
+        "first": config.first_frame,
+        "max_bad": config.max_bad,
+    }
+    options |= {"seed": config.seed} | ({"target_fps": config.target_fps} if config.target_fps else {})
+    val, how = config.val, f"--val {config.val}"
+    if folders := lists.split_folders(data):
+        if val is None:
+            val, how = data, f"the folders {folders['train'].name} and {(folders.get('val') or folders['test']).name}"
+        data = str(folders["train"])
+    whole = open_dataset(data, spec, train=True, classes=classes, **options)
+    if val is not None:
+        given = open_validation(val, spec, classes=whole.classes, **options)
+        train = whole.part(_train_items(data, whole), train=True)
+        return TrainData(train, given.part(_as_labelled(val, given.items, whole), train=False), how)
+    if any(item.split for item in whole.items):
+        return _divide_by_column(data, whole)
+    return _divide_by_class(whole, config)
+
+
+def open_validation(data: str | os.PathLike[str], spec: InputSpec, **options: Any) -> VideoDataset:
+    """Open the validation part of a dataset, or all of a dataset without parts; see `open_dataset` for the options."""
+    folders = lists.split_folders(data)
+    whole = open_dataset(folders.get("val") or folders["test"] if folders else data, spec, train=False, **options)
+    return whole.part(validation_items(whole), train=False)
+
+
+def validation_items(data: VideoDataset) -> list[Item]:
+    """Return the items for validation: those whose split is val; if there are none, test; if there are none, all items."""
+    for split in ("val", "test"):
+        if chosen := [item for item in data.items if item.split == split]:
+            return chosen
+    return data.items
+
+
+def _train_items(source: str, data: VideoDataset) -> list[Item]:
+    chosen = [item for item in data.items if item.split in ("", "train")]
+    if not chosen:
+        raise ValueError(f"{source}: no row is for training; expected rows whose split is train")
+    return chosen
+
+
+def _as_labelled(source: str, items: Sequence[Item], like: VideoDataset) -> list[Item]:
+    """Return items whose labels have the form of another dataset: tuples in a multi-label one."""
+    if like.multi_label:
+        return [replace(item, label=item.labels) for item in items]
+    if not all(isinstance(item.label, int) for item in items):
+        raise ValueError(f"{source} has several labels for a video, but the training data has one for each video")
+    return list(items)
+
+
+def _divide_by_column(source: str, data: VideoDataset) -> TrainData:
+    """Divide a table by its column split."""
+    unmarked = next((item for item in data.items if not item.split), None)
+    if unmarked is not None:
+        raise ValueError(f"{source}: row {unmarked.row}: expected the split train or val, as in other rows, got none")
+    train = data.part(_train_items(source, data), train=True)
+    counts = zip(data.classes, data.class_counts, train.class_counts, strict=True)
+    absent = [name for name, total, in_train in counts if total and not in_train]
+    if absent:
+        raise ValueError(f"{source}: no row for training has the class {absent[0]!r}; expected one for each class")
+    if len(train) == len(data):
+        return TrainData(train, None, "no validation: the column split has only train")
+    val = data.part(validation_items(data), train=False)
+    unused = len(data) - len(train) - len(val)
+    return TrainData(train, val, "the column split" + (f" ({unused} test videos are not used)" if unused else ""))
+
+
+def _divide_by_class(data: VideoDataset, config: TrainConfig) -> TrainData:
+    """Take a share of each class for validation. Segments of one video stay together if there are enough videos."""
+    if not config.val_fraction:
+        return TrainData(data, None, "no validation (val_fraction=0)")
+    groups = groups_of(data.items, config.group)
+    how = f"{config.val_fraction:.0%} of each class"
+    sources = [group or (item.path if item.is_segment else "") for group, item in zip(groups, data.items, strict=True)]
+    chosen = stratified_split(data.items, sources, config.val_fraction, seed=config.seed)
+    if any(chosen):
+        how += ", whole groups" if any(groups) else ", whole videos" if any(sources) else ""
+    elif any(sources) and not any(groups):
+        chosen = stratified_split(data.items, groups, config.val_fraction, seed=config.seed)
+        how += ", segments of one video on both sides"
+    if not any(chosen):
+        return TrainData(data, None, f"no validation: too few videos for a share of {config.val_fraction:g}")
+    items = [replace(item, group=group) for item, group in zip(data.items, groups, strict=True)]
+    parts = [[item for item, in_val in zip(items, chosen, strict=True) if in_val == side] for side in (False, True)]
+    return TrainData(data.part(parts[0], train=True), data.part(parts[1], train=False), how)
+
+
+def _rows_of(data: VideoDataset, split: str) -> Iterator[Row]:
+    """Yield rows of a table from which the same items are read. Names that are numbers would be read as numbers of classes."""
+    names = [str(i) for i in range(len(data.classes))] if data.numbered else list(data.classes)
+    if not data.numbered and lists.are_numbers(names):
+        names = [f"class {name}" for name in names]
+    for item in data.items:
+        labels = tuple(names[label] for label in item.labels)
+        path = os.path.abspath(item.path)
+        yield Row(None, path, labels, item.start, item.end, split, item.group, item.num_frames)
+
+
+def groups_of(items: Sequence[Item], pattern: str | None) -> list[str]:
+    """Return the source of each video: its group, or what the pattern finds in its path; "" for none."""
+    if pattern is None:
+        return [item.group for item in items]
+    found = [re.search(pattern, item.path) for item in items]
+    missing = [item.path for item, match in zip(items, found, strict=True) if match is None]
+    if missing:
+        raise ValueError(f"group {pattern!r} is not found in {len(missing)} paths, the first is {missing[0]}")
+    return [match[match.lastindex or 0] for match in found if match]
+
+
+def stratified_split(items: Sequence[Item], groups: Sequence[str], fraction: float, *, seed: int = 0) -> list[bool]:
+    """Choose a share of each class for validation; return for each item whether it is chosen.
+
+    Items of one group stay together; without groups (""), each item is its own. Every class keeps an item for training. In a
+    multi-label dataset, items without a class count as one more class. Groups are added in random order while they bring the
+    shares of their classes closer to `fraction`; of several orders, the one with the closest shares is used.
+    """
+    rng = np.random.default_rng(seed)
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group or f"\0{index}"].append(index)
+    names = sorted(members)
+    counts = [Counter(label for index in members[name] for label in items[index].labels or (-1,)) for name in names]
+    totals = Counter(label for item in items for label in item.labels or (-1,))
+    targets = {label: fraction * total for label, total in totals.items()}
+    best, smallest = list[int](), math.inf
+    for _ in range(max(min(TRIES, TRIES * 10_000 // len(items)), 1)):
+        chosen, taken = _choose_groups(counts, rng.permutation(len(names)).tolist(), totals, targets)
+        distance = sum(abs(taken[label] - target) for label, target in targets.items())
+        if distance < smallest:
+            best, smallest = chosen, distance
+    in_val = {index for place in best for index in members[names[place]]}
+    return [index in in_val for index in range(len(items))]
+
+
+def _choose_groups(
+    counts: Sequence[Counter[int]], order: Sequence[int], totals: Mapping[int, int], targets: Mapping[int, float]
+) -> tuple[list[int], Counter[int]]:
+    """Return the chosen groups and their number of items of each class."""
+    taken: Counter[int] = Counter()
+    chosen = []
+    for place in order:
+        added = counts[place]
+        gain = sum(
+            abs(taken[label] - targets[label]) - abs(taken[label] + count - targets[label]) for label, count in added.items()
+        )
+        if gain > 1e-9 and all(taken[label] + count < totals[label] for label, count in added.items()):
+            taken.update(added)
+            chosen.append(place)
+    return chosen, taken
+
+
+def facts_of(data: VideoDataset) -> DataFacts:
+    """Return the facts of a training set; headers of up to 100 videos are read, evenly spread over it."""
+    frames, rates = [], []
+    for index in np.unique(np.linspace(0, len(data) - 1, PROBED).round().astype(int)):
+        item = data.items[index]
+        if item.num_frames is not None:
+            frames.append(item.num_frames)
+            continue
+        try:
+            fps, count = decode.header(item.path)
+        except (VideoError, OSError):
+            continue  # reported when it is drawn
+        if item.is_segment:
+            length = count / fps if fps and count else math.inf
+            seconds = max(min(item.end or math.inf, length) - (item.start or 0), 0)
+            count = round(seconds * fps) if fps and seconds < math.inf else None
+        if fps and count and data.target_fps:
+            count, fps = round(count * data.target_fps / fps), data.target_fps
+        if count:
+            frames.append(count)
+        if fps:
+            rates.append(fps)
+    return DataFacts(len(data), data.class_counts, median(frames) if frames else None, median(rates) if rates else None)
+
+
+def with_spec(data: VideoDataset, spec: InputSpec, **transform: object) -> VideoDataset:
+    """Return the same videos for another input spec; `transform` are arguments of the training transform."""
+    part = data.part(data.items, train=data.train)
+    part.use_spec(spec, **transform)
+    return part
+
+
+def views_spec(spec: InputSpec, views: str) -> InputSpec:
+    from tpn.predict import parse_views
+
+    clips, crops = parse_views(views)
+    return replace(spec, num_clips=clips, num_crops=crops, flip=False)

@@ -1,0 +1,264 @@
+"""Measure a model on labelled videos, each counted once: `tpn.evaluate`, and the validation of a training."""
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tpn.config import InputSpec
+from tpn.files import atomic_write
+from tpn.models.classifier import TPNClassifier, unwrapped
+from tpn.models.layers import evaluating, reference_tensor
+from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, parse_views
+from tpn.training.data import open_validation
+from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
+from tpn.training.metrics import Evaluation, write_results
+from tpn.training.state import weights_hash
+from tpn.video.ahead import read_ahead
+from tpn.video.datasets import VideoDataset, bad_reason
+from tpn.video.decode import VideoError
+from tpn.zoo.create import create_model
+
+PathLike = str | os.PathLike[str]
+Result = NDArray[np.float32] | str
+"""Probabilities (K,) of a video, or the reason why it cannot be read."""
+
+
+def evaluate(
+    model: PathLike | TPNClassifier,
+    data: PathLike,
+    *,
+    output: PathLike | None = None,
+    views: str | None = None,
+    checkpoint: PathLike | None = None,
+    root: PathLike | None = None,
+    frames: str | None = None,
+    first_frame: int = 1,
+    target_fps: float | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure the accuracy of a model on labelled videos, or the average precision of a multi-label model.
+
+    Every video counts once. Unreadable videos are not counted; `failed` of the result lists them. Under torchrun, each process
+    classifies a share of the videos, and all of them return the whole result.
+
+    Args:
+        model: a name, whose published weights are loaded; the folder of a saved model; or a model, whose mode does not change.
+        data: a folder of class folders, a table, or a list of videos, with the classes of the model. Of data with a split, the
+            validation part is evaluated.
+        output: folder for `summary.json`, `per_class.csv` and `confusion.png`; created if necessary. The same call resumes an
+            interrupted evaluation. All processes must share the folder. Default: write nothing.
+        views: clips along time and crops of each, such as "10x3" or "1x1". Default: the test protocol of the weights.
+        checkpoint: with a name, load the weights in this file.
+        root: base folder of relative paths in a list. Default: the list's folder.
+        frames: file names of extracted frames, such as "img_{:05d}.jpg".
+        first_frame: number of the first extracted frame.
+        target_fps: sample as if every video had this frame rate.
+        device, batch_size, precision, compile: see `VideoClassifier`.
+        workers: threads that read videos ahead.
+        progress: called with (videos done, all videos), an estimate if there are several processes.
+
+    Raises:
+        TypeError, ValueError: an argument is not valid; the classes of data and model differ; `output` has unfinished results of
+            other weights, videos, or settings; no video can be read.
+        UnknownModelError, CheckpointError, WeightsUnavailableError, OSError.
+
+    Example:
+        >>> tpn.evaluate("runs/doors", "videos/val").metrics["top1"]
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    name, network, spec = _open_model(model, checkpoint, views)
+    if isinstance(model, str | os.PathLike):
+        device, precision = device or ("cuda" if torch.cuda.is_available() else "cpu"), precision or "float32"
+    _, _, place = join_processes(device or str(reference_tensor(network).device), "gloo")  # processes exchange only results
+    options: dict[str, Any] = {"root": root, "template": frames, "first": first_frame, "target_fps": target_fps}
+    dataset = open_validation(data, spec, classes=network.labels, **options)
+    _check_classes(network, dataset, data)
+    journal = None
+    if output is not None:
+        settings = {"precision": precision, "frames": [frames, first_frame], "input": spec.to_dict()}
+        journal = Journal(Path(output, "unfinished"), _identity(network, dataset) | settings)
+    with evaluating(network):
+        classifier = VideoClassifier(network, device=place, batch_size=batch_size, precision=precision, compile=compile)
+        classifier.spec = spec
+        results = _classify_all(classifier, dataset, journal, workers, progress)
+    evaluation = evaluation_of(dataset, results, views=spec.num_views, multi_label=network.multi_label)
+    if journal is not None:
+        run_on_rank0(lambda: _finish(journal, evaluation, name))
+    return evaluation
+
+
+def classify_dataset(
+    classifier: VideoClassifier, data: VideoDataset, indices: Sequence[int], *, workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Classify videos, given by their index, and yield (index, result) in the same order. Threads read videos ahead."""
+    spec = classifier.spec
+
+    def read(index: int) -> Clips | Unreadable:
+        try:
+            return data.read(data.items[index], spec.indices, short_side=spec.short_side)
+        except (VideoError, OSError) as error:
+            return error
+
+    with closing(read_ahead(read, indices, workers=workers)) as videos:
+        for index, result in zip(indices, classifier.classify_each(videos), strict=True):
+            yield index, result.probs.numpy() if isinstance(result, Prediction) else bad_reason(data.items[index], result)
+
+
+def evaluation_of(data: VideoDataset, results: dict[int, Result], *, views: int, multi_label: bool) -> Evaluation:
+    """Combine the results of all videos, by index. Raises ValueError if no video could be read."""
+    failed = {data.items[index].name: result for index, result in sorted(results.items()) if isinstance(result, str)}
+    done = [(index, result) for index, result in sorted(results.items()) if not isinstance(result, str)]
+    if not done:
+        raise ValueError(f"all {len(data)} videos are unreadable. The first error: {next(iter(failed.values()))}")
+    indices = [index for index, _ in done]
+    return Evaluation(
+        classes=data.classes,
+        items=tuple(data.items[index] for index in indices),
+        probs=np.stack([probs for _, probs in done]),
+        targets=data.targets[indices].numpy(),
+        views=views,
+        multi_label=multi_label,
+        failed=failed,
+    )
+
+
+def validate(model: TPNClassifier, data: VideoDataset, *, workers: int = 1, amp: torch.dtype = torch.float32) -> Evaluation:
+    """Evaluate a model during training, with the views of `data.spec`. The mode of every module is restored.
+
+    In a distributed run, each process takes a share of the videos, and all of them must call this function and get the result.
+
+    Args:
+        model: on any device, in any mode.
+        data: dataset with `train=False`.
+        workers: threads that read videos ahead.
+        amp: dtype of autocast; float32 disables it.
+    """
+    rank, world_size = rank_and_world_size()
+    device = next(model.parameters()).device
+    with evaluating(model), torch.autocast(device.type, amp, enabled=amp != torch.float32):
+        classifier = VideoClassifier(model)
+        classifier.spec = data.spec
+        share = dict(classify_dataset(classifier, data, range(rank, len(data), world_size), workers=max(workers, 1)))
+    results = {index: result for part in all_gather_object(share) for index, result in part.items()}
+    return evaluation_of(data, results, views=data.spec.num_views, multi_label=model.multi_label)
+
+
+def _classify_all(
+    classifier: VideoClassifier, data: VideoDataset, journal: "Journal | None", workers: int, progress: Progress | None
+) -> dict[int, Result]:
+    """Return the results of all videos: those in the journal, and those of all processes, which share the other videos."""
+    rank, world_size = rank_and_world_size()
+    finished = {} if journal is None else run_on_rank0(journal.open)
+    share = [index for index in range(len(data)) if index not in finished][rank::world_size]
+    mine: dict[int, Result] = {}
+
+    def report() -> None:
+        if progress is not None:
+            progress(min(len(finished) + len(mine) * world_size, len(data)), len(data))
+
+    report()
+    for index, result in classify_dataset(classifier, data, share, workers=workers):
+        mine[index] = result
+        if journal is not None and not isinstance(result, str):
+            journal.add(index, result)
+        report()
+    return {index: result for part in [finished, *all_gather_object(mine)] for index, result in part.items()}
+
+
+class Journal:
+    """Results of finished videos on disk, from which a killed evaluation resumes: one file per process in `folder`.
+
+    Args:
+        folder: created if necessary.
+        identity: settings that results must share to be merged, in types that JSON has.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.file = folder / f"{uuid.uuid4().hex}.jsonl"
+
+    def open(self) -> dict[int, Result]:
+        """Return the probabilities of earlier runs by the index of the video. Raises ValueError if their identity differs."""
+        about = self.folder / "about.json"
+        if about.exists() and json.loads(about.read_text()) != self.identity:
+            raise ValueError(
+                f"{self.folder} has results of other weights, videos, or settings; remove it, or choose another output folder"
+            )
+        if not about.exists():
+            with atomic_write(about) as unfinished:
+                unfinished.write_text(json.dumps(self.identity))
+        lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
+        return {row["index"]: np.frombuffer(base64.b64decode(row["probs"]), np.float32) for row in rows}
+
+    def add(self, index: int, probs: NDArray[np.float32]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # rank 0 may be on another machine
+        with self.file.open("a") as file:
+            file.write(json.dumps({"index": index, "probs": base64.b64encode(probs.tobytes()).decode()}) + "\n")
+
+
+def _open_model(
+    model: PathLike | TPNClassifier, checkpoint: PathLike | None, views: str | None
+) -> tuple[str, TPNClassifier, InputSpec]:
+    """Return a name for the results, the model with its weights, and the clips to read."""
+    if isinstance(model, str | os.PathLike):
+        name, network = os.fspath(model), create_model(model, checkpoint is None, checkpoint_path=checkpoint)
+    elif checkpoint is not None:
+        raise ValueError("checkpoint is not valid here: it is for a model's name, got a model")
+    else:
+        network = unwrapped(model)
+        if not isinstance(network, TPNClassifier):
+            raise TypeError(f"model must be a name, a folder, or a TPNClassifier, got {type(network).__name__}")
+        name = network.architecture
+    spec = network.input_spec
+    if spec is None:
+        raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+    if views is not None:
+        clips, crops = parse_views(views)
+        spec = replace(spec, num_clips=clips, num_crops=crops, flip=False)
+    if network is not model:
+        network.input_spec = spec  # a compiled model is compiled for these views
+    return name, network, spec
+
+
+def _check_classes(model: TPNClassifier, data: VideoDataset, source: PathLike) -> None:
+    """Raise ValueError if the labels of the videos are not those of the model."""
+    if len(data.classes) != model.num_classes:
+        raise ValueError(f"{source} has {len(data.classes)} classes, but the model has {model.num_classes}")
+    if data.multi_label and not model.multi_label:
+        raise ValueError(
+            f"{source} has videos with several classes, but the model is for one class; train it with multi_label=True"
+        )
+
+
+def _identity(model: TPNClassifier, data: VideoDataset) -> dict[str, Any]:
+    videos = hashlib.sha256(repr([data.items, data.target_fps]).encode(errors="backslashreplace"))
+    config = None
+    with suppress(ValueError):  # models put together by hand have no config
+        config = repr(model.config)
+    return {"weights": weights_hash(model), "videos": videos.hexdigest(), "model": config}
+
+
+def _finish(journal: Journal, evaluation: Evaluation, name: str) -> None:
+    """Write the results, and remove the journal if no video is left to read."""
+    write_results(evaluation, journal.folder.parent, model=name)
+    if not evaluation.failed:
+        rmtree(journal.folder)

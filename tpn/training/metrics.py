@@ -1,0 +1,184 @@
+"""Accuracy, average precision, and what else probabilities and labels tell; and the files with these results."""
+
+import csv
+import importlib.util
+import json
+import logging
+import pickle
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpn.files import atomic_write
+from tpn.video.datasets import Item
+
+PROBS_SUFFIXES = (".json", ".pkl", ".npz")
+MAX_NAMED_CLASSES = 60
+"""Classes that the picture of a confusion matrix names."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The predictions for a dataset, each video once, and what they amount to.
+
+    Attributes:
+        classes: the K class names.
+        items: the N videos that could be read.
+        probs: (N, K) float32.
+        targets: (N, K) float32, 1 for the classes of a video.
+        views: views of each video.
+        multi_label: whether a video may have several classes.
+        failed: reason for each video that could not be read, by name; they are not counted.
+    """
+
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    probs: NDArray[np.float32]
+    targets: NDArray[np.float32]
+    views: int
+    multi_label: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Return loss, and in percent top1, top5 and mean_class, or mAP for multi-label data."""
+        probs = self.probs.astype(np.float64).clip(1e-12, 1)
+        if self.multi_label:
+            rest = (1 - self.probs.astype(np.float64)).clip(1e-12, 1)
+            loss = -(self.targets * np.log(probs) + (1 - self.targets) * np.log(rest)).mean()
+            known = self.average_precision[~np.isnan(self.average_precision)]
+            return {"mAP": 100 * float(known.mean()) if len(known) else float("nan"), "loss": float(loss)}
+        labels = self.targets.argmax(axis=1)
+        order = (-self.probs).argsort(axis=1, kind="stable")
+        hits = order[:, : min(5, len(self.classes))] == labels[:, None]
+        counts = self.confusion.sum(axis=1)
+        per_class = self.confusion.diagonal()[counts > 0] / counts[counts > 0]
+        loss = -np.log(np.take_along_axis(probs, labels[:, None], axis=1)).mean()
+        shares = {"top1": hits[:, 0].mean(), "top5": hits.any(axis=1).mean(), "mean_class": per_class.mean()}
+        return {name: 100 * float(value) for name, value in shares.items()} | {"loss": float(loss)}
+
+    @property
+    def unreadable_share(self) -> float:
+        """The share, 0..1, of the files that could not be read."""
+        return len(self.failed) / len({item.name for item in self.items} | self.failed.keys())
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that chooses the best model."""
+        return "mAP" if self.multi_label else "top1"
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64]:
+        """Return counts (K, K) of (true, predicted) classes; single-label data only."""
+        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        np.add.at(counts, (self.targets.argmax(axis=1), self.probs.argmax(axis=1)), 1)
+        return counts
+
+    @cached_property
+    def average_precision(self) -> NDArray[np.float64]:
+        """Return the average precision of each class, (K,), NaN for classes without a video.
+
+        It is the sum of precision times the growth of recall over all distinct thresholds, without interpolation, as in
+        scikit-learn's `average_precision_score`.
+        """
+        return np.array([average_precision(self.targets[:, k], self.probs[:, k]) for k in range(len(self.classes))])
+
+
+def average_precision(targets: NDArray[np.floating], scores: NDArray[np.floating]) -> float:
+    """Return the average precision of scores (N,) for targets (N,), 0 or 1; NaN if no target is 1."""
+    order = (-scores).argsort(kind="stable")
+    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum(targets[order])[last_of_ties]
+    precision = hits / np.arange(1, len(scores) + 1)[last_of_ties]
+    growth = np.diff(hits, prepend=0)
+    return float((precision * growth).sum() / hits[-1]) if hits[-1] else float("nan")
+
+
+def summary_of(evaluation: Evaluation, *, model: str) -> dict[str, Any]:
+    """Return the metrics and what they were measured with, in types that JSON has."""
+    metrics = {name: round(value, 4) if np.isfinite(value) else None for name, value in evaluation.metrics.items()}
+    about = {"views": evaluation.views, "model": model, "failed": evaluation.failed}
+    return {"videos": len(evaluation.items)} | metrics | about
+
+
+def per_class_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Return the header and one row per class: videos, and accuracy and most frequent error, or average precision."""
+    counts = evaluation.targets.sum(axis=0).astype(int)
+    if evaluation.multi_label:
+        values = ["" if np.isnan(value) else f"{100 * value:.2f}" for value in evaluation.average_precision]
+        rows = [[name, str(count), value] for name, count, value in zip(evaluation.classes, counts, values, strict=True)]
+        return ["class", "videos", "average precision"], rows
+    rows = []
+    for label, row in enumerate(evaluation.confusion):
+        others = np.where(np.arange(len(row)) == label, 0, row)
+        accuracy = f"{100 * row[label] / counts[label]:.2f}" if counts[label] else ""
+        error = evaluation.classes[int(others.argmax())] if others.any() else ""
+        rows.append([evaluation.classes[label], str(counts[label]), accuracy, error])
+    return ["class", "videos", "top1", "most frequent error"], rows
+
+
+def write_results(evaluation: Evaluation, folder: Path, *, model: str) -> None:
+    """Write `summary.json`, `per_class.csv` and, for classes that exclude each other, `confusion.png`, which needs matplotlib."""
+    with atomic_write(folder / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary_of(evaluation, model=model), indent=2) + "\n")
+    header, rows = per_class_rows(evaluation)
+    with (
+        atomic_write(folder / "per_class.csv") as unfinished,
+        open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    if evaluation.multi_label:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        _logger.warning('confusion.png was not written: it needs matplotlib. Run pip install "tpn[viz]"')
+        return
+    draw_confusion(folder / "confusion.png", evaluation)
+
+
+def draw_confusion(path: Path, evaluation: Evaluation) -> None:
+    """Write a picture of the confusion matrix, as shares of each class's videos."""
+    from matplotlib.figure import Figure
+
+    classes, confusion = evaluation.classes, evaluation.confusion
+    rates = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    show_names = len(classes) <= MAX_NAMED_CLASSES
+    side = max(4.0, 0.28 * len(classes) + 2) if show_names else 10.0
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(rates, vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="predicted", ylabel="true", title="share of each class's videos")
+    if show_names:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    figure.colorbar(image, shrink=0.6)
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")
+
+
+def write_probs(evaluation: Evaluation, path: Path) -> None:
+    """Write the arrays path (N,), label (N,) or (N, K) for multi-label data, probs (N, K), and class (K,).
+
+    Args:
+        evaluation: of N videos.
+        path: of a `.json`, `.pkl` or `.npz` file.
+    """
+    labels = evaluation.targets.astype(np.int64)
+    content = {
+        "path": np.array([item.path for item in evaluation.items]),
+        "label": labels if evaluation.multi_label else labels.argmax(axis=1),
+        "probs": evaluation.probs,
+        "class": np.array(evaluation.classes),
+    }
+    with atomic_write(path) as unfinished:
+        if path.suffix == ".npz":
+            np.savez_compressed(unfinished, **content)  # type: ignore[arg-type]
+        elif path.suffix == ".pkl":
+            unfinished.write_bytes(pickle.dumps(content))
+        else:
+            unfinished.write_text(json.dumps({key: value.tolist() for key, value in content.items()}))

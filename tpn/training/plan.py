@@ -1,0 +1,155 @@
+"""Choose the settings of a run from its data and its model, each with a reason.
+
+The rules are justified by the experiments on the training page.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from tpn.config import InputSpec
+from tpn.models.classifier import TPNClassifier
+from tpn.training.config import RECIPES, TrainConfig
+from tpn.training.data import DataFacts
+
+T = TypeVar("T")
+
+MIN_STEPS = 300
+"""Steps of a planned run on however few videos, and of however many processes."""
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """A setting of a run.
+
+    Attributes:
+        name: of the field of `TrainConfig`.
+        value: of the setting.
+        reason: why the plan chose it; "given" for an option, the recipe's name for a recipe.
+    """
+
+    name: str
+    value: Any
+    reason: str
+
+
+class _Plan:
+    """The settings, completed one by one."""
+
+    def __init__(self, config: TrainConfig, before: Mapping[str, Any]) -> None:
+        self.config, self.before, self.lines = config, before, list[PlanLine]()
+        self.recipe = dict(RECIPES.get(config.recipe or "", {}))
+        for name in self.recipe:
+            self.choose(name, None, "")
+
+    def choose(self, name: str, value: T, reason: str) -> T:
+        """Set a field unless it was given; return its value."""
+        given: T | None = getattr(self.config, name)
+        if given is not None:
+            value, reason = given, f"recipe {self.config.recipe}" if given == self.recipe.get(name) else "given"
+        elif self.before.get(name) is not None:
+            value, reason = self.before[name], "as before the interruption"
+        self.config = self.config.replace(**{name: value})
+        if any(line.name == name for line in self.lines):
+            return value
+        self.lines.append(PlanLine(name, value, reason))
+        return value
+
+
+def make_plan(
+    config: TrainConfig,
+    facts: DataFacts,
+    model: TPNClassifier,
+    start: str,
+    *,
+    device: torch.device,
+    world_size: int = 1,
+    before: Mapping[str, Any] | None = None,
+) -> tuple[TrainConfig, list[PlanLine]]:
+    """Return the complete settings, and a line for each that the plan chooses.
+
+    Args:
+        config: None stands for what the plan chooses.
+        facts: about the training data.
+        model: what is trained, with its weights and its `input_spec`.
+        start: the weights that training starts from.
+        device: of the run.
+        world_size: number of processes.
+        before: settings of the run that is resumed.
+    """
+    plan = _Plan(config, before or {})
+    if config.recipe is None:
+        _choose_clips(plan, facts, model.input_spec)
+        _choose_optimization(plan, facts, start, device, world_size)
+        _choose_augmentation(plan)
+    _choose_computation(plan, device)
+    return plan.config, plan.lines
+
+
+def _choose_clips(plan: _Plan, facts: DataFacts, spec: InputSpec) -> None:
+    if spec.sampling == "segments":
+        plan.choose("views", f"{spec.num_clips}x1", "every clip spans the whole video")
+        return
+    interval, reason = spec.frame_interval, "the model's; no header states the length of a video"
+    if facts.frames is not None:
+        interval = max(1, min(int((facts.frames - 1) / max(spec.num_frames - 1, 1)), round((facts.fps or 30) / 2)))
+        span = interval * (spec.num_frames - 1) + 1
+        reason = f"{spec.num_frames} frames then span {span} of {facts.frames:g}, the median length of a video"
+    interval = plan.choose("frame_interval", interval, reason)
+    clips = 3
+    if facts.frames is not None:
+        clips = min(max(round(facts.frames / (interval * (spec.num_frames - 1) + 1)), 1), 10)
+    plan.choose("views", f"{clips}x1", "one clip covers a video" if clips == 1 else f"{clips} clips cover a video")
+
+
+def _choose_optimization(plan: _Plan, facts: DataFacts, start: str, device: torch.device, world_size: int) -> None:
+    size = min(8 if device.type == "cpu" else 32, max(facts.videos // (world_size * plan.config.accumulate), 1))
+    batch = plan.choose("batch_size", size, "clips per device") * world_size * plan.config.accumulate
+    epoch_steps = max(facts.videos // batch, 1)
+    epochs = plan.config.epochs
+    if epochs is None and plan.config.steps is None:
+        epochs = plan.before.get("epochs")
+    if epochs is None:
+        steps = max(round(min(max(30 * facts.videos, 6_000), 200_000) / batch), MIN_STEPS)
+        repeats = f"each of {facts.videos} videos about {steps * batch / facts.videos:.0f} times"
+        steps = plan.choose("steps", steps, f"{steps * batch:,} clips, {repeats}")
+        epochs = math.ceil(steps / epoch_steps)
+    plan.choose("val_interval", max(1, round(epochs / 10)), f"about ten validations in {epochs} epochs")
+    plan.choose("optimizer", "adamw", "needs less tuning of the learning rate than sgd")
+    plan.choose("lr", 1e-3 if start == "random" or facts.videos < 5_000 else 3e-4, f"adamw, steps of {batch} clips")
+    plan.choose("lr_batch", batch, "the learning rate is for these steps")
+    plan.choose("weight_decay", 0.05, "adamw")
+    plan.choose("warmup", 0.1, "share of the steps; the new classifiers start from random values")
+    plan.choose("backbone_lr", 1.0, "the whole model learns at one rate")
+    plan.choose("freeze", "none", "the whole model learns")
+    plan.choose("label_smoothing", 0.1, "limits the confidence in labels")
+    plan.choose("ema", 0.0, "the learning rate falls to 0, which averages already")
+
+
+def _choose_augmentation(plan: _Plan) -> None:
+    plan.choose("crop_area", (0.3, 1.0), "small parts of a frame often miss the action")
+    plan.choose("color_jitter", True, "videos of other cameras have other colors")
+    for name in ("rand_augment", "random_erasing", "mixup", "cutmix"):
+        plan.choose(name, 0, "off by default")
+
+
+def _choose_computation(plan: _Plan, device: torch.device) -> None:
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+        workers = plan.choose("workers", min(cores // 2, 4), f"for {cores} cores")
+        plan.choose("threads", max(cores - workers, 1), f"{cores} cores, less those of the workers")
+        fast = torch.cpu._is_amx_tile_supported()
+        plan.choose("amp", "bfloat16" if fast else "float32", f"the CPU has {'' if fast else 'no '}AMX")
+        return
+    plan.choose("workers", 4, "per device")
+    if device.type != "cuda":
+        plan.choose("amp", "float32", f"for {device.type}")
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        plan.choose("amp", "bfloat16", "the GPU computes in it")
+    else:
+        plan.choose("amp", "float16", "the GPU does not compute in bfloat16")
