@@ -82,7 +82,7 @@ def commands() -> str:
     parts = []
     for command in group.commands.values():
         rows, usage = [], ["tpn", command.name]
-        for param in command.params:
+        for param in (param for param in command.params if not param.hidden):
             is_option = param.param_type_name == "option"
             metavar = param.metavar or (param.name.upper() if param.required else f"[{param.name.upper()}]")
             names = ", ".join(f"`{opt}`" for opt in param.opts) if is_option else f"`{metavar}`"
