@@ -28,6 +28,7 @@ from tpn.cli.app import app
 from tpn.cli.script import run_cli
 from tpn.training import loop, wording
 from tpn.training.console import MAX_LINES, TrainingConsole
+from tpn.training.observer import Interrupted
 from tpn.training.plan import PlanLine
 from tpn.video import motion
 from tpn.video.datasets import TooManyBadFilesError
@@ -206,6 +207,7 @@ def test_python_prints_the_same(videos, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_for_each_epoch(videos, tmp_path):
     code, _, text = run_in_terminal("train", videos, "-o", "out", *SMALL, "--epochs", 2, cwd=tmp_path, columns=120)
     assert code == 0, text
@@ -262,8 +264,8 @@ AGAIN = r"tpn train 'my videos' -o out --resume"
 @pytest.mark.parametrize(
     ("make", "code", "message"),
     [
-        (lambda: loop.Interrupted(signal.SIGTERM, 7), 143, f"stopped by SIGTERM at step 7; continue with: {AGAIN}"),
-        (lambda: loop.Interrupted(signal.SIGINT, 7), 130, f"stopped by SIGINT at step 7; continue with: {AGAIN}"),
+        (lambda: Interrupted(signal.SIGTERM, 7), 143, f"stopped by SIGTERM at step 7; continue with: {AGAIN}"),
+        (lambda: Interrupted(signal.SIGINT, 7), 130, f"stopped by SIGINT at step 7; continue with: {AGAIN}"),
         (full_disk_error, 1, f"error: No space left on device; free .*: {AGAIN}"),
         (worker_error, 1, f"error: .*killed.*--workers: {AGAIN}"),
         (bad_files_error, 1, "error: 2 of 3 videos cannot be read:\n  a.mp4: the file is empty"),
@@ -318,6 +320,7 @@ def torchrun(*args, **kwargs):
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100, **kwargs)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints(videos, tmp_path):
     options = ["--model", "tpn_slowonly_tiny_motion", "--crop-size", 32, "--short-side", 36, "--workers", 0, "--log-interval", 1]
     options += ["--batch-size", 2, "--epochs", 1, "--val-interval", 1, "--device", "cpu"]
@@ -341,6 +344,7 @@ run_cli(main)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path):
     (tmp_path / "fail.py").write_text(FAIL)
     done = torchrun(tmp_path / "fail.py")

@@ -151,6 +151,7 @@ evaluation.classify_dataset = record
 """
 
 
+@pytest.mark.slow
 def test_three_processes_give_the_results_of_one(folder, tmp_path):
     evaluate(folder, tmp_path / "one", "--dump", tmp_path / "one.json")
     options = arguments(folder, tmp_path / "three", "--dump", tmp_path / "three.json")
@@ -172,6 +173,7 @@ evaluation.classify_dataset = fail
 """
 
 
+@pytest.mark.slow
 def test_all_processes_end_when_one_fails(folder, tmp_path):
     done = run_processes(2, *arguments(folder, tmp_path), cwd=folder, before=FAIL)
     assert done.returncode != 0

@@ -19,7 +19,8 @@ import tpn
 from tpn.predict import VideoClassifier
 from tpn.training import evaluation, loop
 from tpn.training.config import RECIPES, TrainConfig
-from tpn.training.loop import Interrupted, Observer, train
+from tpn.training.loop import train
+from tpn.training.observer import Interrupted, Observer
 from tpn.video import motion
 from tpn.video.datasets import TooManyBadFilesError, VideoFolder
 
@@ -596,9 +597,9 @@ def test_options(videos, tmp_path, options):
 
 @pytest.fixture(scope="module")
 def plain(videos, tmp_path_factory):
-    """Return the metrics of two epochs without options."""
+    """Return the metrics of an epoch without options."""
     folder = tmp_path_factory.mktemp("plain")
-    fit(videos, folder, epochs=2)
+    fit(videos, folder, epochs=1)
     return steps(folder)
 
 
@@ -618,7 +619,7 @@ def test_an_option_changes_something(videos, tmp_path, plain, option, value):
         extra = next((tmp_path / "data" / "train" / "blinking").iterdir())
         shutil.copy(extra, extra.with_name("again.mp4"))
         data = tmp_path / "data"
-    fit(data, tmp_path / "run", epochs=2, **{option: value})
+    fit(data, tmp_path / "run", epochs=1, **{option: value})
     lines = steps(tmp_path / "run")
     assert [line["loss"] for line in lines] != [line["loss"] for line in plain]
     assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with layer_decay, that of the classifier
@@ -631,7 +632,7 @@ def test_an_option_does_not_change_the_result(videos, tmp_path, plain, monkeypat
     compiled, original = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))  # no C++ compiler
     try:
-        fit(videos, tmp_path, epochs=2, **option)
+        fit(videos, tmp_path, epochs=1, **option)
     finally:
         torch.use_deterministic_algorithms(False)
     lines = steps(tmp_path)

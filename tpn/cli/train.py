@@ -62,7 +62,7 @@ def train(
 @contextmanager
 def advice() -> Iterator[None]:
     """Say what to do about faults that do not come from the settings, with the command that continues the run."""
-    from tpn.training.loop import Interrupted
+    from tpn.training.observer import Interrupted
 
     again = shlex.join(["tpn", *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
     try:

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tpn.training import wording
-from tpn.training.loop import Observer
+from tpn.training.observer import Observer
 from tpn.training.wording import METRIC_NAMES, metric, plural, printable
 
 if TYPE_CHECKING:

@@ -1,49 +1,46 @@
 """The training loop."""
 
-import inspect
 import json
+import logging
 import math
 import os
 import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, get_optimizer_class
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from tpn.config import InputSpec
 from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
-from tpn.models.layers import channels_last, freeze_batch_norm
+from tpn.models.layers import freeze_batch_norm
 from tpn.training.config import TrainConfig
-from tpn.training.data import DataFacts, TrainData, facts_of, open_data, views_spec, with_spec
+from tpn.training.console import TrainingConsole
+from tpn.training.data import DataFacts, facts_of
 from tpn.training.distributed import broadcast_bn_stats, join_processes, run_on_rank0
 from tpn.training.evaluation import validate
 from tpn.training.loss import TrainingLoss, class_weights, epoch_batches
 from tpn.training.metrics import Evaluation
 from tpn.training.mix import Mix
+from tpn.training.observer import Interrupted, Observer
 from tpn.training.plan import PlanLine, make_plan
 from tpn.training.report import write_run_report
+from tpn.training.setup import build, clips_of, make_optimizer, make_schedule, prepare, recorded_settings, required
 from tpn.training.state import Checkpoint, MetricsLog, RunningMeans, check_finite, locked_folder, report_bad_files
-from tpn.zoo.create import create_model, is_saved
 from tpn.zoo.saved import save_pretrained
 
-T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 MUTABLE_ON_RESUME = (
     *("workers", "threads", "device", "checkpointing", "val", "max_bad", "steps", "epochs", "patience"),
@@ -68,14 +65,6 @@ class TrainResult:
     folder: Path
     plan: list[PlanLine]
     evaluation: Evaluation | None
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, after it had saved a checkpoint."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
-        self.number = number
 
 
 def train(
@@ -109,8 +98,6 @@ def train(
         OSError, VideoError, TooManyBadFilesError, WeightsUnavailableError.
     """
     if observer is None and verbose:
-        from tpn.training.console import TrainingConsole
-
         observer = TrainingConsole()
     config = TrainConfig.of(**options)
     folder = Path(output)
@@ -129,28 +116,6 @@ def train(
         finally:
             run.observer.close()
             torch.set_num_threads(threads)
-
-
-class Observer:
-    """Is told about a run; this one does nothing."""
-
-    def planned(self, run: "Run") -> None:
-        """The run is set up, nothing is trained yet."""
-
-    def stepped(self, run: "Run", loss: Tensor) -> None:
-        """A step is done."""
-
-    def logged(self, run: "Run", values: Mapping[str, float]) -> None:
-        """Metrics are written."""
-
-    def validating(self, run: "Run") -> None:
-        """A validation begins."""
-
-    def finished(self, run: "Run") -> None:
-        """The model and the report are written."""
-
-    def close(self) -> None:
-        """The run is over, also if it failed."""
 
 
 class Run:
@@ -187,7 +152,7 @@ class Run:
         prepare(model, config)
         self.model = model.to(device)
         targets = self.data.train.targets
-        mix = Mix(_set(config.mixup), _set(config.cutmix), model.num_classes) if config.mixup or config.cutmix else None
+        mix = Mix(required(config.mixup), required(config.cutmix), model.num_classes) if config.mixup or config.cutmix else None
         network: Any = TrainingLoss(
             model, config.aux_weight, class_weights(targets) if config.class_weights else None, config.label_smoothing or 0.0, mix
         ).to(device)
@@ -196,15 +161,15 @@ class Run:
         if world > 1:
             network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
         self.network: Any = torch.compile(network) if config.compile else network
-        self.batch = _set(config.batch_size) * config.accumulate * world
+        self.batch = required(config.batch_size) * config.accumulate * world
         self.epoch_steps = len(self.data.train) // self.batch
         if self.epoch_steps == 0:
             raise ValueError(f"{len(self.data.train)} videos are less than one step of {self.batch} clips; decrease batch_size")
-        self.total_steps = config.steps or _set(config.epochs) * self.epoch_steps
-        self.lr = _set(config.lr) * self.batch / _set(config.lr_batch)
+        self.total_steps = config.steps or required(config.epochs) * self.epoch_steps
+        self.lr = required(config.lr) * self.batch / required(config.lr_batch)
         self.optimizer = make_optimizer(model, config, self.lr, device)
         self.schedule = make_schedule(self.optimizer, config, self.lr, self.total_steps, self.epoch_steps)
-        self.amp = getattr(torch, _set(config.amp))
+        self.amp = getattr(torch, required(config.amp))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
         self.saved_model: TPNClassifier = self.ema.module if self.ema else model
@@ -258,11 +223,11 @@ class Run:
             "seed": config.seed,
             "epoch": epoch,
         }
-        batches = epoch_batches(train.targets, _set(config.batch_size), rank=self.rank, world_size=self.world, **order)
+        batches = epoch_batches(train.targets, required(config.batch_size), rank=self.rank, world_size=self.world, **order)
         batches = batches[self.step % self.epoch_steps * config.accumulate :]  # a resumed epoch
         pin = self.device.type == "cuda"
         options: dict[str, Any] = {
-            "num_workers": _set(config.workers),
+            "num_workers": required(config.workers),
             "pin_memory": pin,
             "worker_init_fn": _leave_signals_to_the_run,
         }
@@ -288,7 +253,7 @@ class Run:
         del clips  # ends the loader processes
         broadcast_bn_stats(self.model, self.saved_model)
         self.save_checkpoint()  # before validation, which may fail
-        if self.data.val and ((epoch + 1) % _set(config.val_interval) == 0 or self.step == self.total_steps):
+        if self.data.val and ((epoch + 1) % required(config.val_interval) == 0 or self.step == self.total_steps):
             self._validate(epoch)
             self.save_checkpoint()
         report_bad_files(self.folder / "bad_files.txt", train, also=self.evaluation.failed if self.evaluation else {})
@@ -339,11 +304,11 @@ class Run:
 
     def _evaluate(self) -> Evaluation:
         self.observer.validating(self)
-        return validate(self.saved_model, _set(self.data.val), workers=_set(self.config.workers), amp=self.amp)
+        return validate(self.saved_model, required(self.data.val), workers=required(self.config.workers), amp=self.amp)
 
     def _validate(self, epoch: int) -> None:
         self.evaluation = self._evaluate()
-        _set(self.data.val).check_bad(self.evaluation.failed)
+        required(self.data.val).check_bad(self.evaluation.failed)
         metrics = self.evaluation.metrics
         self._write({"epoch": epoch} | {f"val_{name}": value for name, value in metrics.items()})
         value = metrics[self.evaluation.main_metric]
@@ -390,7 +355,9 @@ class Run:
 
     def _restore(self) -> None:
         progress = self.checkpoint.load()
-        if progress is not None:
+        if progress is None:
+            _logger.warning("%s has no checkpoint; training starts at step 0", self.folder)
+        else:
             self.means.restore(progress.pop("sums"))
             for name, value in progress.items():
                 setattr(self, name, value)
@@ -413,118 +380,10 @@ class Run:
                 signal.signal(number, handler)
 
 
-def recorded_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder; empty if there is none."""
-    file = folder / "train.json"
-    if not file.exists() or not (folder / "checkpoint.pt").exists():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); pass all settings of the run, and remove it") from error
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 def _leave_signals_to_the_run(worker: int) -> None:
     """Let a loader process live until the run has finished its step: signals often reach all processes of a group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def build(data: str, config: TrainConfig) -> tuple[TPNClassifier, TrainData, str, bool]:
-    """Return the model, the data, the weights that training starts from, and whether loaded classifiers were replaced.
-
-    The classifiers are new if the data has other classes than the model.
-    """
-    start = config.weights or default_weights(config)
-    if start == "random" and is_saved(config.model):
-        raise ValueError(f"weights='random' is not valid with the saved model {config.model}, whose weights are always loaded")
-    is_file = start not in ("pretrained", "backbone", "random")
-    args = {"num_classes": 0, **config.model_args} if config.model == "tpn" else dict(config.model_args)  # classifiers follow
-    weights: dict[str, Any] = {"checkpoint_path": start if is_file else None, "backbone_pretrained": start == "backbone"}
-    model = create_model(config.model, start == "pretrained", **weights, **args)
-    parts = open_data(data, config, model.input_spec)
-    if len(parts.train.classes) < 2 and not parts.train.multi_label:
-        raise ValueError(f"{data} has one class, {parts.train.classes[0]!r}; training needs two or more")
-    keep = parts.train.numbered and config.keep_classes
-    same_task = parts.train.multi_label == model.multi_label
-    if model.labels and same_task and (keep or set(parts.train.classes) == set(model.labels)):
-        parts = open_data(data, config, model.input_spec, classes=model.labels)  # in the model's order
-        return model, parts, start, False
-    replaced = start != "random" and start != "backbone" and model.num_classes > 0
-    model.reset_classifier(len(parts.train.classes), multi_label=parts.train.multi_label)
-    model.labels = parts.train.classes
-    return model, parts, start, replaced
-
-
-def default_weights(config: TrainConfig) -> str:
-    """Return the best weights that a model can start from."""
-    if config.model != "tpn":
-        return "pretrained"
-    backbone = config.model_args.get("backbone", "")
-    return "backbone" if str(backbone).startswith(("timm/", "torchvision/")) else "random"
-
-
-def clips_of(model: TPNClassifier, data: TrainData, config: TrainConfig) -> tuple[InputSpec, TrainData]:
-    """Return the input spec of the trained model, and datasets that use it."""
-    changes = {"short_side": config.short_side, "three_crop_size": config.short_side, "crop_size": config.crop_size}
-    changes |= {"frame_interval": config.frame_interval}
-    spec: InputSpec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
-    spec = views_spec(spec, config.views) if config.views else spec
-    names = ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")
-    draws = {name: getattr(config, name) for name in names}
-    val = data.val and with_spec(data.val, views_spec(spec, config.val_views) if config.val_views else spec)
-    return spec, replace(data, train=with_spec(data.train, spec, **draws), val=val)
-
-
-def prepare(model: TPNClassifier, config: TrainConfig) -> None:
-    """Freeze what does not learn, and store weights as the run computes with them."""
-    if config.checkpointing:
-        model.set_grad_checkpointing()
-    model.backbone.requires_grad_(config.freeze != "backbone")
-    if model.aux_head is not None:
-        model.aux_head.requires_grad_(config.aux_weight > 0)
-    if config.channels_last:
-        channels_last(model)
-
-
-def make_optimizer(model: TPNClassifier, config: TrainConfig, lr: float, device: torch.device) -> Optimizer:
-    """Return timm's optimizer; groups of the backbone's parameters have `backbone_lr` in their "lr_scale"."""
-    name = _set(config.optimizer)
-    kind = get_optimizer_class(name, bind_defaults=False)
-    fused = "fused" in inspect.signature(kind).parameters and device.type in ("cuda", "cpu")
-    if kind is torch.optim.SGD and config.amp == "float16":
-        fused = False  # if the first step overflows, as it often does, fused SGD keeps an uninitialized momentum buffer
-    options: dict[str, Any] = {"momentum": config.momentum, "layer_decay": config.layer_decay} | (
-        {"fused": True} if fused else {}
-    )
-    options |= {"weight_decay": config.weight_decay, "filter_bias_and_bn": name != "sgd"}
-    optimizer = create_optimizer_v2(model, name, lr, **options)
-    in_backbone = {id(parameter) for parameter in model.backbone.parameters()}
-    for group in list(optimizer.param_groups) if config.backbone_lr != 1 else ():
-        theirs = [parameter for parameter in group["params"] if id(parameter) in in_backbone]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in in_backbone]
-        if theirs:
-            optimizer.add_param_group(
-                {**group, "params": theirs, "lr_scale": _set(config.backbone_lr) * group.get("lr_scale", 1)}
-            )
-    return optimizer
-
-
-def make_schedule(optimizer: Optimizer, config: TrainConfig, lr: float, total_steps: int, epoch_steps: int) -> Scheduler:
-    """Return timm's schedule, counted in steps."""
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        config.schedule,
-        num_epochs=total_steps,
-        decay_milestones=[milestone * epoch_steps + 1 for milestone in config.milestones],  # timm counts steps from 1
-        warmup_epochs=round(_set(config.warmup) * total_steps),
-        warmup_lr=lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    assert schedule is not None
-    return schedule
 
 
 class _Clock:
@@ -544,9 +403,3 @@ class _Clock:
         values = {"clips_per_s": (step - self.step) * batch / seconds, "data_wait": self.waited / seconds}
         self.start, self.step, self.waited = time.perf_counter(), step, 0.0
         return values
-
-
-def _set(value: T | None) -> T:
-    """Return a value that the plan has set."""
-    assert value is not None
-    return value

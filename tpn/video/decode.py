@@ -89,12 +89,14 @@ def probe(path: PathLike) -> VideoInfo:
 
 
 def header(path: PathLike) -> tuple[float | None, int | None]:
-    """Return the frames per second and the number of frames that the header states, each None if missing.
+    """Return the frames per second and the number of frames according to the header, each None if unknown.
 
-    The number may be wrong; `probe` counts the frames. Raises the same errors as `probe`.
+    The number may be wrong, and follows from the duration where the header states none; `probe` counts the frames. Raises the
+    same errors as `probe`.
     """
-    with _open(path) as (_, stream):
-        return _frame_rate(stream), stream.frames or None
+    with _open(path) as (container, stream):
+        fps, seconds = _frame_rate(stream), (container.duration or 0) / 1e6
+        return fps, stream.frames or round(seconds * (fps or 0)) or None
 
 
 def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None) -> Tensor:
