@@ -223,7 +223,8 @@ def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
     assert lines[0] == lines[1]
     assert len(lines[0]) == 6
     for file in ("model.safetensors", "best/model.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+        same = (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+        assert same, file
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])

@@ -252,10 +252,14 @@ class Run:
                 self.save_checkpoint()
         del clips  # ends the loader processes
         broadcast_bn_stats(self.model, self.saved_model)
-        self.save_checkpoint()  # before validation, which may fail
-        if self.data.val and ((epoch + 1) % required(config.val_interval) == 0 or self.step == self.total_steps):
-            self._validate(epoch)
-            self.save_checkpoint()
+        try:
+            if self.data.val and ((epoch + 1) % required(self.config.val_interval) == 0 or self.step == self.total_steps):
+                self._validate(epoch)
+        except Exception:
+            if self.world == 1:  # the epoch is kept, without its validation
+                self.save_checkpoint()
+            raise
+        self.save_checkpoint()
         report_bad_files(self.folder / "bad_files.txt", train, also=self.evaluation.failed if self.evaluation else {})
         if self.stop_signal and self.step < self.total_steps:
             raise Interrupted(self.stop_signal, self.step)
