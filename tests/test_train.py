@@ -378,6 +378,7 @@ def test_a_signal_to_all_processes_of_a_group_saves_a_checkpoint(videos, tmp_pat
             if run.step == 1:
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGTERM)
+                    child.join(timeout=1)
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 1"):

@@ -30,7 +30,7 @@ class About:
 
     Attributes:
         model: name of the model, as given by the caller.
-        weights: SHA-256 of the weights, from `tpn.training.weights_hash`.
+        weights: SHA-256 of the weights, from `tpn.training.state.weights_hash`.
         feature: name of the feature map; None for the input of the classifier.
         level: "video" for the mean over all views of a video, "clip" for the mean over the crops of each clip.
         parts: backbone and neck of the model's config, as JSON values; None for a model without config.

@@ -1,11 +1,9 @@
 """The settings of a training run: one typed class for the command line, for `tpn.train`, and for what a run records."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -152,16 +150,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields in types that JSON has."""
-        values: dict[str, Any] = json.loads(json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)}))
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
-
-    def replace(self, **changes: Any) -> "TrainConfig":
-        """Return a copy with changes."""
-        return dataclasses.replace(self, **changes)
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else str(value) if isinstance(value, Path) else value
 
 
 _PUBLISHED = {

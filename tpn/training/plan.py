@@ -6,7 +6,7 @@ The rules are justified by the experiments on the training page.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +53,7 @@ class _Plan:
             value, reason = given, f"recipe {self.config.recipe}" if given == self.recipe.get(name) else "given"
         elif self.before.get(name) is not None:
             value, reason = self.before[name], "as before the interruption"
-        self.config = self.config.replace(**{name: value})
+        self.config = replace(self.config, **{name: value})
         if any(line.name == name for line in self.lines):
             return value
         self.lines.append(PlanLine(name, value, reason))

@@ -196,11 +196,10 @@ def local_folder(name: str | PathLike[str]) -> Path | None:
     scheme, _, place = name.partition(":")
     if scheme == "local-dir" and place:
         return Path(place)
+    if {"/", os.sep} & set(name):
+        return Path(name) if os.path.isdir(name) else None
     published = any(name in (entry.model, entry.name) for entry in checkpoints.CHECKPOINTS.values())
-    is_path = (
-        os.path.isdir(name) if {"/", os.sep} & set(name) else os.path.isfile(os.path.join(name, CONFIG_FILE)) and not published
-    )
-    return Path(name) if is_path else None
+    return Path(name) if Path(name, CONFIG_FILE).is_file() and not published else None
 
 
 def is_saved(name: str | PathLike[str]) -> bool:
