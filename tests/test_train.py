@@ -377,7 +377,7 @@ def test_a_signal_to_all_processes_of_a_group_saves_a_checkpoint(videos, tmp_pat
         def stepped(self, run, loss):
             if run.step == 1:
                 for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGTERM)
+                    subprocess.run(["kill", str(child.pid)], check=True)  # PyTorch ends workers quietly if the parent asks
                     child.join(timeout=1)
                 os.kill(os.getpid(), signal.SIGTERM)
 

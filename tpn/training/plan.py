@@ -53,7 +53,8 @@ class _Plan:
             value, reason = given, f"recipe {self.config.recipe}" if given == self.recipe.get(name) else "given"
         elif self.before.get(name) is not None:
             value, reason = self.before[name], "as before the interruption"
-        self.config = replace(self.config, **{name: value})
+        change: dict[str, Any] = {name: value}
+        self.config = replace(self.config, **change)
         if any(line.name == name for line in self.lines):
             return value
         self.lines.append(PlanLine(name, value, reason))
