@@ -194,8 +194,8 @@ def read_video(index: int, path: str, spec: tpn.InputSpec) -> Columns:
         frames, clips = decode.sample_frames(path, spec.indices, short_side=spec.short_side)
     except (VideoError, OSError) as error:
         return columns(index, error=str(error) or type(error).__name__)
-    except Exception:
-        return columns(index, fatal=f"{path}\n{traceback.format_exc()}")
+    except Exception as error:
+        return columns(index, fatal=f"{path}: {error!r}\n{traceback.format_exc()}")
     return columns(index, frames.numpy(), clips)
 
 
@@ -218,8 +218,8 @@ class Classify:
         try:
             results = self.classify.classify_each((torch.tensor(frames), torch.tensor(clips)) for frames, clips in videos)
             probs[readable] = [result.probs.numpy() for result in results if isinstance(result, tpn.Prediction)] or 0
-        except Exception:
-            fatal[:] = traceback.format_exc()
+        except Exception as error:
+            fatal[:] = f"{error!r}\n{traceback.format_exc()}"
         return {"index": batch["index"], "probs": probs, "error": batch["error"], "fatal": fatal}
 
 
