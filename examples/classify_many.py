@@ -191,7 +191,7 @@ def read_block(block: pa.Table, spec: tpn.InputSpec, crashes: Any) -> Iterator[C
 def read_video(index: int, path: str, spec: tpn.InputSpec) -> Columns:
     """Return the frames, or the error: that of a file becomes a row of the result, any other error stops the run."""
     try:
-        frames, clips = decode.sample_frames(path, spec.indices, short_side=spec.short_side)
+        frames, clips = decode.sample_frames(path, spec.indices, target_fps=spec.target_fps, short_side=spec.short_side)
     except (VideoError, OSError) as error:
         return columns(index, error=str(error) or type(error).__name__)
     except Exception as error:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,20 @@ def test_reading_keeps_a_bounded_distance(model, video):
         if given == 60:
             break
     assert len(taken) < 80
+
+
+def test_target_fps_is_saved_and_used(video, tmp_path):
+    """The video has 25 frames per second, the model half of it: every clip spans twice as many frames."""
+    trained = tpn.create_model("tpn_slowonly_tiny_motion", pretrained=True)
+    trained.input_spec = replace(trained.input_spec, frame_interval=1, target_fps=12.5)
+    tpn.save_pretrained(trained, tmp_path / "model")
+    classify = VideoClassifier(str(tmp_path / "model"))
+    assert classify.spec.target_fps == 12.5
+    every_second = read_frames(video, range(0, 30, 2))
+    assert torch.equal(classify(video).probs, classify(every_second).probs)
+    assert not torch.equal(classify(video).probs, classify(read_frames(video, range(30))).probs)
+    with pytest.raises(ValueError, match=r"12\.5.*frame_interval"):
+        next(tpn.tempo.slide(classify, video))
 
 
 def test_arrays_are_not_kept(model):

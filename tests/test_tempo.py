@@ -5,6 +5,7 @@ import threading
 import warnings
 import weakref
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -355,7 +356,7 @@ def test_datasets_that_cannot_be_measured(classifier, data, tmp_path):
     (tmp_path / "dancing").mkdir()
     (tmp_path / "dancing" / "a.mp4").touch()
     for dataset, message in (
-        (VideoFolder(data, spec, train=False, target_fps=12), "target_fps"),
+        (VideoFolder(data, replace(spec, target_fps=12), train=False), "target_fps"),
         (RawFrames(tmp_path / "list.txt", spec, train=False), "VideoFolder or VideoList"),
         (VideoFolder(tmp_path, spec, train=False), "'dancing'"),
     ):

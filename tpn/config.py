@@ -29,6 +29,8 @@ class InputSpec:
     Attributes:
         num_frames: frames of a clip, T.
         frame_interval: index step between them; 1 = consecutive. Unused by "segments".
+        target_fps: frame rate at which every video is sampled; None: the video's own. Frames without a rate, such as arrays and
+            extracted frames, are taken as they are.
         sampling: "dense" (clips of equally spaced frames) or "segments" (one frame per segment of the whole video).
         num_clips, num_crops, flip: views of the test protocol; 1 or 3 crops per clip; `flip` adds every view mirrored.
         short_side: pixels of the shorter side after resizing.
@@ -54,6 +56,7 @@ class InputSpec:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     flip_label_pairs: tuple[tuple[str, str], ...] = ()
+    target_fps: float | None = None
 
     def __post_init__(self) -> None:
         check_int("three_crop_size", self.three_crop_size, minimum=0)
@@ -61,6 +64,9 @@ class InputSpec:
             object.__setattr__(self, "three_crop_size", self.short_side)
         for name in ("num_frames", "frame_interval", "num_clips", "num_crops", "short_side", "crop_size"):
             check_int(name, getattr(self, name), minimum=1)
+        fps = self.target_fps
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
+            raise ValueError(f"target_fps must be a number greater than 0, got {fps!r}")
         if self.sampling not in get_args(Sampling):
             raise ValueError(f"sampling must be 'dense' or 'segments', got {self.sampling!r}")
         if self.num_crops not in (1, 3):

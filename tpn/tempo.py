@@ -146,6 +146,11 @@ def sliding_spec(spec: InputSpec, frame_interval: int | None = None) -> InputSpe
             f"the model samples {spec.num_frames} segments of a whole video and has no frame interval; pass frame_interval"
             " (--frame-interval) to classify clips, for which it was not trained"
         )
+    if spec.target_fps is not None and frame_interval is None:
+        raise ValueError(
+            f"the model samples {spec.target_fps:g} frames per second, whatever the rate of the video; pass frame_interval"
+            " (--frame-interval) in frames of the video"
+        )
     interval = spec.frame_interval if frame_interval is None else frame_interval
     if interval < 1:
         raise ValueError(f"frame_interval must be at least 1, got {interval}")
@@ -252,7 +257,7 @@ def dataset_tempos(
 
     Args:
         classifier: its labels must include the classes of the dataset.
-        dataset: a `VideoFolder` or `VideoList` without `target_fps`.
+        dataset: a `VideoFolder` or `VideoList`, whose `spec` has no `target_fps`.
         stride, frame_interval: as in `slide`.
 
     Yields:
@@ -261,7 +266,7 @@ def dataset_tempos(
     Raises:
         ValueError: the classifier lacks a class, or the dataset does not have the videos' own frame rates.
     """
-    if isinstance(dataset, RawFrames) or dataset.target_fps is not None:
+    if isinstance(dataset, RawFrames) or dataset.spec.target_fps is not None:
         raise ValueError("tempo is measured at the videos' own frame rates; pass a VideoFolder or VideoList without target_fps")
     unknown = [name for name in dataset.classes if name not in classifier.labels]
     if unknown:

@@ -47,7 +47,9 @@ def evaluate(
         str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
     ] = None,
     first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
-    target_fps: Annotated[float | None, typer.Option(help="Sample as if every video had this frame rate.")] = None,
+    target_fps: Annotated[
+        float | None, typer.Option(help="Sample as if every video had this frame rate. Default: as in training.")
+    ] = None,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of unreadable videos; with more, the exit code is 1.")
     ] = 0.0,

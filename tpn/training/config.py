@@ -42,7 +42,7 @@ class TrainConfig:
     root: str | None = _option(None, "Folder of relative paths in a list. Default: the folder of the list.", "Data")
     frames: str | None = _option(None, "File names of extracted frames, such as img_{:05d}.jpg.", "Data", metavar="TEMPLATE")
     first_frame: int = _option(1, "Number of the first extracted frame.", "Data")
-    target_fps: float | None = _option(None, "Sample as if every video had this frame rate.", "Data")
+    target_fps: float | None = _option(None, "Sample as if every video had this frame rate.", "Clips")
     max_bad: float = _option(0.05, "Largest share of unreadable videos.", "Data")
     workers: int | None = _option(None, "Loader processes per device.", "Data")
 
@@ -131,6 +131,8 @@ class TrainConfig:
                 raise ValueError(f"group must be a regular expression, got {self.group!r}: {error}") from error
             if self.val is not None:
                 raise ValueError(f"pass one of group and val: the data is not divided with val={self.val}")
+        if self.frames is not None and self.target_fps is not None:
+            raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {self.target_fps}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"pass one of steps and epochs, got steps={self.steps} and epochs={self.epochs}")
 

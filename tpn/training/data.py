@@ -78,8 +78,8 @@ def open_data(data: str, config: TrainConfig, spec: InputSpec, classes: Sequence
         "template": config.frames,
         "first": config.first_frame,
         "max_bad": config.max_bad,
+        "seed": config.seed,
     }
-    options |= {"seed": config.seed} | ({"target_fps": config.target_fps} if config.target_fps else {})
     val, how = config.val, f"--val {config.val}"
     if folders := lists.split_folders(data):
         if val is None:
@@ -227,7 +227,7 @@ def _choose_groups(
     return chosen, taken
 
 
-def facts_of(data: VideoDataset) -> DataFacts:
+def facts_of(data: VideoDataset, target_fps: float | None) -> DataFacts:
     """Return the facts of a training set; headers of up to 100 videos are read, evenly spread over it."""
     frames, rates = [], []
     for index in np.unique(np.linspace(0, len(data) - 1, PROBED).round().astype(int)):
@@ -243,8 +243,8 @@ def facts_of(data: VideoDataset) -> DataFacts:
             length = count / fps if fps and count else math.inf
             seconds = max(min(item.end or math.inf, length) - (item.start or 0), 0)
             count = round(seconds * fps) if fps and seconds < math.inf else None
-        if fps and count and data.target_fps:
-            count, fps = round(count * data.target_fps / fps), data.target_fps
+        if fps and count and target_fps:
+            count, fps = round(count * target_fps / fps), target_fps
         if count:
             frames.append(count)
         if fps:

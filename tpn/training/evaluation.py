@@ -69,7 +69,7 @@ def evaluate(
         root: base folder of relative paths in a list. Default: the list's folder.
         frames: file names of extracted frames, such as "img_{:05d}.jpg".
         first_frame: number of the first extracted frame.
-        target_fps: sample as if every video had this frame rate.
+        target_fps: sample as if every video had this frame rate. Default: that of the model's `input_spec`.
         device, batch_size, precision, compile: see `VideoClassifier`.
         workers: threads that read videos ahead.
         progress: called with (videos done, all videos), an estimate if there are several processes.
@@ -84,12 +84,13 @@ def evaluate(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    name, network, spec = _open_model(model, checkpoint, views)
+    if frames is not None and target_fps is not None:
+        raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {target_fps}")
+    name, network, spec = _open_model(model, checkpoint, views, target_fps)
     if isinstance(model, str | os.PathLike):
         device, precision = device or ("cuda" if torch.cuda.is_available() else "cpu"), precision or "float32"
     _, _, place = join_processes(device or str(reference_tensor(network).device), "gloo")  # processes exchange only results
-    options: dict[str, Any] = {"root": root, "template": frames, "first": first_frame, "target_fps": target_fps}
-    dataset = open_validation(data, spec, classes=network.labels, **options)
+    dataset = open_validation(data, spec, classes=network.labels, root=root, template=frames, first=first_frame)
     _check_classes(network, dataset, data)
     journal = None
     if output is not None:
@@ -216,7 +217,7 @@ class Journal:
 
 
 def _open_model(
-    model: PathLike | TPNClassifier, checkpoint: PathLike | None, views: str | None
+    model: PathLike | TPNClassifier, checkpoint: PathLike | None, views: str | None, target_fps: float | None
 ) -> tuple[str, TPNClassifier, InputSpec]:
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):
@@ -234,6 +235,8 @@ def _open_model(
     if views is not None:
         clips, crops = parse_views(views)
         spec = replace(spec, num_clips=clips, num_crops=crops, flip=False)
+    if target_fps is not None:
+        spec = replace(spec, target_fps=target_fps)
     if network is not model:
         network.input_spec = spec  # a compiled model is compiled for these views
     return name, network, spec
@@ -250,7 +253,7 @@ def _check_classes(model: TPNClassifier, data: VideoDataset, source: PathLike) -
 
 
 def _identity(model: TPNClassifier, data: VideoDataset) -> dict[str, Any]:
-    videos = hashlib.sha256(repr([data.items, data.target_fps]).encode(errors="backslashreplace"))
+    videos = hashlib.sha256(repr(data.items).encode(errors="backslashreplace"))
     config = None
     with suppress(ValueError):  # models put together by hand have no config
         config = repr(model.config)

@@ -141,7 +141,7 @@ class Run:
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.manual_seed(config.seed)
         model, self.data, self.weights, self.new_classifier = build(data, config)
-        self.facts: DataFacts = facts_of(self.data.train)
+        self.facts: DataFacts = facts_of(self.data.train, config.target_fps or model.input_spec.target_fps)
         before = run_on_rank0(lambda: recorded_settings(folder)) if resume else {}
         place: dict[str, Any] = {"device": device, "world_size": world, "before": before}
         self.config, self.plan = make_plan(config, self.facts, model, self.weights, **place)

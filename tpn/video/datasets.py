@@ -46,7 +46,6 @@ class VideoDataset(Dataset[tuple[Tensor, Any]], ABC):
         classes: class names in the order of the labels.
         spec: input specification of the model, `tpn.input_spec(model)`.
         train: True returns random clips with `spec.train_transform`, False the center clip with one center crop.
-        target_fps: sample each video as if it had this frame rate. Default: the video's own frame rate.
         max_bad: largest fraction of videos, 0..1, that may be unreadable. If there are more, TooManyBadFilesError is raised.
         seed: seed of all random choices.
 
@@ -63,18 +62,15 @@ class VideoDataset(Dataset[tuple[Tensor, Any]], ABC):
         spec: InputSpec,
         *,
         train: bool,
-        target_fps: float | None = None,
         max_bad: float = 0.05,
         seed: int = 0,
     ) -> None:
         if not items:
             raise ValueError("the dataset has no videos: the list is empty, or all videos in it are missing")
-        if target_fps is not None and target_fps <= 0:
-            raise ValueError(f"target_fps must be positive, got {target_fps}")
         if not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad must be between 0 and 1, got {max_bad}")
         self.items, self.classes, self.spec, self.train = list(items), tuple(classes), spec, train
-        self.target_fps, self.max_bad, self.seed = target_fps, max_bad, seed
+        self.max_bad, self.seed = max_bad, seed
         self.use_spec(spec)
         self._num_videos = len({item.name for item in self.items})
         self._shared = SharedState()
@@ -227,7 +223,7 @@ class _VideoFiles(VideoDataset):
             decode.sample_frames(item.path, np.arange, start=item.start, end=item.end, short_side=16)
 
     def read(self, item: Item, sample: FrameSampler, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"target_fps": self.target_fps, "short_side": short_side}
+        options: dict[str, Any] = {"target_fps": self.spec.target_fps, "short_side": short_side}
         with naming_row(item):
             frames, positions = decode.sample_frames(item.path, sample, start=item.start, end=item.end, **options)
         return frames, torch.from_numpy(positions)
@@ -240,7 +236,7 @@ class VideoFolder(_VideoFiles):
 
     Args:
         root: folder with the class folders.
-        spec, train, target_fps, max_bad, seed: see `VideoDataset`.
+        spec, train, max_bad, seed: see `VideoDataset`.
         classes: class names in the order of the labels, for example those of the training set. Default: the sorted folder names.
 
     Raises:
@@ -284,7 +280,7 @@ class VideoList(_VideoFiles):
 
     Args:
         file: the table or list. Labels are numbers from 0 or class names.
-        spec, train, target_fps, max_bad, seed: see `VideoDataset`.
+        spec, train, max_bad, seed: see `VideoDataset`.
         root: folder to which paths are relative. Default: the folder of the file.
         classes: class names in the order of the labels. Default: "class 0", ... for numbers, otherwise the sorted labels.
 
@@ -313,7 +309,7 @@ class RawFrames(VideoDataset):
 
     Args:
         file: the list, or a table with the columns path, num_frames and label, and optionally split and group; see `VideoList`.
-        spec, train, max_bad, seed: see `VideoDataset`. `target_fps` is not supported: images have no frame rate.
+        spec, train, max_bad, seed: see `VideoDataset`. `spec.target_fps` has no effect: images have no frame rate.
         root: folder to which paths are relative. Default: the folder of the file.
         template: format of the file names, with the frame number as argument.
         first: number of the first frame.
@@ -332,8 +328,6 @@ class RawFrames(VideoDataset):
         classes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("target_fps") is not None:
-            raise ValueError("target_fps is not valid for extracted frames, which have no frame rate")
         self.template, self.first = template, first
         items, names, self.numbered = read_items(file, root, classes, num_fields=3)
         if any(item.num_frames is None or item.is_segment for item in items):

@@ -65,7 +65,8 @@ def read_clips(source: Source, spec: InputSpec, device: torch.device) -> Clips:
     """
     if isinstance(source, str | os.PathLike):
         with _side_stream(device):
-            frames, place = decode.sample_frames(source, spec.indices, short_side=spec.short_side, device=device)
+            options: dict[str, Any] = {"target_fps": spec.target_fps, "short_side": spec.short_side, "device": device}
+            frames, place = decode.sample_frames(source, spec.indices, **options)
         return frames, torch.from_numpy(place)
     if isinstance(source, Bytes) or hasattr(source, "read"):
         with _temporary_file(cast("File", source)) as path:
