@@ -178,7 +178,7 @@ def test_a_run(videos, tmp_path):
     validations = [line for line in lines if line.startswith("validation at step ")]
     assert [line.split(":")[0] for line in validations] == ["validation at step 3, epoch 1", "validation at step 6, epoch 2"]
     assert "(best so far)" in validations[0]
-    assert f"tpn predict VIDEO --model 'local-dir:{out}'" in lines[-1]
+    assert f"tpn predict VIDEO --model '{out}'" in lines[-1]
     model = lines[-1].split("--model ")[1]
     assert tpn.create_model(*shlex.split(model)).labels == CLASSES
     report = (out / "report.html").read_text()

@@ -84,7 +84,7 @@ def test_unreadable_share():
 def test_files(tmp_path):
     result = evaluation([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.6, 0.2, 0.2]], [1, 1, 2], failed={"bad.mp4": "damaged"})
     metrics.write_results(result, tmp_path, model="my model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "per_class.csv", "summary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["per_class.csv", "summary.json"]
     rows = list(csv.reader((tmp_path / "per_class.csv").read_text().splitlines()))
     assert rows == [
         ["class", "videos", "top1", "most frequent error"],

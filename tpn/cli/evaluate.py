@@ -39,7 +39,7 @@ def evaluate(
     views: ViewsOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for summary.json, per_class.csv, and confusion.png. Default: only print."),
+        typer.Option("--output", "-o", help="Folder for report.html, summary.json, and per_class.csv. Default: only print."),
     ] = None,
     dump: Annotated[Path | None, typer.Option(help="File for the probabilities of all videos: .json, .pkl, or .npz.")] = None,
     root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
@@ -128,6 +128,7 @@ def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
     from tpn.training import metrics
+    from tpn.training.wording import plural
 
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")
@@ -135,7 +136,7 @@ def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
         print_result(json.dumps(metrics.summary_of(result, model=model), ensure_ascii=False))
         return
     values = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
-    print_result(f"{len(result.items)} videos, {result.views} views each: {values}")
+    print_result(f"{plural(len(result.items), 'video')}, {plural(result.views, 'view')} each: {values}")
     header, rows = metrics.per_class_rows(result)
     if len(rows) <= MAX_PRINTED_CLASSES:
         table = Table(*header, box=None, pad_edge=False, header_style="bold")

@@ -44,7 +44,7 @@ def train(
 
     Every switch has an opposite, such as --no-color-jitter.
 
-    Use the result with tpn predict --model local-dir:OUTPUT. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn train ...
+    Use the result with tpn predict --model OUTPUT. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn train ...
     """
     from tpn.training import loop
 

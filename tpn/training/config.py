@@ -55,7 +55,7 @@ class TrainConfig:
     crop_area: tuple[float, float] | None = _option(
         None, "Smallest and largest area of training crops, as shares.", "Augmentation", metavar="MIN MAX"
     )
-    flip_prob: float = _option(0.5, "Probability of a horizontal flip; 0 if left and right matter.", "Augmentation")
+    flip_prob: float | None = _option(None, "Probability of a horizontal flip; 0 if left and right matter.", "Augmentation")
     color_jitter: bool | None = _option(None, "Change brightness, contrast, saturation, and hue.", "Augmentation")
     rand_augment: int | None = _option(None, "Magnitude of RandAugment, 1 to 30; 0: none.", "Augmentation")
     random_erasing: float | None = _option(None, "Probability that a rectangle is erased.", "Augmentation")
@@ -159,6 +159,7 @@ class TrainConfig:
 _PUBLISHED = {
     "freeze": "none",
     "crop_area": (0.08, 1.0),
+    "flip_prob": 0.5,
     "color_jitter": True,
     "rand_augment": 0,
     "random_erasing": 0.0,

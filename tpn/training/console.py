@@ -87,7 +87,7 @@ class TrainingConsole(Observer):
             rows.append(("unreadable", f"videos that were left out are listed in {folder}/bad_files.txt"))
         if run.skipped:
             rows.append(("skipped", f"{plural(run.skipped, 'step')} whose gradient was not finite"))
-        rows.append(("use", f"tpn predict VIDEO --model {shlex.quote(f'local-dir:{folder}')}"))
+        rows.append(("use", f"tpn predict VIDEO --model {shlex.quote(folder)}"))
         self.console.print()
         self._print_rows(rows, wrap=False)  # a command that is easy to copy
 

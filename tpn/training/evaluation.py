@@ -24,6 +24,7 @@ from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, write_results
+from tpn.training.report import write_report
 from tpn.training.state import weights_hash
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
@@ -62,7 +63,7 @@ def evaluate(
         model: a name, whose published weights are loaded; the folder of a saved model; or a model, whose mode does not change.
         data: a folder of class folders, a table, or a list of videos, with the classes of the model. Of data with a split, the
             validation part is evaluated.
-        output: folder for `summary.json`, `per_class.csv` and `confusion.png`; created if necessary. The same call resumes an
+        output: folder for `report.html`, `summary.json` and `per_class.csv`; created if necessary. The same call resumes an
             interrupted evaluation. All processes must share the folder. Default: write nothing.
         views: clips along time and crops of each, such as "10x3" or "1x1". Default: the test protocol of the weights.
         checkpoint: with a name, load the weights in this file.
@@ -102,7 +103,7 @@ def evaluate(
         results = _classify_all(classifier, dataset, journal, workers, progress)
     evaluation = evaluation_of(dataset, results, views=spec.num_views, multi_label=network.multi_label)
     if journal is not None:
-        run_on_rank0(lambda: _finish(journal, evaluation, name))
+        run_on_rank0(lambda: _finish(journal, evaluation, dataset, name))
     return evaluation
 
 
@@ -260,8 +261,10 @@ def _identity(model: TPNClassifier, data: VideoDataset) -> dict[str, Any]:
     return {"weights": weights_hash(model), "videos": videos.hexdigest(), "model": config}
 
 
-def _finish(journal: Journal, evaluation: Evaluation, name: str) -> None:
+def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: str) -> None:
     """Write the results, and remove the journal if no video is left to read."""
-    write_results(evaluation, journal.folder.parent, model=name)
+    folder = journal.folder.parent
+    write_results(evaluation, folder, model=name)
+    write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}")
     if not evaluation.failed:
         rmtree(journal.folder)

@@ -38,6 +38,7 @@ from tpn.training.plan import PlanLine, make_plan
 from tpn.training.report import write_run_report
 from tpn.training.setup import build, clips_of, make_optimizer, make_schedule, prepare, recorded_settings, required
 from tpn.training.state import Checkpoint, MetricsLog, RunningMeans, check_finite, locked_folder, report_bad_files
+from tpn.version import __version__
 from tpn.zoo.saved import save_pretrained
 
 _logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Run:
         observer: Observer | None,
         resume: bool = False,
     ) -> None:
-        self.folder, self.rank, self.world, self.device = folder, rank, world, device
+        self.source, self.folder, self.rank, self.world, self.device = data, folder, rank, world, device
         self.observer = observer if observer is not None and rank == 0 else Observer()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -197,7 +198,9 @@ class Run:
         if self.rank == 0:
             self.log = MetricsLog(self.folder, self.step)
             with atomic_write(self.folder / "train.json") as unfinished:
-                unfinished.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+                about: dict[str, Any] = {"tpn": __version__, "data": os.path.abspath(self.source)}
+                about["reasons"] = {line.name: line.reason for line in self.plan}
+                unfinished.write_text(json.dumps(self.config.to_dict() | about, indent=2) + "\n")
             self.data.write(self.folder / "split.csv")
         self.observer.planned(self)
         with self._catching_signals():

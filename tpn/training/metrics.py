@@ -1,9 +1,7 @@
 """Accuracy, average precision, and what else probabilities and labels tell; and the files with these results."""
 
 import csv
-import importlib.util
 import json
-import logging
 import pickle
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +15,6 @@ from tpn.files import atomic_write
 from tpn.video.datasets import Item
 
 PROBS_SUFFIXES = (".json", ".pkl", ".npz")
-MAX_NAMED_CLASSES = 60
-"""Classes that the picture of a confusion matrix names."""
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def per_class_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 
 def write_results(evaluation: Evaluation, folder: Path, *, model: str) -> None:
-    """Write `summary.json`, `per_class.csv` and, for classes that exclude each other, `confusion.png`, which needs matplotlib."""
+    """Write `summary.json` and `per_class.csv`."""
     with atomic_write(folder / "summary.json") as unfinished:
         unfinished.write_text(json.dumps(summary_of(evaluation, model=model), indent=2) + "\n")
     header, rows = per_class_rows(evaluation)
@@ -133,36 +127,12 @@ def write_results(evaluation: Evaluation, folder: Path, *, model: str) -> None:
         open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    if evaluation.multi_label:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        _logger.warning('confusion.png was not written: it needs matplotlib. Run pip install "tpn[viz]"')
-        return
-    draw_confusion(folder / "confusion.png", evaluation)
-
-
-def draw_confusion(path: Path, evaluation: Evaluation) -> None:
-    """Write a picture of the confusion matrix, as shares of each class's videos."""
-    from matplotlib.figure import Figure
-
-    classes, confusion = evaluation.classes, evaluation.confusion
-    rates = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    show_names = len(classes) <= MAX_NAMED_CLASSES
-    side = max(4.0, 0.28 * len(classes) + 2) if show_names else 10.0
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(rates, vmin=0, vmax=1, cmap="Blues")
-    axes.set(xlabel="predicted", ylabel="true", title="share of each class's videos")
-    if show_names:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    figure.colorbar(image, shrink=0.6)
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished, dpi=150, format="png")
 
 
 def write_probs(evaluation: Evaluation, path: Path) -> None:
     """Write the arrays path (N,), label (N,) or (N, K) for multi-label data, probs (N, K), and class (K,).
+
+    The path of a segment is followed by its limits.
 
     Args:
         evaluation: of N videos.
@@ -170,7 +140,7 @@ def write_probs(evaluation: Evaluation, path: Path) -> None:
     """
     labels = evaluation.targets.astype(np.int64)
     content = {
-        "path": np.array([item.path for item in evaluation.items]),
+        "path": np.array([item.name for item in evaluation.items]),
         "label": labels if evaluation.multi_label else labels.argmax(axis=1),
         "probs": evaluation.probs,
         "class": np.array(evaluation.classes),

@@ -58,8 +58,8 @@ def default_weights(config: TrainConfig) -> str:
 
 def clips_of(model: TPNClassifier, data: TrainData, config: TrainConfig) -> tuple[InputSpec, TrainData]:
     """Return the input spec of the trained model, and datasets that use it."""
-    names = ("short_side", "crop_size", "frame_interval", "target_fps")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in names} | {"three_crop_size": config.short_side}
+    changes: dict[str, Any] = {"three_crop_size": config.short_side}
+    changes |= {name: getattr(config, name) for name in ("short_side", "crop_size", "frame_interval", "target_fps")}
     spec: InputSpec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
     spec = views_spec(spec, config.views) if config.views else spec
     names = ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")
