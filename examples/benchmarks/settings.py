@@ -24,7 +24,7 @@ import tpn
 from tpn.cli.script import positive_int, run_cli
 
 TINY: dict[str, Any] = {"model": "tpn_slowonly_tiny_motion"}
-LITE: dict[str, Any] = {"model": "tpn", "crop_size": 112, "short_side": 128}
+LITE: dict[str, Any] = {"model": "tpn", "crop_size": 112, "short_side": 128, "amp": "float32"}
 LITE_ARGS: dict[str, Any] = {"backbone": "timm/tf_efficientnet_lite0"}
 LARGER = {"crop_size": 96, "short_side": 112}
 
@@ -54,11 +54,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "erasing": {**TINY, "random_erasing": 0.25},
     "mixup": {**TINY, "mixup": 0.8},
     "cutmix": {**TINY, "cutmix": 1.0},
-    # The pyramid against none
-    "no-pyramid": {**TINY, "model": "tpn_slowonly_tiny_motion", "model_args": {"neck": None}, "weights": "random"},
-    "imagenet-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}},
-    "imagenet-backbone-lr-0.1": {**LITE, "model_args": LITE_ARGS, "backbone_lr": 0.1},
-    "imagenet-no-pyramid-backbone-lr-0.1": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "backbone_lr": 0.1},
+    # ImageNet weights: the pyramid against none, all learning, or the backbone frozen
+    "imagenet-frozen": {**LITE, "model_args": LITE_ARGS, "freeze": "backbone", "steps": 375},
+    "imagenet-frozen-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "freeze": "backbone", "steps": 375},
+    "imagenet-short": {**LITE, "model_args": LITE_ARGS, "steps": 240},
+    "imagenet-short-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "steps": 240},
+    "imagenet-short-backbone-lr-0.1": {**LITE, "model_args": LITE_ARGS, "steps": 240, "backbone_lr": 0.1},
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from tpn.config import InputSpec
 from tpn.models.classifier import TPNClassifier
@@ -87,7 +88,7 @@ def make_plan(
         _choose_clips(plan, facts, model.input_spec)
         _choose_optimization(plan, facts, start, device, world_size)
         _choose_augmentation(plan)
-    _choose_computation(plan, device)
+    _choose_computation(plan, device, model)
     return plan.config, plan.lines
 
 
@@ -139,14 +140,18 @@ def _choose_augmentation(plan: _Plan) -> None:
         plan.choose(name, 0, "off by default")
 
 
-def _choose_computation(plan: _Plan, device: torch.device) -> None:
+def _choose_computation(plan: _Plan, device: torch.device, model: TPNClassifier) -> None:
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
         workers = plan.choose("workers", min(cores // 2, 4), f"for {cores} cores")
         plan.choose("threads", max(cores - workers, 1), f"{cores} cores, less those of the workers")
-        fast = torch.cpu._is_amx_tile_supported()
-        plan.choose("amp", "bfloat16" if fast else "float32", f"the CPU has {'' if fast else 'no '}AMX")
+        if not torch.cpu._is_amx_tile_supported():
+            plan.choose("amp", "float32", "the CPU has no AMX")
+        elif plan.config.freeze != "backbone" and any(map(_is_depthwise, model.backbone.modules())):
+            plan.choose("amp", "float32", "the gradients of depthwise convolutions are slow in bfloat16 on CPUs")
+        else:
+            plan.choose("amp", "bfloat16", "the CPU has AMX")
         return
     plan.choose("workers", 4, "per device")
     if device.type != "cuda":
@@ -155,3 +160,7 @@ def _choose_computation(plan: _Plan, device: torch.device) -> None:
         plan.choose("amp", "bfloat16", "the GPU computes in it")
     else:
         plan.choose("amp", "float16", "the GPU does not compute in bfloat16")
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Conv3d) and 1 < module.groups == module.in_channels
