@@ -20,7 +20,6 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 import tpn
 from tpn.cli.script import positive_int, run_cli
+from tpn.config import parse_views
 from tpn.files import atomic_write
-from tpn.predict import VideoClassifier, parse_views
+from tpn.predict import VideoClassifier
 from tpn.training.state import weights_hash
 from tpn.video import decode
 from tpn.video.datasets import videos_below
@@ -260,8 +260,7 @@ def main() -> None:
     paths = find_videos(args.videos, args.root, args.column)
     model = tpn.create_model(args.model, args.checkpoint is None, checkpoint_path=args.checkpoint).eval()
     if args.views:
-        num_clips, num_crops = parse_views(args.views)
-        model.input_spec = replace(model.input_spec, num_clips=num_clips, num_crops=num_crops, flip=False)
+        model.input_spec = model.input_spec.with_views(*parse_views(args.views))
     about = {
         "model": args.model,
         "weights": weights_hash(model),

@@ -18,9 +18,10 @@ from videos import write_video
 
 import tpn
 from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier
+from tpn.config import parse_views
 from tpn.errors import UnknownModelError
 from tpn.models.features import FeatureModel
-from tpn.predict import parse_views
+from tpn.tempo import slide
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, read_frames
 from tpn.video.sources import channels_first
@@ -256,7 +257,7 @@ def test_target_fps_is_saved_and_used(video, tmp_path):
     assert torch.equal(classify(video).probs, classify(every_second).probs)
     assert not torch.equal(classify(video).probs, classify(read_frames(video, range(30))).probs)
     with pytest.raises(ValueError, match=r"12\.5.*frame_interval"):
-        next(tpn.tempo.slide(classify, video))
+        next(slide(classify, video))
 
 
 def test_arrays_are_not_kept(model):

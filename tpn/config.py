@@ -189,6 +189,13 @@ class InputSpec:
         if self.in_chans != 3:
             raise ValueError(f"the transforms take RGB clips; mean and std are for {self.in_chans} channels")
 
+    def with_views(self, num_clips: int | None = None, num_crops: int | None = None) -> "InputSpec":
+        """Return the spec with other views, without mirrored ones; a number that is not given stays. See `parse_views`."""
+        if num_clips is None and num_crops is None:
+            return self
+        clips = self.num_clips if num_clips is None else num_clips
+        return replace(self, num_clips=clips, num_crops=self.num_crops if num_crops is None else num_crops, flip=False)
+
     def for_channels(self, in_chans: int) -> "InputSpec":
         """Return the spec for clips of another number of channels, each with the average mean and std."""
         check_int("in_chans", in_chans, minimum=1)
@@ -209,6 +216,14 @@ class InputSpec:
         are dropped with a warning.
         """
         return cls(**_known_fields(cls, _upgrade_fields(dict(values), labels) if isinstance(values, Mapping) else values))
+
+
+def parse_views(text: str) -> tuple[int, int]:
+    """Read "10x3" as (num_clips, num_crops)."""
+    clips, _, crops = text.partition("x")
+    if not (clips.isdecimal() and crops.isdecimal() and int(clips) >= 1 and int(crops) in (1, 3)):
+        raise ValueError(f"views must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {text!r}")
+    return int(clips), int(crops)
 
 
 class FrozenDict(dict[str, Any]):

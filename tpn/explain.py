@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Literal, get_args
@@ -153,7 +153,7 @@ def explain(
     num_clips = 1 if clip is None else classifier.spec.num_clips
     if clip is not None and clip not in range(num_clips):
         raise ValueError(f"clip must be in 0..{num_clips - 1}, got {clip}")
-    spec = replace(classifier.spec, num_clips=num_clips, num_crops=1, flip=False)
+    spec = classifier.spec.with_views(num_clips, 1)
     video, indices = read_clips(source, spec, classifier.device)
     (crop,) = spec.crop_views(video.to(classifier.device))
     frames = crop[indices[clip or 0]]

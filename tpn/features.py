@@ -164,7 +164,7 @@ def extract(
     model = classifier.model
     if not isinstance(model, FeatureModel):
         raise TypeError(f"classifier must be a VideoClassifier of a FeatureModel, got one of {type(model).__name__}")
-    spec = classifier.spec_for(num_clips, num_crops)
+    spec = classifier.spec.with_views(num_clips, num_crops)
     parts = None
     with suppress(ValueError):  # models put together by hand have no config
         config = model.model.config.to_dict()

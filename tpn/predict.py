@@ -228,7 +228,7 @@ class VideoClassifier:
         `workers` threads read ahead, and only their videos are in memory. A GPU resizes the frames and runs batches of views of
         several videos. Closing the generator stops the threads.
         """
-        spec = self.spec_for(num_clips, num_crops)
+        spec = self.spec.with_views(num_clips, num_crops)
 
         def read(source: Source) -> Clips | Unreadable:
             try:
@@ -248,14 +248,6 @@ class VideoClassifier:
             for result in self.classify_each(clips, spec=spec, progress=progress):
                 name = names.popleft()
                 yield replace(result, source=name) if isinstance(result, Prediction) else result
-
-    def spec_for(self, num_clips: int | None = None, num_crops: int | None = None) -> InputSpec:
-        """Return the input spec with the views of a call with these arguments."""
-        if num_clips is None and num_crops is None:
-            return self.spec
-        clips = self.spec.num_clips if num_clips is None else num_clips
-        crops = self.spec.num_crops if num_crops is None else num_crops
-        return replace(self.spec, num_clips=clips, num_crops=crops, flip=False)
 
     def classify_each(
         self, videos: Iterable[Clips | Unreadable], *, spec: InputSpec | None = None, progress: Progress | None = None
@@ -340,11 +332,3 @@ class VideoClassifier:
         if progress is not None:
             for views in dict.fromkeys(views for views, _ in batch):
                 progress(len(views.logits), views.count)
-
-
-def parse_views(text: str) -> tuple[int, int]:
-    """Read "10x3" as (num_clips, num_crops)."""
-    clips, _, crops = text.partition("x")
-    if not (clips.isdecimal() and crops.isdecimal() and int(clips) >= 1 and int(crops) in (1, 3)):
-        raise ValueError(f"views must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {text!r}")
-    return int(clips), int(crops)

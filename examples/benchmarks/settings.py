@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the results so far, and stop")
+    parser.add_argument("--reference", default="plan", help="settings that the table compares the others with, fold by fold")
     return parser.parse_args()
 
 
@@ -118,23 +119,27 @@ def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace)
             claim.unlink()
 
 
-def print_table(output: Path) -> None:
-    """Print mean accuracy and its standard deviation over seeds (of the mean over folds), and the median minutes of a run."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def print_table(output: Path, reference: str) -> None:
+    """Print mean accuracy, its standard deviation over seeds (of means over folds), and the difference to another setting."""
+    runs: dict[tuple[str, str], dict[tuple[int, str], dict[str, Any]]] = defaultdict(dict)
     with suppress(FileNotFoundError):
         for line in (output / "results.jsonl").read_text().splitlines():
             row = json.loads(line)
-            runs[row["data"], row["settings"]].append(row)
-    print("| data | settings | top-1, % | spread over seeds | folds x seeds | minutes |\n|---|---|---:|---:|---:|---:|")
+            runs[row["data"], row["settings"]][row["seed"], row["fold"]] = row
+    print(f"| data | settings | top-1, % | spread over seeds | to {reference} | folds x seeds | minutes |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for (data, name), rows in runs.items():
         by_seed = defaultdict(list)
-        for row in rows:
-            by_seed[row["seed"]].append(row["top1"])
+        for (seed, _), row in rows.items():
+            by_seed[seed].append(row["top1"])
         folds = max(map(len, by_seed.values()))
         means = [statistics.mean(values) for values in by_seed.values() if len(values) == folds]
         spread = f"{statistics.stdev(means):.1f}" if len(means) > 1 else ""
-        minutes = statistics.median(row["seconds"] for row in rows) / 60
-        print(f"| {data} | {name} | {statistics.mean(means):.1f} | {spread} | {folds} x {len(means)} | {minutes:.1f} |")
+        others = runs.get((data, reference), {})
+        gains = [row["top1"] - others[run]["top1"] for run, row in rows.items() if run in others]
+        gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        minutes = statistics.median(row["seconds"] for row in rows.values()) / 60
+        print(f"| {data} | {name} | {statistics.mean(means):.1f} | {spread} | {gain} | {folds} x {len(means)} | {minutes:.1f} |")
 
 
 def main() -> None:
@@ -148,7 +153,7 @@ def main() -> None:
             for data in args.data:
                 for train, test in fold_lists(data):
                     run(train, test, name, seed, args)
-    print_table(args.output)
+    print_table(args.output, args.reference)
 
 
 if __name__ == "__main__":

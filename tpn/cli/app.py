@@ -104,7 +104,7 @@ def require_picture_path(output: Path) -> None:
 
 def parse_views_option(views: str | None) -> tuple[int | None, int | None]:
     """Parse --views to (num_clips, num_crops), or (None, None) for the published views."""
-    from tpn.predict import parse_views
+    from tpn.config import parse_views
 
     if views is None:
         return None, None

@@ -1,6 +1,5 @@
 """The command export."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,8 +55,7 @@ def export(
     built = create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
     if num_classes and built.labels is None and pretrained and checkpoint is None and not is_saved(model):
         err.print(f"the weights have another number of classes, so the classifier for {num_classes} classes is untrained")
-    if num_clips is not None and num_crops is not None:
-        built.input_spec = replace(built.input_spec, num_clips=num_clips, num_crops=num_crops, flip=False)
+    built.input_spec = built.input_spec.with_views(num_clips, num_crops)
     write = exporting.export_onnx if format == "onnx" else exporting.export_pt2
     with atomic_write(output) as unchecked:
         write(built, unchecked, size=size)

@@ -257,10 +257,3 @@ def with_spec(data: VideoDataset, spec: InputSpec, **transform: object) -> Video
     part = data.part(data.items, train=data.train)
     part.use_spec(spec, **transform)
     return part
-
-
-def views_spec(spec: InputSpec, views: str) -> InputSpec:
-    from tpn.predict import parse_views
-
-    clips, crops = parse_views(views)
-    return replace(spec, num_clips=clips, num_crops=crops, flip=False)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpn.config import InputSpec
+from tpn.config import InputSpec, parse_views
 from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import evaluating, reference_tensor
-from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, parse_views
+from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, write_results
@@ -234,8 +234,7 @@ def _open_model(
     if spec is None:
         raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
     if views is not None:
-        clips, crops = parse_views(views)
-        spec = replace(spec, num_clips=clips, num_crops=crops, flip=False)
+        spec = spec.with_views(*parse_views(views))
     if target_fps is not None:
         spec = replace(spec, target_fps=target_fps)
     if network is not model:

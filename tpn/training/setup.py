@@ -12,11 +12,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from tpn.config import InputSpec
+from tpn.config import InputSpec, parse_views
 from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import channels_last
 from tpn.training.config import TrainConfig
-from tpn.training.data import TrainData, open_data, views_spec, with_spec
+from tpn.training.data import TrainData, open_data, with_spec
 from tpn.zoo.create import create_model, is_saved
 
 T = TypeVar("T")
@@ -61,10 +61,11 @@ def clips_of(model: TPNClassifier, data: TrainData, config: TrainConfig) -> tupl
     changes: dict[str, Any] = {"three_crop_size": config.short_side}
     changes |= {name: getattr(config, name) for name in ("short_side", "crop_size", "frame_interval", "target_fps")}
     spec: InputSpec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
-    spec = views_spec(spec, config.views) if config.views else spec
+    spec = spec.with_views(*parse_views(config.views)) if config.views else spec
     names = ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")
     draws = {name: getattr(config, name) for name in names}
-    val = data.val and with_spec(data.val, views_spec(spec, config.val_views) if config.val_views else spec)
+    val_spec = spec.with_views(*parse_views(config.val_views)) if config.val_views else spec
+    val = data.val and with_spec(data.val, val_spec)
     return spec, replace(data, train=with_spec(data.train, spec, **draws), val=val)
 
 
