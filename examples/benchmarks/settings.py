@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tpn
 from tpn.cli.script import positive_int, run_cli
 
@@ -54,6 +56,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "erasing": {**TINY, "random_erasing": 0.25},
     "mixup": {**TINY, "mixup": 0.8},
     "cutmix": {**TINY, "cutmix": 1.0},
+    # The embedded backbone with a new pyramid, and without one; their start is made by `save_start`
+    "new-pyramid": {"model": "auto"},
+    "no-pyramid": {"model": None},
     # ImageNet weights: the pyramid against none, all learning, or the backbone frozen
     "imagenet-frozen": {**LITE, "model_args": LITE_ARGS, "freeze": "backbone", "steps": 375},
     "imagenet-frozen-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "freeze": "backbone", "steps": 375},
@@ -74,6 +79,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the results so far, and stop")
     parser.add_argument("--reference", default="plan", help="settings that the table compares the others with, fold by fold")
     return parser.parse_args()
+
+
+def save_start(folder: Path, neck: str | None) -> str:
+    """Save a model with the embedded backbone, and a new neck or none; return its folder."""
+    model = tpn.create_model(TINY["model"], neck=neck)
+    model.backbone.load_state_dict(tpn.create_model(TINY["model"], pretrained=True).backbone.state_dict())
+    return str(tpn.save_pretrained(model, folder))
 
 
 def fold_lists(data: Path) -> list[tuple[Path, Path]]:
@@ -97,8 +109,11 @@ def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
-        computation = {"threads": args.threads, "workers": args.workers}
-        result = tpn.train(train, output=folder, val_fraction=0, seed=seed, verbose=False, **SETTINGS[name] | computation)
+        options = SETTINGS[name] | {"threads": args.threads, "workers": args.workers, "val_fraction": 0, "seed": seed}
+        if options["model"] in ("auto", None):
+            torch.manual_seed(seed)
+            options["model"] = save_start(args.output / "starts" / f"{name}-{seed}", options["model"])
+        result = tpn.train(train, output=folder, verbose=False, **options)
         seconds = time.perf_counter() - start
         metrics = tpn.evaluate(result.model, test).metrics
         row = {
