@@ -670,18 +670,3 @@ def test_a_recipe_leaves_nothing_about_learning_to_the_plan(videos, tmp_path, re
     assert {line.name for line in result.plan} - RECIPES[recipe].keys() <= {"workers", "threads", "amp"}
     assert result.model.input_spec.frame_interval == 2
     assert result.model.input_spec.num_clips == 3
-
-
-@pytest.mark.parametrize(
-    ("backbone", "freeze", "amp"),
-    [
-        ("resnet18", "none", "bfloat16"),
-        ("tf_efficientnet_lite0", "none", "float32"),
-        ("tf_efficientnet_lite0", "backbone", "bfloat16"),
-    ],
-)
-def test_depthwise_convolutions_learn_in_float32_on_cpus(videos, tmp_path, monkeypatch, backbone, freeze, amp):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    options = {"model": "tpn", "model_args": {"backbone": f"timm/{backbone}"}, "weights": "random", "freeze": freeze}
-    plan = train(videos, output=tmp_path, dry_run=True, device="cpu", workers=0, verbose=False, **options).plan
-    assert [line.value for line in plan if line.name == "amp"] == [amp]

@@ -1,7 +1,9 @@
 """Networks for images as backbones: any network of timm, or a module of your own, run on each frame of a clip."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any, cast
@@ -156,7 +158,7 @@ def timm_backbone(
     check_network_args(args, out_indices)
     path = _weights(name, cache_dir) if pretrained else None
     try:
-        with hub.translate_errors(f"the weights of timm/{name}"):
+        with hub.translate_errors(f"the weights of timm/{name}"), _without_expected_warnings():
             net = timm.create_model(
                 name,
                 pretrained,
@@ -179,6 +181,21 @@ def timm_backbone(
     if temporal_shift:
         backbone.add_temporal_shift(num_frames)
     return backbone
+
+
+@contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Keep timm from warning that the weights of the classifier are not used."""
+    logger = logging.getLogger("timm.models._builder")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Unexpected keys")
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def check_network_args(args: Mapping[str, Any], out_indices: Sequence[int]) -> None:

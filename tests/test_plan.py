@@ -1,0 +1,52 @@
+"""What a run decides by itself, from its data, its model, its start, and the device."""
+
+import pytest
+import torch
+
+import tpn
+from tpn.training.config import TrainConfig
+from tpn.training.data import DataFacts
+from tpn.training.plan import make_plan
+
+FIGHTS = DataFacts(videos=240, class_counts=(120, 120), frames=60, fps=30)
+
+
+def plan(facts=FIGHTS, start="pretrained", *, size=64, backbone="timm/resnet18", **options):
+    model = tpn.create_model("tpn", backbone=backbone, num_frames=8, num_classes=2)
+    model.input_spec = tpn.InputSpec(8, 8, num_clips=1, num_crops=1, short_side=size + 32, crop_size=size)
+    return make_plan(TrainConfig(**options), facts, model, start, device=torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize(("frames", "interval", "views"), [(60, 8, "1x1"), (300, 15, "3x1"), (8, 1, "1x1"), (4, 1, "1x1")])
+def test_a_clip_spans_a_typical_video_but_steps_are_at_most_half_a_second(frames, interval, views):
+    config = plan(DataFacts(240, (120, 120), frames, fps=30))
+    assert (config.frame_interval, config.views) == (interval, views)
+
+
+@pytest.mark.parametrize(("videos", "clips"), [(20, 6_000), (240, 7_200), (5_000, 150_000), (100_000, 200_000)])
+def test_steps_follow_from_the_number_of_videos(videos, clips):
+    config = plan(DataFacts(videos, (videos,), 60, 30))
+    assert config.steps * config.batch_size == pytest.approx(clips, rel=0.01)
+    assert plan(DataFacts(videos, (videos,), 60, 30), epochs=3).steps is None
+
+
+def test_a_cpu_keeps_the_weights_for_images():
+    config = plan(start="backbone", size=224)
+    assert (config.freeze, config.crop_size, config.short_side, config.steps) == ("backbone", 112, 128, 375)
+    config = plan(start="backbone", size=224, crop_size=168, steps=7)
+    assert (config.freeze, config.crop_size, config.short_side, config.steps) == ("backbone", 168, 192, 7)
+    config = plan(start="pretrained", size=224)
+    assert (config.freeze, config.crop_size, config.steps) == ("none", None, 900)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "freeze", "amp"),
+    [
+        ("resnet18", "none", "bfloat16"),
+        ("tf_efficientnet_lite0", "none", "float32"),
+        ("tf_efficientnet_lite0", "backbone", "bfloat16"),
+    ],
+)
+def test_depthwise_convolutions_learn_in_float32_on_cpus(monkeypatch, backbone, freeze, amp):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert plan(backbone=f"timm/{backbone}", freeze=freeze).amp == amp
