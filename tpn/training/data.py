@@ -227,7 +227,7 @@ def _choose_groups(
     return chosen, taken
 
 
-def facts_of(data: VideoDataset, target_fps: float | None) -> DataFacts:
+def facts_of(data: VideoDataset, target_fps: float | None = None) -> DataFacts:
     """Return the facts of a training set; headers of up to 100 videos are read, evenly spread over it."""
     frames, rates = [], []
     for index in np.unique(np.linspace(0, len(data) - 1, PROBED).round().astype(int)):
