@@ -112,7 +112,7 @@ def test_a_killed_model_process_is_replaced(folder, expected, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     assert "240 videos classified, 3 unreadable" in run.finish()
     assert_complete(tmp_path / "out", expected, 20)
-    run.wait_for(lambda: not run.processes(), seconds=20)
+    run.wait_for(lambda: not run.processes())
 
 
 def test_a_killed_run_resumes(folder, expected, tmp_path):
