@@ -3,7 +3,7 @@
     python examples/train.py videos/train videos/val runs/mine
 
 Each of the two folders has one folder of videos per class. The trained model is saved to `runs/mine`, for
-`tpn predict VIDEO --model local-dir:runs/mine` and `tpn.create_model("local-dir:runs/mine")`.
+`tpn predict VIDEO --model runs/mine` and `tpn.create_model("local-dir:runs/mine")`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
-    # The clips: how many frames, at which interval, of which size. A flip exchanges labels only where it must.
+    # The clips: how many frames, at which interval, of which size. Flips swap the labels in `spec.flip_label_pairs`.
     spec = tpn.input_spec(args.model)
     spec = replace(spec, frame_interval=args.frame_interval or spec.frame_interval)
     train = VideoFolder(args.train, spec, train=True, seed=args.seed)

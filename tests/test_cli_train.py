@@ -433,7 +433,7 @@ def test_the_bar_is_removed_after_an_error(videos, tmp_path, monkeypatch):
         assert "\x1b[?25l" in output.file.getvalue()  # the cursor is hidden
         raise KeyError("x")
 
-    monkeypatch.setattr(loop.Run, "_validate", lambda run, epoch: fail(run))
+    monkeypatch.setattr(loop.Run, "_validate", lambda run: fail(run))
     options = {
         "model": "tpn_slowonly_tiny_motion",
         "weights": "random",

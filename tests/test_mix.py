@@ -108,14 +108,6 @@ def test_compiled():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_off():
-    state = torch.get_rng_state()
-    clips, targets = Mix(0, 0, CLASSES)(CLIPS, ONE_CLASS)
-    assert clips is CLIPS
-    assert targets is ONE_CLASS
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_inputs_stay_unchanged_and_the_module_has_no_state():
     clips, targets = CLIPS.clone(), SEVERAL.clone()
     for alphas in ((1.0, 0), (0, 1.0)):

@@ -177,5 +177,5 @@ def test_data_with_several_classes_needs_a_multi_label_model(model):
     data = SimpleNamespace(classes=CLASSES, multi_label=True)
     evaluation._check_classes(model, data, "list.csv")
     single = SimpleNamespace(num_classes=3, multi_label=False)
-    with pytest.raises(ValueError, match=r"list\.csv.*several classes.*multi_label=True"):
+    with pytest.raises(ValueError, match=r"list\.csv.*several classes.*multi-label"):
         evaluation._check_classes(single, data, "list.csv")

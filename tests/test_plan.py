@@ -1,5 +1,7 @@
 """What a run decides by itself, from its data, its model, its start, and the device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import tpn
 from tpn.training.config import TrainConfig
 from tpn.training.data import DataFacts
 from tpn.training.plan import make_plan
+from tpn.training.setup import set_clips
 
 FIGHTS = DataFacts(videos=240, class_counts=(120, 120), frames=60, fps=30)
 
@@ -32,9 +35,9 @@ def test_steps_follow_from_the_number_of_videos(videos, clips):
 
 def test_a_cpu_keeps_the_weights_for_images():
     config = plan(start="backbone", size=224)
-    assert (config.freeze, config.crop_size, config.short_side, config.steps) == ("backbone", 112, 128, 375)
+    assert (config.freeze, config.crop_size, config.steps) == ("backbone", 112, 375)
     config = plan(start="backbone", size=224, crop_size=168, steps=7)
-    assert (config.freeze, config.crop_size, config.short_side, config.steps) == ("backbone", 168, 192, 7)
+    assert (config.freeze, config.crop_size, config.steps) == ("backbone", 168, 7)
     config = plan(start="pretrained", size=224)
     assert (config.freeze, config.crop_size, config.steps) == ("none", None, 900)
 
@@ -50,3 +53,21 @@ def test_a_cpu_keeps_the_weights_for_images():
 def test_depthwise_convolutions_learn_in_float32_on_cpus(monkeypatch, backbone, freeze, amp):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert plan(backbone=f"timm/{backbone}", freeze=freeze).amp == amp
+
+
+def test_the_learning_rate_is_that_of_the_optimizer():
+    adamw, sgd = plan(), plan(optimizer="sgd")
+    assert (adamw.lr, adamw.weight_decay) == (1e-3, 0.05)
+    assert (sgd.lr, sgd.weight_decay) == (2e-2, 1e-4)
+    assert plan(optimizer="lion", lr=1e-4).lr == 1e-4
+    with pytest.raises(ValueError, match="'lion' needs lr"):
+        plan(optimizer="lion")
+
+
+@pytest.mark.parametrize(("given", "short_side"), [({}, 96), ({"crop_size": 32}, 48), ({"crop_size": 32, "short_side": 36}, 36)])
+def test_other_crops_show_as_much_of_a_frame(given, short_side):
+    model = SimpleNamespace(input_spec=tpn.InputSpec(8, 8, num_crops=3, short_side=96, crop_size=64, three_crop_size=96))
+    data = SimpleNamespace(train=SimpleNamespace(use_spec=lambda spec, **draws: None), val=None)
+    set_clips(model, data, TrainConfig(**given))
+    assert (model.input_spec.short_side, model.input_spec.crop_size) == (short_side, given.get("crop_size", 64))
+    assert model.input_spec.three_crop_size == short_side

@@ -4,6 +4,7 @@ import csv
 import os
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def write_csv(path, *rows):
 
 
 def opened(data, classes=None, **options):
-    return open_data(str(data), TrainConfig(**options), SPEC, classes)
+    """Open data for a model, with `classes` in place of numbers."""
+    model = SimpleNamespace(labels=classes and tuple(classes), input_spec=SPEC, multi_label=False)
+    return open_data(str(data), TrainConfig(keep_classes=classes is not None, **options), model)
 
 
 def facts(data):
@@ -106,8 +109,9 @@ def test_multi_label_training_with_single_labels_in_validation(tmp_path):
     data = opened(table, val=other)
     assert data.val.labels == [(1,)]
     assert data.val.multi_label
+    one_each = write_csv(tmp_path / "p.csv", ["path", "label"], ["c.mp4", "y"], ["d.mp4", "x"])
     with pytest.raises(ValueError, match=r"t\.csv has several labels"):
-        opened(other, val=table, classes=["x", "y"])
+        opened(one_each, val=table)
 
 
 # The column split
@@ -303,6 +307,34 @@ def test_folders_named_by_numbers_stay_the_same_classes(tmp_path):
     again = opened(tmp_path / "split.csv")
     assert again.train.classes == ("class 1", "class 10", "class 2")
     assert [item.label for item in again.train.items] == [item.label for item in data.train.items]
+
+
+def test_numbers_that_are_names_are_names(tmp_path):
+    """In a list for validation, too, and in the table of the division."""
+    for name in ("1", "2", "10"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.mp4").write_bytes(b"")
+    val = write_csv(tmp_path / "val.csv", ["path", "label"], ["b.mp4", "2"], ["c.mp4", "1"])
+    data = opened(tmp_path / "data", val=val)
+    assert [data.val.classes[item.label] for item in data.val.items] == ["2", "1"]
+    with pytest.raises(ValueError, match=r"val\.csv.*label 10 is out of range.*3"):  # no class has the name 0: these are numbers
+        opened(tmp_path / "data", val=write_csv(tmp_path / "val.csv", ["path", "label"], ["b.mp4", "0"], ["c.mp4", "10"]))
+
+
+def test_numbers_of_named_classes_are_written_as_names(tmp_path, folders):
+    val = write_csv(tmp_path / "val.csv", ["path", "label"], ["b.mp4", "1"], ["c.mp4", "0"])
+    data = opened(folders, val=val)
+    data.write(tmp_path / "split.csv")
+    again = opened(tmp_path / "split.csv")
+    assert facts(again) == facts(data)
+    assert [item.label for item in again.val.items] == [1, 0]
+
+
+def test_the_models_classes_stay_in_its_order(folders):
+    """Whatever the order of the folders; the classes of other data replace them."""
+    order = ("run", "Überholen, left", "fall")
+    assert opened(folders, classes=order).train.classes == order
+    assert opened(folders, classes=(*order, "walk")).train.classes == tuple(sorted(order))
 
 
 def test_extracted_frames_are_divided_and_written(tmp_path):

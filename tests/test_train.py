@@ -248,10 +248,73 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(videos, tmp
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
+def test_a_resumed_run_takes_the_settings_of_the_first_command(videos, tmp_path):
+    """Options need not be repeated, and the reasons of the plan stay; a setting of the machine is chosen again."""
+    options = {**SMALL, "epochs": 2, "accumulate": 3, "flip_prob": 0.0}
+    stopping = {name: value for name, value in options.items() if name != "views"}
+
+    class Stop(Observer):
+        def logged(self, run, values):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(videos, output=tmp_path, observer=Stop(), **stopping)
+    before = json.loads((tmp_path / "train.json").read_text())
+    result = train(videos, output=tmp_path, resume=True, verbose=False, workers=1)
+    after = json.loads((tmp_path / "train.json").read_text())
+    assert {name for name in before if before[name] != after[name]} <= {"workers", "threads", "reasons"}
+    assert {name for name in before["reasons"] if before["reasons"][name] != after["reasons"].get(name)} <= {"workers", "threads"}
+    assert before["reasons"]["views"] == {line.name: line.reason for line in result.plan}["views"] != "given"
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+
+
+def test_epochs_of_a_plan_are_resumed(videos, tmp_path):
+    options = {name: value for name, value in SMALL.items() if name != "val_interval"}
+    train(videos, output=tmp_path, verbose=False, epochs=1, **options)
+    train(videos, output=tmp_path, verbose=False, resume=True)
+    assert len(steps(tmp_path)) == 3
+    train(videos, output=tmp_path, verbose=False, resume=True, steps=4)
+    assert len(steps(tmp_path)) == 4
+
+
+def test_a_class_with_another_name_is_refused(videos, tmp_path):
+    shutil.copytree(videos / "train", tmp_path / "data")
+    fit(tmp_path / "data", tmp_path / "run", epochs=1, val_fraction=0)
+    (tmp_path / "data" / CLASSES[0]).rename(tmp_path / "data" / "zigzag")
+    with pytest.raises(ValueError, match="classes and labels"):
+        fit(tmp_path / "data", tmp_path / "run", epochs=2, val_fraction=0, resume=True)
+
+
+def test_a_failed_validation_is_repeated(videos, tmp_path, monkeypatch):
+    """The epoch before it is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(videos, tmp_path / "run", epochs=1)
+    for output in (tmp_path / "whole", tmp_path / "run"):
+        result = fit(videos, output, epochs=1, resume=True)
+        assert [line["step"] for line in metrics(output) if "val_loss" in line] == [3]
+        assert (output / "best" / "model.safetensors").exists()
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(tmp_path / "whole"))
+    assert result.evaluation is not None
+
+
+def test_a_run_leaves_the_process_as_it_was(videos, tmp_path):
+    threads = torch.get_num_threads()
+    benchmark = torch.backends.cudnn.benchmark
+    with pytest.raises(ValueError, match="less than one step"):
+        fit(videos, tmp_path, epochs=1, batch_size=99, deterministic=True, threads=threads + 1)
+    assert torch.get_num_threads() == threads
+    assert torch.backends.cudnn.benchmark == benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_resume_trains_longer_and_refuses_other_settings(videos, tmp_path):
     fit(videos, tmp_path, epochs=1)
     with pytest.raises(ValueError, match=r"checkpoint\.pt.*settings: seed=0, now 1"):
         fit(videos, tmp_path, epochs=1, seed=1, resume=True)
+    with pytest.raises(ValueError, match=r"settings: .*recipe=None, now 'motion'"):
+        fit(videos, tmp_path, recipe="motion", resume=True)
     before = (tmp_path / "model.safetensors").read_bytes()
     fit(videos, tmp_path, epochs=1, workers=1, resume=True)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -443,7 +506,7 @@ def test_bad_files_are_replaced_and_listed(videos, tmp_path):
         ({"freeze": "head"}, ValueError, "freeze.*backbone.*'head'"),
         ({"views": "3"}, ValueError, "views.*'3'"),
         ({"group": "("}, ValueError, r"group.*'\('"),
-        ({"group": "x", "val": "y"}, ValueError, "group.*val=y"),
+        ({"group": "x", "val": "y"}, ValueError, "group='x'.*--val y"),
     ],
 )
 def test_errors(videos, tmp_path, options, error, message):

@@ -13,7 +13,7 @@ from videos import write_video
 import tpn
 from tpn.models.layers import freeze_batch_norm
 from tpn.training.evaluation import validate
-from tpn.training.loss import class_weights, epoch_batches
+from tpn.training.loss import class_weights, draw_weights, epoch_batches
 from tpn.training.state import Checkpoint, MetricsLog, RunningMeans, report_bad_files
 from tpn.video.datasets import VideoFolder
 
@@ -29,21 +29,21 @@ def test_class_weights():
 
 
 def test_every_video_is_drawn_once():
-    (batch,) = epoch_batches(TARGETS, 37, seed=1, epoch=0)
+    (batch,) = epoch_batches(37, 37, seed=1, epoch=0)
     assert sorted(index for index, _ in batch) == list(range(37))
     assert {draw for _, draw in batch} == {0}
-    assert epoch_batches(TARGETS, 37, seed=1, epoch=0) == [batch]
-    assert epoch_batches(TARGETS, 37, seed=1, epoch=1) != [batch]
-    assert epoch_batches(TARGETS, 37, seed=2, epoch=0) != [batch]
-    assert epoch_batches(TARGETS, 38, seed=1, epoch=0) == []
+    assert epoch_batches(37, 37, seed=1, epoch=0) == [batch]
+    assert epoch_batches(37, 37, seed=1, epoch=1) != [batch]
+    assert epoch_batches(37, 37, seed=2, epoch=0) != [batch]
+    assert epoch_batches(37, 38, seed=1, epoch=0) == []
 
 
 @pytest.mark.parametrize(("world", "size", "accumulate"), [(1, 6, 1), (2, 3, 1), (3, 2, 1), (1, 2, 3), (3, 1, 2)])
 def test_a_step_uses_the_same_videos_for_every_division(world, size, accumulate):
     """37 videos in steps of 6: the last video is dropped."""
-    whole = epoch_batches(TARGETS, 6, seed=3, epoch=5)
+    whole = epoch_batches(37, 6, seed=3, epoch=5)
     parts = [
-        epoch_batches(TARGETS, size, seed=3, epoch=5, accumulate=accumulate, rank=rank, world_size=world) for rank in range(world)
+        epoch_batches(37, size, seed=3, epoch=5, accumulate=accumulate, rank=rank, world_size=world) for rank in range(world)
     ]
     assert len(whole) == 6
     for step, expected in enumerate(whole):
@@ -54,10 +54,16 @@ def test_a_step_uses_the_same_videos_for_every_division(world, size, accumulate)
 def test_balanced_batches():
     counts = Counter()
     for epoch in range(60):
-        (batch,) = epoch_batches(TARGETS, 37, seed=0, epoch=epoch, balanced=True)
+        (batch,) = epoch_batches(37, 37, seed=0, epoch=epoch, weights=draw_weights(TARGETS))
         assert len(set(batch)) == 37  # a video that is drawn twice gives two different clips
         counts.update(LABELS[index] for index, _ in batch)
     assert max(counts.values()) < 1.15 * min(counts.values())
+
+
+def test_videos_without_a_class_are_drawn_like_one_more_class():
+    targets = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    weights = draw_weights(targets)
+    assert weights[3:].sum() == pytest.approx(float(weights[:2].sum()))
 
 
 def test_validation_leaves_frozen_batch_norms_frozen(tmp_path):
@@ -98,6 +104,14 @@ def test_metrics_resume_after_the_step_of_a_checkpoint(tmp_path):
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5, "grad_norm": None}]
 
 
+def test_a_validation_that_is_repeated_is_written_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    for values in ({"loss": 0.5}, {"val_loss": 0.6}):
+        log.write(3, values)
+    assert MetricsLog(tmp_path, 3, 3).lines == [{"step": 3, "loss": 0.5}, {"step": 3, "val_loss": 0.6}]
+    assert MetricsLog(tmp_path, 3, 0).lines == [{"step": 3, "loss": 0.5}]
+
+
 def test_running_means():
     means = RunningMeans(torch.device("cpu"))
     means.add(torch.tensor(1.0), torch.tensor([True, False]))
@@ -124,7 +138,7 @@ def test_file_that_is_not_a_checkpoint(tmp_path, content):
         checkpoint.load()
 
 
-def test_bad_files_are_reported_once_for_each_dataset(tmp_path):
+def test_bad_files_are_reported(tmp_path):
     checked = []
 
     class Bad:
@@ -134,9 +148,9 @@ def test_bad_files_are_reported_once_for_each_dataset(tmp_path):
         check_bad = checked.append
 
     path = tmp_path / "bad.txt"
-    assert report_bad_files(path, Bad(), Bad()) == 1
-    assert checked == [Bad().bad_files()] * 2
-    assert path.read_text() == "caf\\udce9.mp4\tnot a video\n"  # a name that is not Unicode is escaped
+    report_bad_files(path, Bad(), {"b.mp4": "empty"})
+    assert checked == [Bad().bad_files()]
+    assert path.read_text() == "caf\\udce9.mp4\tnot a video\nb.mp4\tempty\n"  # a name that is not Unicode is escaped
 
 
 def test_tensorboard_has_the_same_metrics(tmp_path):

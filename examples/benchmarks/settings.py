@@ -5,12 +5,11 @@
 
 A dataset is a folder with the lists fold0_train.txt and fold0_test.txt, fold1_train.txt, ... Each run trains on all videos of a
 training list, without validation, and is evaluated once on the test list. The same command resumes, also while another process
-works on the same output; `results.jsonl` has the results.
+works on the same output. `results.jsonl` has the results.
 """
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import tpn
 from tpn.cli.script import positive_int, run_cli
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # One change of the plan each, for the embedded weights
     "lr-3e-4": {**TINY, "lr": 3e-4},
     "lr-3e-3": {**TINY, "lr": 3e-3},
-    "sgd": {**TINY, "optimizer": "sgd", "lr": 0.02, "weight_decay": 1e-4},
+    "sgd": {**TINY, "optimizer": "sgd"},
     "backbone-lr-0.1": {**TINY, "backbone_lr": 0.1},
     "frozen": {**TINY, "freeze": "backbone"},
     "frozen-bn": {**TINY, "freeze": "bn"},
@@ -97,16 +97,12 @@ def fold_lists(data: Path) -> list[tuple[Path, Path]]:
 
 
 def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and test once, unless the result is there or another process has claimed the run."""
+    """Train and test once, unless the result is there or another process is at it."""
     run_name = f"{train.parent.name}-{train.stem.removesuffix('_train')}-{name}-{seed}"
-    claim = args.output / f"{run_name}.claim"
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
     folder = args.output / run_name
-    done = False
-    try:
+    with suppress(Timeout), FileLock(args.output / f"{run_name}.lock", timeout=0):
+        if (seed, train.stem) in read_results(args.output)[train.parent.name, name]:
+            return
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
         options = SETTINGS[name] | {"threads": args.threads, "workers": args.workers, "val_fraction": 0, "seed": seed}
@@ -128,19 +124,21 @@ def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace)
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
         shutil.rmtree(folder)
-        done = True
-    finally:
-        if not done:
-            claim.unlink()
 
 
-def print_table(output: Path, reference: str) -> None:
-    """Print mean accuracy, its standard deviation over seeds (of means over folds), and the difference to another setting."""
+def read_results(output: Path) -> dict[tuple[str, str], dict[tuple[int, str], dict[str, Any]]]:
+    """Return the rows of `results.jsonl`: for each (data, settings), by (seed, fold)."""
     runs: dict[tuple[str, str], dict[tuple[int, str], dict[str, Any]]] = defaultdict(dict)
     with suppress(FileNotFoundError):
         for line in (output / "results.jsonl").read_text().splitlines():
             row = json.loads(line)
             runs[row["data"], row["settings"]][row["seed"], row["fold"]] = row
+    return runs
+
+
+def print_table(output: Path, reference: str) -> None:
+    """Print mean accuracy, its standard deviation over seeds (of means over folds), and the difference to another setting."""
+    runs = read_results(output)
     print(f"| data | settings | top-1, % | spread over seeds | to {reference} | folds x seeds | minutes |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for (data, name), rows in runs.items():

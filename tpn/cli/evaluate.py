@@ -1,7 +1,6 @@
 """The command evaluate."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from tpn.cli.app import (
     progress_bars,
     require_exists,
 )
+from tpn.cli.script import is_first_process
 
 if TYPE_CHECKING:
     from tpn.training.metrics import Evaluation
@@ -92,7 +92,7 @@ def evaluate(
             workers=workers,
             progress=show_progress,
         )
-    if _is_first_process():
+    if is_first_process():
         if dump is not None:
             metrics.write_probs(result, dump)
         _print_result(result, model, as_json)
@@ -104,15 +104,10 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _is_first_process() -> bool:
-    """Return whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
     """Yield a function that shows how many videos are done, in the first process."""
-    if not _is_first_process():
+    if not is_first_process():
         yield None
         return
     with progress_bars() as bars:

@@ -62,6 +62,11 @@ def one_line_message(error: BaseException) -> str:
     return next(iter(_from_worker(error).splitlines()), type(error).__name__)
 
 
+def is_first_process() -> bool:
+    """Return whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def positive_int(text: str) -> int:
     """Parse an integer >= 1; a `type` for argparse."""
     if not text.isdecimal() or int(text) < 1:

@@ -4,7 +4,6 @@ import errno
 import inspect
 import json
 import logging
-import os
 import shlex
 import sys
 import typing
@@ -20,7 +19,7 @@ import torch
 import typer
 
 from tpn.cli.app import app, err, require_exists
-from tpn.cli.script import error_message
+from tpn.cli.script import error_message, is_first_process
 from tpn.training.config import TrainConfig
 
 SHORT = {"model": "-m"}
@@ -52,7 +51,7 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     for name in [name for name in given if name.startswith(NEGATED)]:
         given[name.removeprefix(NEGATED)] = not given.pop(name)
-    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+    if not is_first_process():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     with advice():

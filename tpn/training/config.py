@@ -37,13 +37,13 @@ class TrainConfig:
     val: str | None = _option(None, "Data for validation. Default: a split of the data.", "Data")
     val_fraction: float = _option(0.2, "Share of each class for validation, if the data has no split.", "Data")
     group: str | None = _option(
-        None, "Regular expression for the part of a path that names its source; a source is never on both sides.", "Data"
+        None, "Regular expression for the part of a path that names its source; videos of one source stay in one split.", "Data"
     )
     root: str | None = _option(None, "Folder of relative paths in a list. Default: the folder of the list.", "Data")
     frames: str | None = _option(None, "File names of extracted frames, such as img_{:05d}.jpg.", "Data", metavar="TEMPLATE")
     first_frame: int = _option(1, "Number of the first extracted frame.", "Data")
     target_fps: float | None = _option(None, "Sample as if every video had this frame rate.", "Clips")
-    max_bad: float = _option(0.05, "Largest share of unreadable videos.", "Data")
+    max_bad: float = _option(0.05, "Stop if a larger share of videos is unreadable.", "Data")
     workers: int | None = _option(None, "Loader processes per device.", "Data")
 
     frame_interval: int | None = _option(None, "Use every n-th frame.", "Clips")
@@ -73,7 +73,7 @@ class TrainConfig:
     layer_decay: float | None = _option(None, "Factor of the learning rate from each layer to the one before it.", "Optimization")
     momentum: float = _option(0.9, "Momentum of sgd.", "Optimization")
     weight_decay: float | None = _option(None, "Weight decay.", "Optimization")
-    schedule: Literal["cosine", "multistep"] = _option("cosine", "Shape of the learning rate.", "Optimization")
+    schedule: Literal["cosine", "multistep"] = _option("cosine", "Learning rate schedule.", "Optimization")
     milestones: tuple[int, ...] = _option((75, 125), "Epochs after which multistep divides the rate by 10.", "Optimization")
     warmup: float | None = _option(None, "Share of the training in which the learning rate rises.", "Optimization")
     clip_grad: float = _option(40.0, "Largest gradient norm; 0: no limit.", "Optimization")
@@ -129,26 +129,24 @@ class TrainConfig:
                 re.compile(self.group)
             except re.error as error:
                 raise ValueError(f"group must be a regular expression, got {self.group!r}: {error}") from error
-            if self.val is not None:
-                raise ValueError(f"pass one of group and val: the data is not divided with val={self.val}")
         if self.frames is not None and self.target_fps is not None:
             raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {self.target_fps}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"pass one of steps and epochs, got steps={self.steps} and epochs={self.epochs}")
 
     @classmethod
-    def of(cls, recipe: str | None = None, **options: Any) -> "TrainConfig":
-        """Return the settings of a recipe, with options in place of some of them.
+    def of(cls, recipe: str | None = None, *, recorded: Mapping[str, Any] | None = None, **options: Any) -> "TrainConfig":
+        """Return the settings of a recipe, or those that an earlier run recorded, with options in place of some of them.
 
         Raises TypeError: no such option. ValueError: no such recipe, or an option is out of range.
         """
-        if recipe is not None and recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        base = dict(RECIPES.get(recipe or "", {}))
+        base = {**RECIPES.get(recipe or "", {}), **(recorded or {})}
+        if recipe is not None:
+            options["recipe"] = recipe
         for name, other in (("steps", "epochs"), ("epochs", "steps")):
             if options.get(name) is not None:
                 base.pop(other, None)
-        return cls(**{"recipe": recipe, **base, **options})
+        return cls(**{**base, **options})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields in types that JSON has."""

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tpn.config import InputSpec
+from tpn.models.classifier import TPNClassifier
 from tpn.training.config import TrainConfig
 from tpn.video import decode, lists, tables
 from tpn.video.datasets import Item, VideoDataset, open_dataset
@@ -20,8 +21,6 @@ from tpn.video.tables import Row
 
 PROBED = 100
 """Videos whose headers are read for the medians."""
-
-
 TRIES = 100
 """Random orders of the groups from which the best split is chosen; fewer if there are more than 10,000 videos."""
 
@@ -40,15 +39,24 @@ class TrainData:
     split: str
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the division as a table, CSV or Parquet. Training on this table gives the same division."""
-        parts = {"train": self.train, "val": self.val}
-        rows = [row for split, part in parts.items() if part is not None for row in _rows_of(part, split)]
+        """Write the division as a table, CSV or Parquet. Training on this table gives the same division.
+
+        Class names that are numbers would be read as numbers of classes; they are written as "class 1".
+        """
+        names = [str(i) for i in range(len(self.train.classes))] if self.train.numbered else list(self.train.classes)
+        if not self.train.numbered and lists.are_numbers(names):
+            names = [f"class {name}" for name in names]
+        rows = []
+        for split, part in {"train": self.train, "val": self.val}.items():
+            for item in part.items if part is not None else ():
+                labels, path_ = tuple(names[label] for label in item.labels), os.path.abspath(item.path)
+                rows.append(Row(None, path_, labels, item.start, item.end, split, item.group, item.num_frames))
         tables.write_table(path, rows, multi_label=self.train.multi_label)
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Numbers from which the plan follows.
+    """Statistics of the training data that the plan uses.
 
     Attributes:
         videos: number of training videos.
@@ -63,15 +71,17 @@ class DataFacts:
     fps: float | None
 
 
-def open_data(data: str, config: TrainConfig, spec: InputSpec, classes: Sequence[str] | None = None) -> TrainData:
+def open_data(data: str, config: TrainConfig, model: TPNClassifier) -> TrainData:
     """Open the data of a run, and divide it if it has no validation part.
+
+    The classes are in the order of the model's if they are the same, or if the labels are numbers and `config.keep_classes`.
 
     The validation part is the first of these that exists: `config.val`; a folder val, or test, beside a folder train; the rows of
     a table whose split is val, or test; a share `config.val_fraction` of each class. Rows for validation are never trained on.
 
     Args:
         data: a folder of class folders; a folder with such folders named train and val; or a table or list of videos.
-        classes: class names in the order of the labels. Default: from the training data.
+        model: with the classes of its weights.
     """
     options: dict[str, Any] = {
         "root": config.root,
@@ -85,7 +95,15 @@ def open_data(data: str, config: TrainConfig, spec: InputSpec, classes: Sequence
         if val is None:
             val, how = data, f"the folders {folders['train'].name} and {(folders.get('val') or folders['test']).name}"
         data = str(folders["train"])
-    whole = open_dataset(data, spec, train=True, classes=classes, **options)
+    spec: InputSpec = model.input_spec
+    whole = open_dataset(data, spec, train=True, **options)
+    keep = whole.multi_label == model.multi_label and whole.numbered and config.keep_classes
+    if model.labels and whole.classes != model.labels and (keep or set(whole.classes) == set(model.labels)):
+        whole = open_dataset(data, spec, train=True, classes=model.labels, **options)
+    if config.group is not None and (val is not None or any(item.split for item in whole.items)):
+        raise ValueError(
+            f"group={config.group!r} is not valid here: the data is divided already, by {how if val else 'the column split'}"
+        )
     if val is not None:
         given = open_validation(val, spec, classes=whole.classes, **options)
         train = whole.part(_train_items(data, whole), train=True)
@@ -114,6 +132,11 @@ def _train_items(source: str, data: VideoDataset) -> list[Item]:
     chosen = [item for item in data.items if item.split in ("", "train")]
     if not chosen:
         raise ValueError(f"{source}: no row is for training; expected rows whose split is train")
+    trained = {label for item in chosen for label in item.labels}
+    if absent := {label for item in data.items for label in item.labels} - trained:
+        raise ValueError(
+            f"{source}: no row for training has the class {data.classes[min(absent)]!r}; expected one for each class"
+        )
     return chosen
 
 
@@ -132,10 +155,6 @@ def _divide_by_column(source: str, data: VideoDataset) -> TrainData:
     if unmarked is not None:
         raise ValueError(f"{source}: row {unmarked.row}: expected the split train or val, as in other rows, got none")
     train = data.part(_train_items(source, data), train=True)
-    counts = zip(data.classes, data.class_counts, train.class_counts, strict=True)
-    absent = [name for name, total, in_train in counts if total and not in_train]
-    if absent:
-        raise ValueError(f"{source}: no row for training has the class {absent[0]!r}; expected one for each class")
     if len(train) == len(data):
         return TrainData(train, None, "no validation: the column split has only train")
     val = data.part(validation_items(data), train=False)
@@ -157,21 +176,11 @@ def _divide_by_class(data: VideoDataset, config: TrainConfig) -> TrainData:
         chosen = stratified_split(data.items, groups, config.val_fraction, seed=config.seed)
         how += ", segments of one video on both sides"
     if not any(chosen):
-        return TrainData(data, None, f"no validation: too few videos for a share of {config.val_fraction:g}")
+        what = "no group is small enough" if any(groups) else "too few videos"
+        return TrainData(data, None, f"no validation: {what} for a share of {config.val_fraction:g}")
     items = [replace(item, group=group) for item, group in zip(data.items, groups, strict=True)]
     parts = [[item for item, in_val in zip(items, chosen, strict=True) if in_val == side] for side in (False, True)]
     return TrainData(data.part(parts[0], train=True), data.part(parts[1], train=False), how)
-
-
-def _rows_of(data: VideoDataset, split: str) -> Iterator[Row]:
-    """Yield rows of a table from which the same items are read. Names that are numbers would be read as numbers of classes."""
-    names = [str(i) for i in range(len(data.classes))] if data.numbered else list(data.classes)
-    if not data.numbered and lists.are_numbers(names):
-        names = [f"class {name}" for name in names]
-    for item in data.items:
-        labels = tuple(names[label] for label in item.labels)
-        path = os.path.abspath(item.path)
-        yield Row(None, path, labels, item.start, item.end, split, item.group, item.num_frames)
 
 
 def groups_of(items: Sequence[Item], pattern: str | None) -> list[str]:
@@ -179,10 +188,11 @@ def groups_of(items: Sequence[Item], pattern: str | None) -> list[str]:
     if pattern is None:
         return [item.group for item in items]
     found = [re.search(pattern, item.path) for item in items]
-    missing = [item.path for item, match in zip(items, found, strict=True) if match is None]
+    groups = [match[match.lastindex or 0] if match else "" for match in found]
+    missing = [item.path for item, group in zip(items, groups, strict=True) if not group]
     if missing:
-        raise ValueError(f"group {pattern!r} is not found in {len(missing)} paths, the first is {missing[0]}")
-    return [match[match.lastindex or 0] for match in found if match]
+        raise ValueError(f"group {pattern!r} finds nothing in {len(missing)} paths, the first is {missing[0]}")
+    return groups
 
 
 def stratified_split(items: Sequence[Item], groups: Sequence[str], fraction: float, *, seed: int = 0) -> list[bool]:
@@ -250,10 +260,3 @@ def facts_of(data: VideoDataset, target_fps: float | None = None) -> DataFacts:
         if fps:
             rates.append(fps)
     return DataFacts(len(data), data.class_counts, median(frames) if frames else None, median(rates) if rates else None)
-
-
-def with_spec(data: VideoDataset, spec: InputSpec, **transform: object) -> VideoDataset:
-    """Return the same videos for another input spec; `transform` are arguments of the training transform."""
-    part = data.part(data.items, train=data.train)
-    part.use_spec(spec, **transform)
-    return part

@@ -237,7 +237,7 @@ def _open_model(
         spec = spec.with_views(*parse_views(views))
     if target_fps is not None:
         spec = replace(spec, target_fps=target_fps)
-    if network is not model:
+    if isinstance(model, str | os.PathLike):
         network.input_spec = spec  # a compiled model is compiled for these views
     return name, network, spec
 
@@ -248,7 +248,7 @@ def _check_classes(model: TPNClassifier, data: VideoDataset, source: PathLike) -
         raise ValueError(f"{source} has {len(data.classes)} classes, but the model has {model.num_classes}")
     if data.multi_label and not model.multi_label:
         raise ValueError(
-            f"{source} has videos with several classes, but the model is for one class; train it with multi_label=True"
+            f"{source} has videos with several classes, but the model is for one class; train a model on multi-label data"
         )
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,13 @@ from tpn.training.console import TrainingConsole
 from tpn.training.data import DataFacts, facts_of
 from tpn.training.distributed import broadcast_bn_stats, join_processes, run_on_rank0
 from tpn.training.evaluation import validate
-from tpn.training.loss import TrainingLoss, class_weights, epoch_batches
+from tpn.training.loss import TrainingLoss, class_weights, draw_weights, epoch_batches
 from tpn.training.metrics import Evaluation
 from tpn.training.mix import Mix
 from tpn.training.observer import Interrupted, Observer
 from tpn.training.plan import PlanLine, make_plan
 from tpn.training.report import write_run_report
-from tpn.training.setup import build, clips_of, make_optimizer, make_schedule, prepare, recorded_settings, required
+from tpn.training.setup import build, make_optimizer, make_schedule, prepare, recorded_settings, required, set_clips
 from tpn.training.state import Checkpoint, MetricsLog, RunningMeans, check_finite, locked_folder, report_bad_files
 from tpn.version import __version__
 from tpn.zoo.saved import save_pretrained
@@ -81,12 +81,12 @@ def train(
     """Train a model on labelled videos, or fine-tune a published one.
 
     Args:
-        data: a folder of class folders, a folder with such folders named train and val, or a list of videos.
+        data: a folder of class folders, a folder with such folders named train and val, or a table or list of videos.
         output: folder for the model, the checkpoint, the metrics and the report.
         resume: continue the interrupted run in `output`.
         dry_run: make the plan and return, without training.
         verbose: print what was understood, the plan, and progress.
-        observer: is told about progress instead.
+        observer: receives the progress in place of the console.
         **options: fields of `TrainConfig`; `recipe` selects complete published settings.
 
     Returns:
@@ -102,21 +102,34 @@ def train(
         observer = TrainingConsole()
     config = TrainConfig.of(**options)
     folder = Path(output)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world, place = join_processes(device)
-    threads = torch.get_num_threads()
-    with nullcontext() if dry_run else locked_folder(folder):
-        process: dict[str, Any] = {"rank": rank, "world": world, "device": place}
-        run = Run(os.fspath(data), folder, config, observer=observer, resume=resume, **process)
+    rank, world, device = join_processes(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _process_state(), nullcontext() if dry_run else locked_folder(folder):
+        reasons = None
+        if resume and (recorded := run_on_rank0(lambda: recorded_settings(folder))) is not None:
+            settings, reasons = recorded
+            config = TrainConfig.of(recorded=settings, **options)
+            reasons |= dict.fromkeys(options.keys() & settings.keys(), "given")
+        run = Run(os.fspath(data), folder, config, rank=rank, world=world, device=device, observer=observer, recorded=reasons)
         if dry_run:
             run.observer.planned(run)
-            torch.set_num_threads(threads)
             return run.result(None)
         try:
             return run.fit(resume=resume)
         finally:
             run.observer.close()
-            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """Restore what a run changes in the process: threads, and how PyTorch chooses algorithms."""
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 class Run:
@@ -132,7 +145,7 @@ class Run:
         world: int,
         device: torch.device,
         observer: Observer | None,
-        resume: bool = False,
+        recorded: Mapping[str, str] | None = None,
     ) -> None:
         self.source, self.folder, self.rank, self.world, self.device = data, folder, rank, world, device
         self.observer = observer if observer is not None and rank == 0 else Observer()
@@ -142,20 +155,26 @@ class Run:
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.manual_seed(config.seed)
         model, self.data, self.weights, self.new_classifier = build(data, config)
-        self.facts: DataFacts = facts_of(self.data.train, config.target_fps or model.input_spec.target_fps)
-        before = run_on_rank0(lambda: recorded_settings(folder)) if resume else {}
-        place: dict[str, Any] = {"device": device, "world_size": world, "before": before}
-        self.config, self.plan = make_plan(config, self.facts, model, self.weights, **place)
+        fps = config.target_fps or model.input_spec.target_fps
+        self.facts: DataFacts = run_on_rank0(lambda: facts_of(self.data.train, fps))
+        self.config, self.plan = make_plan(
+            config, self.facts, model, self.weights, device=device, world_size=world, recorded=recorded
+        )
         config = self.config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        model.input_spec, self.data = clips_of(model, self.data, config)
+        set_clips(model, self.data, config)
         prepare(model, config)
         self.model = model.to(device)
-        targets = self.data.train.targets
+        train = self.data.train
+        self.draw_weights = draw_weights(train.targets) if config.balanced else None
         mix = Mix(required(config.mixup), required(config.cutmix), model.num_classes) if config.mixup or config.cutmix else None
         network: Any = TrainingLoss(
-            model, config.aux_weight, class_weights(targets) if config.class_weights else None, config.label_smoothing or 0.0, mix
+            model,
+            config.aux_weight,
+            class_weights(train.targets) if config.class_weights else None,
+            config.label_smoothing or 0.0,
+            mix,
         ).to(device)
         if config.sync_bn and world > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -176,16 +195,12 @@ class Run:
         self.saved_model: TPNClassifier = self.ema.module if self.ema else model
         self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.means = RunningMeans(device)
-        self.step = self.skipped = self.skipped_in_a_row = self.without_progress = 0
+        self.step = self.validated_step = self.skipped = self.skipped_in_a_row = self.without_progress = 0
         self.best = -1.0
         self.stop_signal = 0
         self.evaluation: Evaluation | None = None
         self.log: MetricsLog | None = None
         self.checkpoint = self._checkpoint()
-
-    @property
-    def epoch(self) -> int:
-        return self.step // self.epoch_steps
 
     def fit(self, *, resume: bool) -> TrainResult:
         """Train to the end."""
@@ -196,7 +211,7 @@ class Run:
         elif run_on_rank0((self.folder / "model.safetensors").exists):
             raise ValueError(f"{self.folder} already has a model; choose another output")
         if self.rank == 0:
-            self.log = MetricsLog(self.folder, self.step)
+            self.log = MetricsLog(self.folder, self.step, self.validated_step)
             with atomic_write(self.folder / "train.json") as unfinished:
                 about: dict[str, Any] = {"tpn": __version__, "data": os.path.abspath(self.source)}
                 about["reasons"] = {line.name: line.reason for line in self.plan}
@@ -204,8 +219,18 @@ class Run:
             self.data.write(self.folder / "split.csv")
         self.observer.planned(self)
         with self._catching_signals():
-            while self.step < self.total_steps and not self._is_stopped_early():
-                self._train_epoch()
+            while True:
+                if self.stop_signal and self.step < self.total_steps:
+                    raise Interrupted(self.stop_signal, self.step)
+                if self._validation_is_due():
+                    self._validate()
+                    self.save_checkpoint()
+                elif self.step < self.total_steps and not self._is_stopped_early():
+                    self._train_epoch()
+                else:
+                    break
+                unread = self.evaluation.failed if self.evaluation is not None else {}
+                report_bad_files(self.folder / "bad_files.txt", self.data.train, unread)
         if self.data.val and self.evaluation is None:  # a finished run is resumed
             self.evaluation = self._evaluate()
         evaluation = self._save_result()
@@ -216,25 +241,28 @@ class Run:
         return TrainResult(self.saved_model.eval(), self.folder, self.plan, evaluation)
 
     def _train_epoch(self) -> None:
-        """Train to the end of the epoch, or of the run, then validate and save."""
-        config, epoch = self.config, self.epoch
-        train = self.data.train
+        """Train to the end of the epoch, or of the run, and save a checkpoint."""
+        config, train = self.config, self.data.train
+        epoch = self.step // self.epoch_steps
         train.set_epoch(epoch)
-        order: dict[str, Any] = {
-            "accumulate": config.accumulate,
-            "balanced": config.balanced,
-            "seed": config.seed,
-            "epoch": epoch,
-        }
-        batches = epoch_batches(train.targets, required(config.batch_size), rank=self.rank, world_size=self.world, **order)
-        batches = batches[self.step % self.epoch_steps * config.accumulate :]  # a resumed epoch
-        pin = self.device.type == "cuda"
-        options: dict[str, Any] = {
-            "num_workers": required(config.workers),
-            "pin_memory": pin,
-            "worker_init_fn": _leave_signals_to_the_run,
-        }
-        clips = iter(DataLoader(train, batch_sampler=batches, **options))
+        batches = epoch_batches(
+            len(train),
+            required(config.batch_size),
+            seed=config.seed,
+            epoch=epoch,
+            accumulate=config.accumulate,
+            weights=self.draw_weights,
+            rank=self.rank,
+            world_size=self.world,
+        )
+        loader = DataLoader(
+            train,
+            batch_sampler=batches[self.step % self.epoch_steps * config.accumulate :],  # a resumed epoch
+            num_workers=required(config.workers),
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_run,
+        )
+        clips = iter(loader)
         self.model.train()
         if config.freeze != "none":
             freeze_batch_norm(self.model if config.freeze == "bn" else self.model.backbone)
@@ -247,25 +275,15 @@ class Run:
                 self._write(
                     {"epoch": epoch} | self.means.read() | rates | clock.read(self.step, self.batch) | {"grad_norm": norm}
                 )
-            if self.stop_signal and self.step < end:
-                self.save_checkpoint()
-                raise Interrupted(self.stop_signal, self.step)
+            if self.stop_signal:
+                break
             due = config.checkpoint_interval and self.step % config.checkpoint_interval == 0
             if due and self.step < end:
                 self.save_checkpoint()
         del clips  # ends the loader processes
-        broadcast_bn_stats(self.model, self.saved_model)
-        try:
-            if self.data.val and ((epoch + 1) % required(self.config.val_interval) == 0 or self.step == self.total_steps):
-                self._validate(epoch)
-        except Exception:
-            if self.world == 1:  # the epoch is kept, without its validation
-                self.save_checkpoint()
-            raise
+        if self.step == end:
+            broadcast_bn_stats(self.model, self.saved_model)
         self.save_checkpoint()
-        report_bad_files(self.folder / "bad_files.txt", train, also=self.evaluation.failed if self.evaluation else {})
-        if self.stop_signal and self.step < self.total_steps:
-            raise Interrupted(self.stop_signal, self.step)
 
     def _train_step(self, clips: Iterator[tuple[Tensor, Tensor]], clock: "_Clock") -> float:
         """Take one step; return the gradient norm. A step whose gradient is not finite changes nothing, and is counted."""
@@ -288,13 +306,13 @@ class Run:
         if math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
+            if self.ema:
+                self.ema.update(self.model, self.step + 1)
         else:
             self._skip(before)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
-        if self.ema:
-            self.ema.update(self.model, self.step)
         self.observer.stepped(self, loss)
         return norm
 
@@ -313,11 +331,18 @@ class Run:
         self.observer.validating(self)
         return validate(self.saved_model, required(self.data.val), workers=required(self.config.workers), amp=self.amp)
 
-    def _validate(self, epoch: int) -> None:
+    def _validation_is_due(self) -> bool:
+        epochs, rest = divmod(self.step, self.epoch_steps)
+        at_interval = rest == 0 and epochs % required(self.config.val_interval) == 0
+        return self.data.val is not None and self.step > self.validated_step and (at_interval or self.step == self.total_steps)
+
+    def _validate(self) -> None:
         self.evaluation = self._evaluate()
         required(self.data.val).check_bad(self.evaluation.failed)
         metrics = self.evaluation.metrics
+        epoch = (self.step - 1) // self.epoch_steps
         self._write({"epoch": epoch} | {f"val_{name}": value for name, value in metrics.items()})
+        self.validated_step = self.step
         value = metrics[self.evaluation.main_metric]
         if value > self.best:
             self.best, self.without_progress = value, 0
@@ -350,12 +375,13 @@ class Run:
         settings |= {
             "devices": self.world,
             "videos": len(train),
-            "checksum of their labels": zlib.crc32(repr(train.labels).encode()),
+            "checksum of their classes and labels": zlib.crc32(repr((train.classes, train.labels)).encode()),
         }
         return Checkpoint(self.folder / "checkpoint.pt", parts, settings)
 
     def save_checkpoint(self) -> None:
-        progress: dict[str, Any] = {name: getattr(self, name) for name in ("step", "best", "skipped", "without_progress")}
+        names = ("step", "validated_step", "best", "skipped", "without_progress")
+        progress: dict[str, Any] = {name: getattr(self, name) for name in names}
         progress["sums"] = self.means.collect()
         if self.rank == 0:
             self.checkpoint.save(progress)

@@ -72,14 +72,24 @@ def class_weights(targets: Tensor) -> Tensor:
     return targets.sum() / (counts > 0).sum() / counts.clamp(min=1) * (counts > 0)
 
 
+def draw_weights(targets: Tensor) -> Tensor:
+    """Return the weights (N,) with which videos are drawn so that all classes are equally frequent, given their targets (N, K).
+
+    Videos without a class count as one more class.
+    """
+    without = (targets.sum(dim=1, keepdim=True) == 0).to(targets.dtype)
+    targets = torch.cat((targets, without), dim=1)
+    return (targets * class_weights(targets)).amax(dim=1)
+
+
 def epoch_batches(
-    targets: Tensor,
+    count: int,
     batch_size: int,
     *,
     seed: int,
     epoch: int,
     accumulate: int = 1,
-    balanced: bool = False,
+    weights: Tensor | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[list[tuple[int, int]]]:
@@ -89,22 +99,20 @@ def epoch_batches(
     dropped. To resume within an epoch, skip the first batches.
 
     Args:
-        targets: (N, K), 1 for the classes of each video and 0 for all others.
+        count: number of videos, N.
         batch_size: clips per process and forward pass.
         seed, epoch: determine the order.
         accumulate: forward passes per step.
-        balanced: draw all classes equally often, with replacement. Default: every video once.
+        weights: (N,), with which videos are drawn with replacement. Default: every video once.
         rank, world_size: of this process.
 
     Returns:
         a list of (index, draw) for each forward pass, the items that `VideoDataset` takes.
     """
-    count = len(targets)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order, draws = torch.randperm(count, generator=rng), torch.zeros(count, dtype=torch.int64)
-    if balanced:
-        rarity = (targets * class_weights(targets)).amax(dim=1)
-        order = torch.multinomial(rarity, count, replacement=True, generator=rng)
+    if weights is not None:
+        order = torch.multinomial(weights, count, replacement=True, generator=rng)
         draws = torch.arange(count)  # a video that is drawn twice gives two different clips
     step = batch_size * accumulate * world_size
     items = torch.stack((order, draws), dim=1)[: count // step * step]

@@ -51,10 +51,8 @@ class Evaluation:
         labels = self.targets.argmax(axis=1)
         order = (-self.probs).argsort(axis=1, kind="stable")
         hits = order[:, : min(5, len(self.classes))] == labels[:, None]
-        counts = self.confusion.sum(axis=1)
-        per_class = self.confusion.diagonal()[counts > 0] / counts[counts > 0]
         loss = -np.log(np.take_along_axis(probs, labels[:, None], axis=1)).mean()
-        shares = {"top1": hits[:, 0].mean(), "top5": hits.any(axis=1).mean(), "mean_class": per_class.mean()}
+        shares = {"top1": hits[:, 0].mean(), "top5": hits.any(axis=1).mean(), "mean_class": np.nanmean(self.class_accuracy)}
         return {name: 100 * float(value) for name, value in shares.items()} | {"loss": float(loss)}
 
     @property
@@ -73,6 +71,21 @@ class Evaluation:
         counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
         np.add.at(counts, (self.targets.argmax(axis=1), self.probs.argmax(axis=1)), 1)
         return counts
+
+    @property
+    def class_accuracy(self) -> NDArray[np.float64]:
+        """Return the accuracy of each class, (K,), NaN for classes without a video; single-label data only."""
+        counts = self.confusion.sum(axis=1)
+        return self.confusion.diagonal() / np.where(counts > 0, counts, np.nan)
+
+    @property
+    def frequent_errors(self) -> list[tuple[str, int]]:
+        """Return for each class the class that it is most often taken for, and how often; single-label data only."""
+        errors = self.confusion.copy()
+        np.fill_diagonal(errors, 0)
+        return [
+            (self.classes[most] if row[most] else "", int(row[most])) for row, most in zip(errors, errors.argmax(1), strict=True)
+        ]
 
     @cached_property
     def average_precision(self) -> NDArray[np.float64]:
@@ -103,17 +116,13 @@ def summary_of(evaluation: Evaluation, *, model: str) -> dict[str, Any]:
 
 def per_class_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Return the header and one row per class: videos, and accuracy and most frequent error, or average precision."""
-    counts = evaluation.targets.sum(axis=0).astype(int)
+    scores = evaluation.average_precision if evaluation.multi_label else evaluation.class_accuracy
+    texts = ["" if np.isnan(score) else f"{100 * score:.2f}" for score in scores]
+    counts = map(str, evaluation.targets.sum(axis=0).astype(int))
+    rows = [list(row) for row in zip(evaluation.classes, counts, texts, strict=True)]
     if evaluation.multi_label:
-        values = ["" if np.isnan(value) else f"{100 * value:.2f}" for value in evaluation.average_precision]
-        rows = [[name, str(count), value] for name, count, value in zip(evaluation.classes, counts, values, strict=True)]
         return ["class", "videos", "average precision"], rows
-    rows = []
-    for label, row in enumerate(evaluation.confusion):
-        others = np.where(np.arange(len(row)) == label, 0, row)
-        accuracy = f"{100 * row[label] / counts[label]:.2f}" if counts[label] else ""
-        error = evaluation.classes[int(others.argmax())] if others.any() else ""
-        rows.append([evaluation.classes[label], str(counts[label]), accuracy, error])
+    rows = [[*row, error] for row, (error, _) in zip(rows, evaluation.frequent_errors, strict=True)]
     return ["class", "videos", "top1", "most frequent error"], rows
 
 

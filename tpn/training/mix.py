@@ -32,8 +32,6 @@ class Mix(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's compiler fails on torchvision's tensor types
     def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.methods:
-            return clips, targets
         method = self.methods[int(torch.randint(len(self.methods), ()))]
         mixed, targets = method(tv_tensors.Video(clips), targets)  # torchvision takes batches of 5 dimensions as videos only
         return mixed.as_subclass(Tensor), targets

@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Observer:
-    """Is told about a run; this one does nothing."""
+    """Receive the progress of a run. The base class does nothing."""
 
     def planned(self, run: "Run") -> None:
         """The run is set up, nothing is trained yet."""

@@ -16,6 +16,7 @@ from tpn.config import InputSpec
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import RECIPES, TrainConfig
 from tpn.training.data import DataFacts
+from tpn.video.sampling import clip_span
 
 T = TypeVar("T")
 
@@ -43,9 +44,12 @@ class PlanLine:
 class _Plan:
     """The settings, completed one by one."""
 
-    def __init__(self, config: TrainConfig, before: Mapping[str, Any]) -> None:
-        self.config, self.before, self.lines = config, before, list[PlanLine]()
+    def __init__(self, config: TrainConfig, recorded: Mapping[str, str]) -> None:
+        self.config = config
         self.recipe = dict(RECIPES.get(config.recipe or "", {}))
+        self.lines = [
+            PlanLine(name, value, reason) for name, reason in recorded.items() if (value := getattr(config, name)) is not None
+        ]
         for name in self.recipe:
             self.choose(name, None, "")
 
@@ -54,8 +58,6 @@ class _Plan:
         given: T | None = getattr(self.config, name)
         if given is not None:
             value, reason = given, f"recipe {self.config.recipe}" if given == self.recipe.get(name) else "given"
-        elif self.before.get(name) is not None:
-            value, reason = self.before[name], "as before the interruption"
         change: dict[str, Any] = {name: value}
         self.config = replace(self.config, **change)
         if any(line.name == name for line in self.lines):
@@ -72,7 +74,7 @@ def make_plan(
     *,
     device: torch.device,
     world_size: int = 1,
-    before: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, str] | None = None,
 ) -> tuple[TrainConfig, list[PlanLine]]:
     """Return the complete settings, and a line for each that the plan chooses.
 
@@ -83,10 +85,11 @@ def make_plan(
         start: the weights that training starts from.
         device: of the run.
         world_size: number of processes.
-        before: settings of the run that is resumed.
+        recorded: of a run that is resumed, the reasons for the settings, which `config` has. Only settings of the machine are
+            chosen again.
     """
-    plan = _Plan(config, before or {})
-    if config.recipe is None:
+    plan = _Plan(config, recorded or {})
+    if config.recipe is None and recorded is None:
         _choose_clips(plan, facts, model.input_spec)
         _choose_learning_part(plan, model.input_spec, start, device)
         _choose_optimization(plan, facts, start, device, world_size)
@@ -102,12 +105,12 @@ def _choose_clips(plan: _Plan, facts: DataFacts, spec: InputSpec) -> None:
     interval, reason = spec.frame_interval, "the model's; no header states the length of a video"
     if facts.frames is not None:
         interval = max(1, min(int((facts.frames - 1) / max(spec.num_frames - 1, 1)), round((facts.fps or 30) / 2)))
-        span = interval * (spec.num_frames - 1) + 1
+        span = clip_span(spec.num_frames, interval)
         reason = f"{spec.num_frames} frames then span {span} of {facts.frames:g}, the median length of a video"
     interval = plan.choose("frame_interval", interval, reason)
     clips = 3
     if facts.frames is not None:
-        clips = min(max(round(facts.frames / (interval * (spec.num_frames - 1) + 1)), 1), 10)
+        clips = min(max(round(facts.frames / clip_span(spec.num_frames, interval)), 1), 10)
     plan.choose("views", f"{clips}x1", "one clip covers a video" if clips == 1 else f"{clips} clips cover a video")
 
 
@@ -118,8 +121,7 @@ def _choose_learning_part(plan: _Plan, spec: InputSpec, start: str, device: torc
     plan.choose("freeze", "backbone", "its image weights are kept: as accurate on few videos, and several times as fast on a CPU")
     if spec.crop_size > CPU_CROP:
         speed = (spec.crop_size / CPU_CROP) ** 2
-        size = plan.choose("crop_size", CPU_CROP, f"a CPU is {speed:.0f} times as fast as with {spec.crop_size}")
-        plan.choose("short_side", round(size * 8 / 7), "leaves a margin around the crop")
+        plan.choose("crop_size", CPU_CROP, f"a CPU is {speed:.0f} times as fast as with {spec.crop_size}")
 
 
 def _choose_optimization(plan: _Plan, facts: DataFacts, start: str, device: torch.device, world_size: int) -> None:
@@ -127,20 +129,24 @@ def _choose_optimization(plan: _Plan, facts: DataFacts, start: str, device: torc
     batch = plan.choose("batch_size", size, "clips per device") * world_size * plan.config.accumulate
     epoch_steps = max(facts.videos // batch, 1)
     epochs = plan.config.epochs
-    if epochs is None and plan.config.steps is None:
-        epochs = plan.before.get("epochs")
     if epochs is None:
         per_video, least = (12, 3_000) if plan.config.freeze == "backbone" else (30, 6_000)
         steps = max(round(min(max(per_video * facts.videos, least), 200_000) / batch), MIN_STEPS)
         repeats = f"each of {facts.videos} videos about {steps * batch / facts.videos:.0f} times"
         steps = plan.choose("steps", steps, f"{steps * batch:,} clips, {repeats}")
         epochs = math.ceil(steps / epoch_steps)
-    plan.choose("val_interval", max(1, round(epochs / 10)), f"about ten validations in {epochs} epochs")
-    plan.choose("optimizer", "adamw", "needs less tuning of the learning rate than sgd")
-    plan.choose("lr", 1e-3 if start == "random" or facts.videos < 5_000 else 3e-4, f"adamw, steps of {batch} clips")
+    interval = max(1, round(epochs / 10))
+    plan.choose("val_interval", interval, f"{-(-epochs // interval)} validations in {epochs} epochs")
+    optimizer = plan.choose("optimizer", "adamw", "needs less tuning of the learning rate than sgd")
+    if optimizer not in ("adamw", "sgd") and plan.config.lr is None:
+        raise ValueError(f"optimizer={optimizer!r} needs lr: the plan knows learning rates of adamw and sgd only")
+    lr, weight_decay = 1e-3 if start == "random" or facts.videos < 5_000 else 3e-4, 0.05
+    if optimizer == "sgd":
+        lr, weight_decay = 20 * lr, 1e-4
+    plan.choose("lr", lr, f"{optimizer}, steps of {batch} clips")
     plan.choose("lr_batch", batch, "the learning rate is for these steps")
-    plan.choose("weight_decay", 0.05, "adamw")
-    plan.choose("warmup", 0.1, "share of the steps; the new classifiers start from random values")
+    plan.choose("weight_decay", weight_decay, optimizer)
+    plan.choose("warmup", 0.1, "share of the steps in which the learning rate rises")
     plan.choose("backbone_lr", 1.0, "one rate for all that learns")
     plan.choose("label_smoothing", 0.1, "limits the confidence in labels")
     plan.choose("ema", 0.0, "the learning rate falls to 0, which averages already")

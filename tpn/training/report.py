@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,8 +267,11 @@ def _classes(evaluation: Evaluation) -> str:
         heads: Row = ("videos missed", "wrong videos")
         note = "Missed and wrong videos are counted at a probability of 50%. "
     else:
-        scores, name = evaluation.confusion.diagonal() / np.where(videos > 0, videos, np.nan), "accuracy"
-        details = [(error,) for error in _frequent_errors(evaluation)]
+        scores, name = evaluation.class_accuracy, "accuracy"
+        details = [
+            (f"{_text(error)} <span class=soft>({plural(count, 'video')})</span>" if error else "",)
+            for error, count in evaluation.frequent_errors
+        ]
         heads, note = ("most frequent error",), ""
     rows = []
     for k in np.argsort(scores, kind="stable").tolist():  # NaN last
@@ -279,17 +282,6 @@ def _classes(evaluation: Evaluation) -> str:
     return _section(
         "Classes", f"{note}The weakest classes come first.", _table(("class", "videos", name, "", *heads), rows, numbers)
     )
-
-
-def _frequent_errors(evaluation: Evaluation) -> Iterable[str]:
-    """Return for each class the class that it is most often taken for."""
-    errors = evaluation.confusion.copy()
-    np.fill_diagonal(errors, 0)
-    for row in errors:
-        most = int(row.argmax())
-        yield (
-            f"{_text(evaluation.classes[most])} <span class=soft>({plural(int(row[most]), 'video')})</span>" if row[most] else ""
-        )
 
 
 def _mistakes(evaluation: Evaluation, data: VideoDataset) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from tpn.config import InputSpec, parse_views
 from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import channels_last
 from tpn.training.config import TrainConfig
-from tpn.training.data import TrainData, open_data, with_spec
+from tpn.training.data import TrainData, open_data
 from tpn.zoo.create import create_model, is_saved
 
 T = TypeVar("T")
@@ -34,13 +34,10 @@ def build(data: str, config: TrainConfig) -> tuple[TPNClassifier, TrainData, str
     args = {"num_classes": 0, **config.model_args} if config.model == "tpn" else dict(config.model_args)  # classifiers follow
     weights: dict[str, Any] = {"checkpoint_path": start if is_file else None, "backbone_pretrained": start == "backbone"}
     model = create_model(config.model, start == "pretrained", **weights, **args)
-    parts = open_data(data, config, model.input_spec)
+    parts = open_data(data, config, model)
     if len(parts.train.classes) < 2 and not parts.train.multi_label:
         raise ValueError(f"{data} has one class, {parts.train.classes[0]!r}; training needs two or more")
-    keep = parts.train.numbered and config.keep_classes
-    same_task = parts.train.multi_label == model.multi_label
-    if model.labels and same_task and (keep or set(parts.train.classes) == set(model.labels)):
-        parts = open_data(data, config, model.input_spec, classes=model.labels)  # in the model's order
+    if parts.train.classes == model.labels and parts.train.multi_label == model.multi_label:
         return model, parts, start, False
     replaced = start != "random" and start != "backbone" and model.num_classes > 0
     model.reset_classifier(len(parts.train.classes), multi_label=parts.train.multi_label)
@@ -56,17 +53,22 @@ def default_weights(config: TrainConfig) -> str:
     return "backbone" if str(backbone).startswith(("timm/", "torchvision/")) else "random"
 
 
-def clips_of(model: TPNClassifier, data: TrainData, config: TrainConfig) -> tuple[InputSpec, TrainData]:
-    """Return the input spec of the trained model, and datasets that use it."""
-    changes: dict[str, Any] = {"three_crop_size": config.short_side}
-    changes |= {name: getattr(config, name) for name in ("short_side", "crop_size", "frame_interval", "target_fps")}
-    spec: InputSpec = replace(model.input_spec, **{name: value for name, value in changes.items() if value})
+def set_clips(model: TPNClassifier, data: TrainData, config: TrainConfig) -> None:
+    """Set the input spec of the model and of the datasets, and the augmentation."""
+    spec: InputSpec = model.input_spec
+    short_side = config.short_side
+    if short_side is None and config.crop_size is not None:  # crops show as much of a frame as before
+        short_side = round(spec.short_side * config.crop_size / spec.crop_size)
+    changes: dict[str, Any] = {"short_side": short_side, "three_crop_size": short_side}
+    changes |= {name: getattr(config, name) for name in ("crop_size", "frame_interval", "target_fps")}
+    spec = replace(spec, **{name: value for name, value in changes.items() if value is not None})
     spec = spec.with_views(*parse_views(config.views)) if config.views else spec
     names = ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")
     draws = {name: getattr(config, name) for name in names}
-    val_spec = spec.with_views(*parse_views(config.val_views)) if config.val_views else spec
-    val = data.val and with_spec(data.val, val_spec)
-    return spec, replace(data, train=with_spec(data.train, spec, **draws), val=val)
+    model.input_spec = spec
+    data.train.use_spec(spec, **draws)
+    if data.val is not None:
+        data.val.use_spec(spec.with_views(*parse_views(config.val_views)) if config.val_views else spec)
 
 
 def prepare(model: TPNClassifier, config: TrainConfig) -> None:
@@ -119,16 +121,19 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, lr: float, total_st
     return schedule
 
 
-def recorded_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder; empty if there is none."""
+def recorded_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Return the settings of the run in a folder, and their reasons, except for those of the machine; None if there is no run."""
     file = folder / "train.json"
     if not file.exists() or not (folder / "checkpoint.pt").exists():
-        return {}
+        return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        reasons: dict[str, str] = values["reasons"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); pass all settings of the run, and remove it") from error
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    names = {field.name for field in fields(TrainConfig)} - {"workers", "threads", "device"}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
+    return settings, {name: reason for name, reason in reasons.items() if name in names}
 
 
 def required(value: T | None) -> T:

@@ -105,13 +105,16 @@ class MetricsLog:
 
     Args:
         folder: for `metrics.jsonl` and `tensorboard/`; created if necessary.
-        step: at which the training starts or resumes. Metrics of later steps, from an interrupted run, are removed.
+        step, validated_step: at which the training starts or resumes, and of its last validation. Metrics of later steps and
+            validations, from an interrupted run, are removed.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, validated_step: int = 0) -> None:
         self.path, self.board = folder / "metrics.jsonl", None
         text = self.path.read_bytes().decode("utf-8", errors="replace") if self.path.exists() else ""
-        self.lines = [line for line in map(_parse, text.splitlines()) if line is not None and line["step"] <= step]
+        last = {True: validated_step, False: step}
+        lines = [line for line in map(_parse, text.splitlines()) if line is not None]
+        self.lines = [line for line in lines if line["step"] <= last["val_loss" in line]]
         with atomic_write(self.path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         if importlib.util.find_spec("tensorboard"):
@@ -193,32 +196,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def report_bad_files(path: Path, *datasets: VideoDataset, also: Mapping[str, str] | None = None) -> int:
+def report_bad_files(path: Path, data: VideoDataset, others: Mapping[str, str] | None = None) -> None:
     """Write the unreadable videos of all processes to a file, one "path<tab>reason" per line.
 
     In a distributed run, all processes must call it. Without unreadable videos, no file is written.
 
     Args:
         path: of the file.
-        datasets: datasets that have been read.
-        also: further videos with their reasons.
-
-    Returns:
-        the number of unreadable videos.
+        data: a dataset that has been read.
+        others: further videos with their reasons.
 
     Raises:
-        TooManyBadFilesError: in every process, if a dataset has more of them than its `max_bad` allows.
+        TooManyBadFilesError: in every process, if the dataset has more of them than its `max_bad` allows.
     """
-    by_process = all_gather_object([data.bad_files() for data in datasets])
-    by_dataset = [{file: reason for bad in parts for file, reason in bad.items()} for parts in zip(*by_process, strict=True)]
-    merged = {file: reason for bad in [*by_dataset, also or {}] for file, reason in bad.items()}
-    if merged and rank_and_world_size()[0] == 0:
-        lines = [f"{file}\t{reason}\n" for file, reason in merged.items()]
+    bad = {file: reason for part in all_gather_object(data.bad_files()) for file, reason in part.items()}
+    if (bad or others) and rank_and_world_size()[0] == 0:
+        lines = [f"{file}\t{reason}\n" for file, reason in {**bad, **(others or {})}.items()]
         with atomic_write(path) as unfinished:
             unfinished.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    for data, bad in zip(datasets, by_dataset, strict=True):
-        data.check_bad(bad)
-    return len(merged)
+    data.check_bad(bad)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -11,13 +11,9 @@ _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\ud
 """Control characters, line breaks, changes of direction, and bytes of a file name that are not UTF-8."""
 
 
-def printable(text: object, keep: str = "") -> str:
-    """Return a text with unprintable characters, except those in `keep`, written as escapes."""
-
-    def escape(match: re.Match[str]) -> str:
-        return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
-
-    return _UNPRINTABLE.sub(escape, str(text))
+def printable(text: object) -> str:
+    """Return a text with unprintable characters written as escapes."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def setting(value: Any) -> str:
@@ -67,7 +63,7 @@ def class_counts(classes: Sequence[str], counts: Sequence[int], *, shown: int = 
 def weights_line(start: str, new_classifier: bool, num_classes: int) -> str:
     """Return where the weights of a run come from."""
     origin = {
-        "pretrained": "the published weights of the model",
+        "pretrained": "the weights of the model",
         "backbone": "ImageNet weights of the backbone; all other weights are random",
         "random": "random weights",
     }.get(start, printable(start))

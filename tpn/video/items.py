@@ -64,7 +64,7 @@ def read_items(
     else:
         rows, multi_label = lists.read_list(file, folder, num_fields=num_fields), False
     labels = [label for row in rows for label in row.labels]
-    numbers, names = lists.encode_labels(file, labels, classes)
+    numbers, names, numbered = lists.encode_labels(file, labels, classes)
     if not rows:
         raise ValueError(f"{file}: the dataset has no videos: the file lists none, or all of them are missing")
     if not names:
@@ -75,7 +75,7 @@ def read_items(
         label = tuple(sorted({*islice(each, len(row.labels))}))
         item = Item(str(folder / row.path), label if multi_label else label[0], row.num_frames, row.start, row.end)
         items.append(replace(item, group=row.group, split=row.split, row=row.number))
-    return items, names, lists.are_numbers(labels)
+    return items, names, numbered
 
 
 def bad_reason(item: Item, error: Exception) -> str:

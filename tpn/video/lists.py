@@ -117,23 +117,24 @@ def are_numbers(labels: Collection[str]) -> bool:
     return all(label.isdecimal() for label in labels)
 
 
-def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    """Convert labels, which are all numbers or all class names, to numbers. Return them with the class names.
+def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] | None) -> tuple[list[int], list[str], bool]:
+    """Convert labels to numbers. Return them, the class names, and whether the labels are numbers themselves.
 
-    The default class names are "class 0", "class 1", ... for numbers, otherwise the sorted labels.
+    They are if all of them look like numbers, unless `classes` has them as names. The default class names are "class 0",
+    "class 1", ... for numbers, otherwise the sorted labels.
     """
-    if are_numbers(labels):
+    if are_numbers(labels) and not (classes is not None and set(labels) <= set(classes)):
         numbers = [int(label) for label in labels]
         largest = max(numbers, default=-1)
         names = list(classes) if classes is not None else [f"class {i}" for i in range(largest + 1)]
         if largest >= len(names):
             raise ValueError(f"{file}: label {largest} is out of range, there are {len(names)} classes, numbered from 0")
-        return numbers, names
+        return numbers, names, True
     names = list(classes) if classes is not None else sorted(set(labels))
     _refuse_joined_labels(file, labels, names if classes is not None else ())
     check_classes(file, labels, names)
     index = {name: i for i, name in reversed(list(enumerate(names)))}
-    return [index[label] for label in labels], names
+    return [index[label] for label in labels], names, False
 
 
 def _refuse_joined_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str]) -> None:
