@@ -85,6 +85,7 @@ def train(args: argparse.Namespace, name: str, seed: int, model_args: dict[str, 
     folder = args.output / f"{name} {seed}"
     if not (folder / "model.safetensors").exists():
         options = {"recipe": "motion", "model_args": model_args, "seed": seed, "epochs": args.epochs, "workers": args.workers}
+        options |= {"crop_area": (0.5, 1.0), "color_jitter": False, "label_smoothing": 0.0, "ema": 0.99}
         tpn.train(args.output / data, output=folder, val_fraction=0, resume=True, **options)
     return tpn.create_model(f"local-dir:{folder}")
 
