@@ -270,7 +270,7 @@ ALONE: Mapping[str, Action] = {
     "standing": stand,
     "walking": walk,
     "running": _run,
-    "jumping": _jump,
+    "leaping": _jump,
     "waving": _wave,
     "punching": _punch,
     "kicking": _kick,
