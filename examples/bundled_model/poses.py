@@ -1,4 +1,4 @@
-"""What the figures of `tpn.video.figures` do: functions from time to poses.
+"""What the figures of `figures.py` do: functions from time to poses.
 
 Lengths are in heights of a figure, times in seconds at a tempo of 1, angles in radians: limbs hang down at 0, the torso stands up
 at 0, and positive angles lean or reach forward.

@@ -1,7 +1,7 @@
 """Render a dataset of people: jointed figures that act alone or in pairs, before rooms and streets, and a camera that may move.
 
 Clothes, proportions, backgrounds, bystanders, blur, noise, and the motion of the camera are random; the class says what the
-figures do. `tpn.video.poses` has their movements.
+figures do. `poses.py` has their movements.
 """
 
 import os
@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-
-from tpn.video.poses import ALONE, TOGETHER, Pose, Style, stand, walk
+from poses import ALONE, TOGETHER, Pose, Style, stand, walk
 
 CLASSES = (*ALONE, *TOGETHER)
 WIDTH, HEIGHT, FPS = 112, 84, 24
