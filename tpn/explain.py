@@ -1,6 +1,6 @@
 """Explain a prediction: where in a clip the evidence for a class is, and how much each part of the pyramid adds to it.
 
-Occlusion maps and shares measure how far the logit of a class falls when something is removed: a box of the clip, a level, or a
+Occlusion maps and shares measure how far the logit of a class falls when something is removed: the motion in a box, a level, or a
 flow. Grad-CAM maps (Selvaraju et al., ICCV 2017, from captum) need two passes instead of one per box, but are less precise.
 """
 
@@ -175,17 +175,18 @@ def explain(
 
 
 def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cells: int = 4) -> tuple[Tensor, ...]:
-    """Return how far the logit of a class falls when a part of a clip is covered, as one map per level.
+    """Return how far the logit of a class falls when a part of a clip stands still, as one map per level.
 
-    Each clip is cut into `cells` boxes along time, height, and width. One box at a time is filled with its mean color. One level
-    receives the features of the covered clip, the others those of the whole clip. (Occlusion from captum supports one output per
-    pass, so it would run the backbone again for each level.)
+    Each clip is cut into `cells` boxes along time, height, and width. One box at a time shows the mean of all frames, in which
+    whatever moves is blurred. One level receives the features of that clip, the others those of the whole clip. A box of one color
+    would do more than to hide motion: it appears and disappears, which is a motion of its own. (Occlusion from captum supports one
+    output per pass, so it would run the backbone again for each level.)
 
     Args:
         model: a `TPNClassifier`. It does not change.
         clips: (B, C, T, H, W), normalized, with the device and dtype of the model.
         target: index of the class, or one index per clip, int64 (B,).
-        cells: the backbone runs on `cells ** 3` covered copies of each clip, in batches of `cells`.
+        cells: the backbone runs on `cells ** 3` changed copies of each clip, in batches of `cells`.
 
     Returns:
         One map per level, finest first, float32 (B, T, H, W) in logits. 0 where the part is evidence against the class.
@@ -197,15 +198,16 @@ def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cell
         batch = len(columns)  # all boxes of a row at once
         targets = torch.as_tensor(target, device=clips.device).expand(len(clips)).repeat(batch)
         features = [level.repeat(batch, 1, 1, 1, 1) for level in _head_features(model, clips)]
+        still = clips.mean(dim=2, keepdim=True).expand_as(clips)
         whole = _target_logits(model, features, targets)
         falls = whole.new_zeros(len(features), len(clips), len(times), len(rows), batch)
         for t, y in np.ndindex(len(times), len(rows)):
-            covered = []
+            changed_clips = []
             for column in columns:
                 box = (..., times[t], rows[y], column)
-                covered.append(clips.clone())
-                covered[-1][box] = clips[box].mean(dim=(2, 3, 4), keepdim=True)
-            for i, changed in enumerate(_head_features(model, torch.cat(covered))):
+                changed_clips.append(clips.clone())
+                changed_clips[-1][box] = still[box]
+            for i, changed in enumerate(_head_features(model, torch.cat(changed_clips))):
                 mixed = [*features[:i], changed, *features[i + 1 :]]
                 falls[i, :, t, y] = (whole - _target_logits(model, mixed, targets)).view(batch, len(clips)).T
     return tuple(F.interpolate(level[:, None], size, mode="trilinear")[:, 0] for level in falls.clamp(min=0))

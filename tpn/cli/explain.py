@@ -32,7 +32,7 @@ def explain(
     ] = None,
     method: Annotated[
         Literal["occlusion", "grad-cam"],
-        typer.Option(help="occlusion covers one part of the clip at a time. grad-cam is faster but less precise."),
+        typer.Option(help="occlusion stops the motion in one part of the clip at a time. grad-cam is faster but less precise."),
     ] = "occlusion",
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-explain.png"),
     video_output: Annotated[Path | None, typer.Option("--video", help="Also write the maps as a video, .mp4.")] = None,
