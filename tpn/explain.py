@@ -178,9 +178,9 @@ def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cell
     """Return how far the logit of a class falls when a part of a clip stands still, as one map per level.
 
     Each clip is cut into `cells` boxes along time, height, and width. One box at a time shows the mean of all frames, in which
-    whatever moves is blurred. One level receives the features of that clip, the others those of the whole clip. A box of one color
-    would do more than to hide motion: it appears and disappears, which is a motion of its own. (Occlusion from captum supports one
-    output per pass, so it would run the backbone again for each level.)
+    whatever moves is blurred. (A box of one color appears and disappears, which is a motion of its own.) One level receives the
+    features of that clip, the others those of the whole clip. Occlusion from captum supports one output per pass, so it would run
+    the backbone again for each level.
 
     Args:
         model: a `TPNClassifier`. It does not change.
