@@ -80,6 +80,7 @@ def test_training(monkeypatch, tmp_path):
     assert "'top1'" in done.stdout
     run, model = (tpn.create_model(f"local-dir:{tmp_path / name}") for name in ("run", "model"))
     assert model.labels == motion.CLASSES
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 4e6
     assert len(run.labels) == 36
     row = run.labels.index("jumping")
     for head in ("head", "aux_head"):

@@ -22,7 +22,6 @@ from safetensors.torch import save
 
 import tpn
 from tpn.training.config import RECIPES
-from tpn.video import motion
 from tpn.zoo import fetch
 from tpn.zoo.checkpoints import CHECKPOINTS, get_checkpoint
 from tpn.zoo.create import ModelInfo
@@ -109,8 +108,7 @@ def weights_page_says(said, folder, hub):
 
 def training_page_says(said, folder, hub):
     assert "2 videos in 2 classes, 0 unreadable" in said
-    assert tpn.create_model(f"local-dir:{folder / 'tiny'}").labels == motion.CLASSES
-    assert (folder / "tiny" / "model.safetensors").stat().st_size < 4e6
+    assert {"report.html", "model.safetensors", "split.csv"} <= {path.name for path in (folder / "runs" / "doors").iterdir()}
 
 
 def performance_page_says(said, folder, hub):
