@@ -330,6 +330,22 @@ def test_numbers_of_named_classes_are_written_as_names(tmp_path, folders):
     assert [item.label for item in again.val.items] == [1, 0]
 
 
+def test_a_group_needs_data_that_is_not_divided(tmp_path, folders):
+    table = write_csv(tmp_path / "t.csv", ["path", "label", "split"], ["a.mp4", "x", "train"], ["b.mp4", "y", "train"])
+    with pytest.raises(ValueError, match=r"group='a'.*column split"):
+        opened(table, group="a")
+    with pytest.raises(ValueError, match=r"group.*finds nothing in 17 paths"):
+        opened(folders, group=r"(z*)")
+
+
+def test_every_class_is_trained_beside_other_validation_data(tmp_path):
+    rows = [["a.mp4", "x", "train"], ["b.mp4", "y", "val"], ["c.mp4", "z", "train"]]
+    table = write_csv(tmp_path / "t.csv", ["path", "label", "split"], *rows)
+    other = write_csv(tmp_path / "o.csv", ["path", "label"], ["d.mp4", "x"])
+    with pytest.raises(ValueError, match=r"t\.csv.*'y'"):
+        opened(table, val=other)
+
+
 def test_the_models_classes_stay_in_its_order(folders):
     """Whatever the order of the folders; the classes of other data replace them."""
     order = ("run", "Überholen, left", "fall")

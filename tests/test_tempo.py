@@ -257,7 +257,7 @@ def test_threshold_of_segments():
 
 
 def test_segments_of_a_video(classifier, motions):
-    found = list(tempo.segments(tempo.slide(classifier, motions / "both.mp4"), fps=FPS, threshold=0.7))
+    found = list(tempo.segments(tempo.slide(classifier, motions / "both.mp4"), fps=FPS))
     assert [motion.CLASSES[s.label] for s in found] == [name for name, _, _ in BOTH]
     assert found[0].start == 0
     assert found[0].end == pytest.approx(56 / FPS, abs=0.5)

@@ -33,7 +33,7 @@ def print_explanations(classifier: tpn.VideoClassifier, clips_per_class: int) ->
     batch, shape = torch.stack(clips), torch.stack(masks)
     print(f"{len(labels)} clips; the shape covers {shape.mean():.1%} of the pixels")
     print("\n| map | times the even map | clips above it |\n|---|---:|---:|")
-    for method in (occlusion, grad_cam):
+    for method in (occlusion, grad_cam, _random_maps):
         for level, maps in enumerate(method(classifier.model, batch, torch.tensor(labels))):
             maps = torch.where(maps.sum(dim=(1, 2, 3), keepdim=True) > 0, maps, 1.0)
             inside = (maps * shape).sum(dim=(1, 2, 3)) / maps.sum(dim=(1, 2, 3))
@@ -41,7 +41,13 @@ def print_explanations(classifier: tpn.VideoClassifier, clips_per_class: int) ->
             means = rng.choice(times, (10_000, len(times))).mean(axis=1)
             low, high = np.quantile(means, (0.025, 0.975))
             interval = f"{times.mean():.2f} ({low:.2f} to {high:.2f})"
-            print(f"| {method.__name__}, level {level} | {interval} | {(times > 1).mean():.0%} |", flush=True)
+            print(f"| {method.__name__.strip('_')}, level {level} | {interval} | {(times > 1).mean():.0%} |", flush=True)
+
+
+def _random_maps(model: tpn.TPNClassifier, clips: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what says nothing: random numbers of the size of occlusion's."""
+    cells = torch.rand(len(clips), 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(cells, clips.shape[2:], mode="trilinear")[:, 0],)
 
 
 def print_durations(classifier: tpn.VideoClassifier, seeds: int) -> None:

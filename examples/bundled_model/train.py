@@ -3,8 +3,8 @@
     python examples/bundled_model/train.py --output bundled
 
 Writes 17,320 videos, trains a model of 36 classes, keeps the 14 classes of `tpn.video.motion`, saves them as `bundled/model` in
-float16, and tests them. The people are there for the weights: what they teach helps on real videos. Takes two hours on two cores;
-the same command resumes.
+float16, and tests them. The people are there for the weights: what they teach helps on real videos. Takes two hours on two busy
+cores; the same command resumes.
 """
 
 import argparse

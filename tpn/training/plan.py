@@ -1,6 +1,6 @@
 """Choose the settings of a run from its data and its model, each with a reason.
 
-The rules are justified by the experiments on the training page.
+The training page says which rules have been measured.
 """
 
 import math
