@@ -37,6 +37,22 @@ def hub():
 
 
 @pytest.fixture
+def commit(hub, tmp_path):
+    """Commit a model to "me/x"; its label says which one it is. Return the hash of the commit."""
+
+    import tpn
+
+    def commit(label):
+        model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=1)
+        model.labels = (label,)
+        model.head.fc.bias.data.fill_(ord(label))
+        folder = tpn.save_pretrained(model, tmp_path / "saved")
+        return hub.add("me/x", weights=(folder / "model.safetensors").read_bytes(), config=(folder / "config.json").read_bytes())
+
+    return commit
+
+
+@pytest.fixture
 def server():
     """A file server, empty."""
     server = Server()

@@ -29,11 +29,13 @@ class Server:
 
     `faults` is a list of dicts, one used up by each GET (the last one forever with `forever`): `status` instead of 200; `body`
     instead of the file; `cut`, the share of the body after which the connection breaks; `hang`, seconds of silence before the
-    response, or with `cut` before the break.
+    response, or with `cut` before the break; `headers`, added or replaced; `raw`, a function that is called with `write`, in
+    place of any response. `headers` of the server are those of all responses; `ranges` are the ranges that were asked for.
     """
 
     def __init__(self):
         self.files, self.requests, self.faults, self.forever = {}, [], [], False
+        self.headers, self.ranges = {}, []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,22 +67,28 @@ class Server:
         headers, fault = dict(headers or {}), {}
         if request.command == "GET" and self.faults:
             fault = self.faults[0] if self.forever and len(self.faults) == 1 else self.faults.pop(0)
+        if "raw" in fault:
+            return self.send_raw(request, fault["raw"])
         data, cut, hang = fault.get("body", data), fault.get("cut"), fault.get("hang")
+        headers |= fault.get("headers", {})
         if hang and cut is None:
             time.sleep(hang)
         if "status" in fault or data is None:
-            return self.reply(request, fault.get("status", 404), b"no", {})
+            return self.reply(request, fault.get("status", 404), b"no", fault.get("headers", {}))
         status = 200
+        if request.command == "GET":
+            self.ranges.append(request.headers.get("Range"))
         if match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")):
             start = int(match[1])
-            status, headers["Content-Range"], data = 206, f"bytes {start}-{len(data) - 1}/{len(data)}", data[start:]
+            status, data, total = 206, data[start:], len(data)
+            headers = {"Content-Range": f"bytes {start}-{total - 1}/{total}"} | headers
         self.reply(request, status, data, headers, cut, hang)
 
     def reply(self, request, status, data, headers, cut=None, hang=None):
         request.send_response(status)
-        request.send_header("Content-Length", str(len(data)))
-        for name, value in headers.items():
-            request.send_header(name, value)
+        for name, value in ({"Content-Length": str(len(data))} | headers | self.headers).items():
+            if value is not None:
+                request.send_header(name, value)
         request.end_headers()
         if request.command == "HEAD":
             return
@@ -95,6 +103,37 @@ class Server:
         except OSError:  # the client closed the connection first
             request.close_connection = True
 
+    def send_raw(self, request, raw):
+        """Let `raw(write)` send what it wants until it returns, or the client leaves."""
+        request.close_connection = True
+        try:
+            raw(request.connection.sendall)
+        except OSError:
+            return
+
+
+def trickle(*parts, every=0.01):
+    """For `raw`: send the parts, then a byte from time to time, for half a minute."""
+
+    def raw(write):
+        write(b"".join(parts))
+        for _ in range(int(30 / every)):
+            write(b"x")
+            time.sleep(every)
+
+    return raw
+
+
+def flood(head, chunk, most=64 << 20):
+    """For `raw`: send a head, and a chunk again and again."""
+
+    def raw(write):
+        write(head)
+        for _ in range(most // len(chunk)):
+            write(chunk)
+
+    return raw
+
 
 class Hub(Server):
     """The parts of the Hub that creating, uploading, and downloading model repositories need.
@@ -106,6 +145,7 @@ class Hub(Server):
         hang: seconds before each response.
         deny: {"owner/name": (status, X-Error-Code)}.
         private: repositories that only requests with `token` may read. Uploads always need it.
+        raw_head: in place of all responses to HEAD, see `Server`.
         before_reply: called with the number of requests so far, when a response is ready but not yet sent.
     """
 
@@ -117,6 +157,7 @@ class Hub(Server):
     def clear(self):
         self.repos, self.branches, self.deny, self.private, self.down, self.hang = {}, {}, {}, set(), None, 0
         self.faults, self.forever, self.requests, self.before_reply = [], False, [], lambda count: None
+        self.headers, self.raw_head = {}, None
 
     @staticmethod
     def commit_of(index):
@@ -134,6 +175,8 @@ class Hub(Server):
         self.requests.append((request.command, path))
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         time.sleep(self.hang)
+        if self.raw_head and request.command == "HEAD":
+            return self.send_raw(request, self.raw_head)
         status = self.down.pop(0) if isinstance(self.down, list) and self.down else self.down
         if status:
             return self.reply(request, status, b"down", {})

@@ -15,6 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tpn
+from tpn import transfer
 from tpn.models.backbones import FoldedBackbone
 from tpn.training.loop import train
 from tpn.video import motion
@@ -218,11 +219,11 @@ def test_video_networks_start_from_their_own_weights(name, tmp_path, monkeypatch
     network = torchvision.models.get_model(name).eval()
     fetched = []
 
-    def fetch(url, path, hash_prefix, progress):
+    def fetch(url, path, pauses, sha256):
         torch.save(network.state_dict(), path)
-        fetched.append((url, hash_prefix))
+        fetched.append((url, sha256))
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(transfer, "download", fetch)
     size = 224 if name == "s3d" else 64  # its pooling needs that
     frames = 16 if name == "s3d" else 8
     model = small(f"torchvision/{name}", num_frames=frames, out_indices=(-2, -1), backbone_pretrained=True, cache_dir=tmp_path)

@@ -2,8 +2,8 @@
 
 import copy
 import hashlib
+import itertools
 import logging
-import os
 import re
 import urllib.error
 
@@ -19,6 +19,7 @@ import tpn
 from tpn import WeightsUnavailableError
 from tpn.errors import HubUnreachableError, NoRepositoryError
 from tpn.hub import translate_errors
+from tpn.transfer import TransferError
 from tpn.zoo.checkpoints import HubFiles
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE
 
@@ -26,20 +27,6 @@ pytestmark = pytest.mark.usefixtures("hub", "cache")
 
 REPO = "me/x"
 MIRROR = f"us/{SLOWONLY}"
-
-
-@pytest.fixture
-def commit(hub, tmp_path):
-    """Commit a model to REPO; its label says which one it is. Return the hash of the commit."""
-
-    def commit(label, config=None):
-        model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=1)
-        model.labels = (label,)
-        model.head.fc.bias.data.fill_(ord(label))
-        folder = tpn.save_pretrained(model, tmp_path / "saved")
-        return hub.add(REPO, weights=(folder / WEIGHTS_FILE).read_bytes(), config=(folder / CONFIG_FILE).read_bytes())
-
-    return commit
 
 
 def load(name=f"hf-hub:{REPO}", create_model=tpn.create_model, **kwargs):
@@ -82,20 +69,6 @@ def test_revisions(hub, commit, cache):
         load(f"hf-hub:{REPO}@v3")
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("count", range(1, 6))
-def test_main_moves_between_two_requests(hub, commit, count, warm):
-    """After any of the requests; files of the two commits have equal lengths."""
-    commit("a")
-    if warm:
-        assert load() == "a"
-        hub.requests.clear()
-        commit("b")
-    hub.before_reply = lambda sent: commit("c") if sent == count else None
-    assert load() in "abc"
-    assert load() == "c"
-
-
 @pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
 def test_incomplete_repository(hub, commit, missing):
     commit("a")
@@ -104,9 +77,48 @@ def test_incomplete_repository(hub, commit, missing):
         load()
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "a b", "me/x--y"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_main_moves_between_two_requests(hub, commit, cache, warm):
+    """Also after several of them, to commits whose files have equal lengths."""
+    for label in "abcdef":
+        commit(label)
+    commits = hub.repos[REPO]
+    for moves in itertools.product((False, True), repeat=4):
+        hub.clear()
+        hub.repos[REPO] = commits[:2]
+        folder = cache / f"{warm}{moves}"
+        if warm:
+            assert load(cache_dir=folder) == "a"
+            hub.requests.clear()
+            hub.repos[REPO] = commits[:3]
+
+        def move(sent, moves=moves):
+            if sent <= 4 and moves[sent - 1]:
+                hub.repos[REPO] = commits[: len(hub.repos[REPO]) + 1]
+
+        hub.before_reply = move
+        assert load(cache_dir=folder) in "abcdef"
+        assert len(hub.requests) <= 5
+        snapshots = [sorted(path.name for path in snapshot.iterdir()) for snapshot in folder.glob("models--*/snapshots/*")]
+        assert snapshots == [[CONFIG_FILE, WEIGHTS_FILE]] * (1 + warm)
+        hub.before_reply = lambda sent: None
+        assert load(cache_dir=folder) == "abcdef"[len(hub.repos[REPO]) - 2]
+
+
+def test_response_for_another_commit(hub, commit, cache):
+    """To a request for the files of one commit."""
+    first = commit("a")
+    hub.before_reply = lambda sent: hub.headers.update({"X-Repo-Commit": "f" * 40} if sent > 1 else {})
+    with pytest.raises(WeightsUnavailableError, match=rf"{REPO}.*{'f' * 40} instead of {first}"):
+        load()
+    assert not list(cache.rglob(CONFIG_FILE))
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "a b", "me/x--y", "me/x@", "@v1", "me/x@a b", "me/x@../y", "me/x@/y", "me/x@y/", "me/x@a//b", "me/x@y\0"]
+)
 def test_malformed_name(hub, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
         tpn.create_model(f"hf-hub:{name}")
     assert hub.requests == []
 
@@ -185,13 +197,21 @@ def test_hub_that_hangs(hub, commit, monkeypatch):
     assert len(hub.requests) == 1
 
 
-def test_damaged_copy(commit, cache, caplog):
+def test_new_commit_that_cannot_be_completed(hub, commit, caplog):
+    """The cached pair is used whole."""
     commit("a")
-    load()
-    (path,) = cache.glob(f"models--*/snapshots/*/{WEIGHTS_FILE}")
-    os.truncate(path, path.stat().st_size // 2)
     assert load() == "a"
-    assert f"{path} is truncated or damaged" in caplog.text
+    hub.requests.clear()
+    commit("b")
+    hub.before_reply = lambda sent: setattr(hub, "down", 503) if sent == 3 else None  # after the new config
+    assert load() == "a"
+    assert ("GET", f"/{REPO}/resolve/{hub.commit_of(2)}/{CONFIG_FILE}") in hub.requests
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.search(rf"{REPO}.*503.*cache", warning)
+    hub.clear()
+    for label in "ab":
+        commit(label)
+    assert load() == "b"
 
 
 def test_cache_that_cannot_be_written(commit, tmp_path):
@@ -250,7 +270,9 @@ def test_errors_that_the_caller_handles_do_not_matter(hub, commit):
             load()
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("refused"), ConnectionResetError("refused")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("refused"), ConnectionResetError("refused"), TransferError("refused")], ids=repr
+)
 def test_network_errors_of_other_libraries(error):
     with pytest.raises(WeightsUnavailableError, match="the weights.*refused"), translate_errors("the weights"):
         raise error

@@ -1,5 +1,7 @@
-"""Write files that are complete or absent."""
+"""Write files that are complete or absent, and notice files that have changed."""
 
+import hashlib
+import json
 import os
 import tempfile
 import time
@@ -43,3 +45,66 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(written.fileno())
         for file in files:
             os.replace(file, path.parent / file.name)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal; one core hashes about 1,500 MB/s with the processor's instructions for it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_intact(path: Path, record: Path, sha256: str | None = None, *, verify: bool = False) -> bool:
+    """Return whether a file has its SHA-256; read it only if it was never compared, or was written since.
+
+    The comparison takes about 0.7 s per GB, once. `record` remembers it with the size and the time of the file's last change, so
+    that later calls read nothing else until the file changes. Damage that leaves this time unchanged, such as that of a failing
+    disk, is found with `verify` only. Where `record` cannot be written, the process remembers the comparison.
+
+    Args:
+        path: the file.
+        record: the path of a small file with the result.
+        sha256: in hexadecimal. Default: that in `record`; a file without a known one is intact.
+        verify: compare again.
+    """
+    known = _read_record(record)
+    facts = _facts(path, sha256 or known.get("sha256"))
+    if facts["sha256"] is None or (facts == known and not verify):
+        return True
+    intact = file_sha256(path) == facts["sha256"]
+    if facts != known or not intact:
+        _write_record(record, facts if intact else {"sha256": facts["sha256"]})
+    return intact
+
+
+def remember_sha256(path: Path, record: Path, sha256: str) -> None:
+    """Write `record` for `is_intact`: the file has this SHA-256 now."""
+    _write_record(record, _facts(path, sha256))
+
+
+_UNWRITTEN: dict[Path, dict[str, object]] = {}
+"""Records whose folder is read-only."""
+
+
+def _facts(path: Path, sha256: object) -> dict[str, object]:
+    stat = path.stat()
+    return {"sha256": sha256, "size": stat.st_size, "modified_ns": stat.st_mtime_ns}
+
+
+def _read_record(record: Path) -> dict[str, object]:
+    try:
+        facts = _UNWRITTEN.get(record) or json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _write_record(record: Path, facts: dict[str, object]) -> None:
+    try:
+        with atomic_write(record) as unfinished:
+            unfinished.write_text(json.dumps(facts), encoding="utf-8")
+        _UNWRITTEN.pop(record, None)
+    except OSError:
+        _UNWRITTEN[record] = facts

@@ -10,29 +10,22 @@ which one it was:
    stored as 1; or a page, which the error names with the `tpn convert` command that stores the downloaded file as 1.
 """
 
-import hashlib
-import http.client
 import logging
 import re
 import shutil
-import socket
-import ssl
 import tempfile
-import threading
-import time
-import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled
+from huggingface_hub.utils import WeakFileLock
 
-from tpn import hub
+from tpn import hub, transfer
 from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, WeightsUnavailableError
+from tpn.files import file_sha256, is_intact, remember_sha256
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
@@ -42,18 +35,18 @@ from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
 
-_DOWNLOADING = threading.Lock()
 _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
 
 _logger = logging.getLogger(__name__)
 
 
-def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str | None = None) -> Path:
+def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str | None = None, verify: bool = False) -> Path:
     """Return the path of an entry's weights, fetched and converted if necessary; see the module for the order.
 
     Args:
         cache_dir: where they are stored.
         url: a link in place of the entry's source, such as a mirror. Its file name must end in "-" and digits of its SHA-256.
+        verify: compare a file in the cache with its SHA-256 again.
 
     Raises:
         WeightsUnavailableError: they cannot be fetched, or only by hand; the message says what to do.
@@ -72,27 +65,30 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
             folder = folder.with_name(f"{entry.name}-{source.sha256}")
     elif isinstance(source, Embedded):
         return source.path
-    path, origin = cached(folder), "the cache"
+    path, origin = cached(folder, verify=verify), "the cache"
     if path is None and source is entry.source and entry.mirror:
-        path, origin = _from_mirror(entry, HubFiles(entry.mirror), cache_dir), f"the Hub, {entry.mirror}"
+        path, origin = _from_mirror(entry, HubFiles(entry.mirror), cache_dir, verify), f"the Hub, {entry.mirror}"
     if path is None:
-        path, origin = from_source(entry, source, folder, cache_dir), str(source.url)
+        path, origin = from_source(entry, source, folder, cache_dir, verify=verify), str(source.url)
     _logger.info("weights of %s: %s, from %s", entry.name, path, origin)
     return path
 
 
-def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None) -> Path:
+def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None, *, verify: bool = False) -> Path:
     """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
+    problem = ""
     if (folder / WEIGHTS_FILE).exists():
-        _logger.warning("%s is truncated or damaged: it is not used", folder / WEIGHTS_FILE)
+        problem = f"{folder / WEIGHTS_FILE} is truncated or damaged: it is not used"
+        _logger.warning(problem)
     if isinstance(source, HubFiles):
-        return _from_hub(source, cache_dir)
+        return _from_hub(source, cache_dir, verify)
     if not isinstance(source, Link):
-        raise WeightsUnavailableError(_by_hand(entry))
+        raise WeightsUnavailableError(f"{problem}. {_by_hand(entry)}" if problem else _by_hand(entry))
     file = urlsplit(source.url).path.rpartition("/")[2]
     if constants.HF_HUB_OFFLINE:
+        problem = problem or f"the weights of {entry.name} are not in the cache ({folder})"
         raise WeightsUnavailableError(
-            f"the weights of {entry.name} are not in the cache ({folder}), and HF_HUB_OFFLINE forbids requests; "
+            f"{problem}, and HF_HUB_OFFLINE forbids requests; "
             f"unset it, or download {file} elsewhere and run: {convert_command(entry)}"
         )
     try:
@@ -103,7 +99,7 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
                     shutil.rmtree(left_over)
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as temporary:
                     download(source, Path(temporary, file), entry)
-                    path = store(entry, load.read_weights(Path(temporary, file)), folder)
+                    path = _store_and_record(entry, load.read_weights(Path(temporary, file)), folder)
             return path
     except OSError as error:
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
@@ -114,11 +110,15 @@ def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
     return (hub.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
 
 
-def cached(folder: Path) -> Path | None:
-    """Return the weights in a cache folder; None if there are none, or they are damaged."""
+def cached(folder: Path, *, verify: bool = False) -> Path | None:
+    """Return the weights in a cache folder; None if there are none, or they are damaged.
+
+    They are compared with their SHA-256 if they changed since they were stored, and with `verify`; see `is_intact`.
+    """
     path = folder / WEIGHTS_FILE
     try:
-        return path if path.is_file() and hub.is_whole(path) else None
+        sound = path.is_file() and hub.is_whole(path) and is_intact(path, _record(folder), verify=verify)
+        return path if sound else None
     except OSError as error:
         raise WeightsUnavailableError(f"cannot read {path}: {error.strerror or error}; {_OTHER_FOLDER}") from error
 
@@ -154,7 +154,7 @@ def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
         )
     folder = cache_folder(entry)
     with _locked(folder):
-        return store(entry, weights, folder)
+        return _store_and_record(entry, weights, folder)
 
 
 def convert_command(entry: Checkpoint) -> str:
@@ -162,67 +162,31 @@ def convert_command(entry: Checkpoint) -> str:
     return f"tpn convert FILE --model {entry.name}"
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def download(link: Link, path: Path, entry: Checkpoint) -> None:
-    """Download a file, compare it with its hash, and retry with growing pauses after failures that may pass.
+    """Download a file and compare it with its hash; see `tpn.transfer` for the limits.
 
-    $HF_HUB_DOWNLOAD_TIMEOUT limits the seconds without data. Proxies and certificates are those of `urllib`.
+    $HF_HUB_DOWNLOAD_TIMEOUT limits the seconds without data. Proxies and certificates are those of the Hub's client.
 
     Raises WeightsUnavailableError, and OSError if the file cannot be written.
     """
-    for tries, pause in enumerate((*PAUSES, None), start=1):
-        try:
-            with _socket_timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT):
-                torch.hub.download_url_to_file(link.url, str(path), link.sha256, progress=not are_progress_bars_disabled())
-            return
-        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in hub.LOCAL_ERRORS:
-                raise
-            reason, passing = _failure(error, link)
-            if pause is None or not passing:
-                raise WeightsUnavailableError(
-                    f"cannot download {link.url}: {reason} (tries: {tries}). "
-                    f"Try again later, or download the file by other means and run: {convert_command(entry)}"
-                ) from error
-            _logger.warning("%s: %s; trying again in %g s", path.name, reason, pause)
-            time.sleep(pause)
+    try:
+        transfer.download(link.url, path, pauses=PAUSES, sha256=link.sha256)
+    except transfer.TransferError as error:
+        raise WeightsUnavailableError(
+            f"cannot download {link.url}: {error}. "
+            f"Try again later, or download the file by other means and run: {convert_command(entry)}"
+        ) from error
 
 
-def _failure(error: Exception, link: Link) -> tuple[str, bool]:
-    """Return the reason why a download failed, and whether another try may help."""
-    host = urlsplit(link.url).netloc
-    if isinstance(error, urllib.error.HTTPError):
-        return f"{host} responded {error.code} {error.reason}".rstrip(), error.code in hub.TRANSIENT_STATUS
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLError):
-        return f"the certificate of {host} was not accepted ({cause}); name that of your network in SSL_CERT_FILE", False
-    if isinstance(cause, TimeoutError):
-        return f"{host} sent nothing for {constants.HF_HUB_DOWNLOAD_TIMEOUT:g} s", True
-    if isinstance(cause, RuntimeError):
-        return f"{host} sent another file or part of it: its SHA-256 does not start with {link.sha256}", True
-    if isinstance(cause, ValueError | str):  # such as an unknown protocol
-        return str(cause), False
-    return f"the connection to {host} failed ({cause or type(cause).__name__})", True
+def _store_and_record(entry: Checkpoint, weights: load.Weights, folder: Path) -> Path:
+    path = store(entry, weights, folder)
+    remember_sha256(path, _record(folder), file_sha256(path))
+    return path
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Limit the waiting of `torch.hub`, which has no argument for it: of the process, so one thread at a time."""
-    with _DOWNLOADING:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(seconds)
-        try:
-            yield
-        finally:
-            socket.setdefaulttimeout(before)
+def _record(folder: Path) -> Path:
+    """Return the place of the record of the weights in a cache folder, for `is_intact`."""
+    return folder.with_name(f".{folder.name}.sha256")
 
 
 @contextmanager
@@ -233,10 +197,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir) -> Path | None:
+def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir, verify: bool) -> Path | None:
     """Return the copy under $TPN_HUB_NAMESPACE; None if there is none, or, with a warning, if the Hub does not respond."""
     try:
-        return _from_hub(mirror, cache_dir)
+        return _from_hub(mirror, cache_dir, verify)
     except NoRepositoryError as error:
         _logger.debug("%s", error)
     except HubUnreachableError as error:
@@ -247,10 +211,10 @@ def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir) -
     return None
 
 
-def _from_hub(source: HubFiles, cache_dir: hub.CacheDir) -> Path:
+def _from_hub(source: HubFiles, cache_dir: hub.CacheDir, verify: bool) -> Path:
     repo = source.repo_id + (f"@{source.commit}" if source.commit else "")
-    path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True) / WEIGHTS_FILE
-    if source.sha256 is not None and file_sha256(path) != source.sha256:
+    path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True, verify=verify) / WEIGHTS_FILE
+    if source.sha256 is not None and not hub.has_sha256(path, source.sha256):
         raise WeightsUnavailableError(
             f"{path}, from {repo} on the Hub, has another SHA-256 than {source.sha256}; remove the file to download it again"
         )

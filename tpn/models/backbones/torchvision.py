@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from einops import rearrange
 from torch import Tensor, nn
 
-from tpn import hub
+from tpn import hub, transfer
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError
+from tpn.files import atomic_write
 from tpn.models.backbones.timm import check_network_args, on_255
 from tpn.models.layers import checkpointed
 from tpn.models.registry import register_backbone
@@ -85,9 +88,12 @@ def torchvision_backbone(
     check_network_args(args, out_indices)
     net = torchvision.models.get_model(name, weights=None, **args)
     if pretrained:
-        with hub.translate_errors(f"the weights of torchvision/{name}"):
-            state = weights.get_state_dict(progress=False, check_hash=True, model_dir=hub.cache_folder(cache_dir))
-        net.load_state_dict(state)
+        folder = hub.cache_folder(cache_dir) or Path(torch.hub.get_dir(), "checkpoints")
+        path = folder / weights.url.rpartition("/")[2]
+        if not path.is_file():  # torchvision itself downloads without limits
+            with hub.translate_errors(f"the weights of torchvision/{name}"), atomic_write(path) as file:
+                transfer.download(weights.url, file, pauses=hub.PAUSES, sha256=path.stem.rpartition("-")[2])
+        net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, model_dir=folder))
     return StagedBackbone(STAGES[name](net), out_indices, channels_last=name.startswith("swin"))
 
 
