@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import logging
+import os
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import run_python
 from videos import write_video
 
 import tpn
@@ -432,6 +434,50 @@ def test_wrapped_model(model, video):
     assert tpn.input_spec(wrapped) == model.input_spec
     assert torch.equal(VideoClassifier(wrapped)(video).view_logits, VideoClassifier(model)(video).view_logits)
     assert VideoClassifier(FeatureModel(wrapped))(video).view_logits.shape == (9, 64)
+
+
+FORK = """
+import os, signal, sys
+import torch, tpn
+def in_child(ok):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)
+        os._exit(0 if ok() else 1)
+    return os.waitpid(child, 0)[1]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_a_classifier_works_after_a_fork(tmp_path):
+    """PyTorch's OpenMP threads do not exist in a forked process."""
+    write_video(tmp_path / "v.mkv", 40)
+    script = f"""{FORK}
+classifier = tpn.VideoClassifier("tpn_slowonly_tiny_motion")
+before = classifier("v.mkv").probs
+def same():
+    other = tpn.VideoClassifier("tpn_slowonly_tiny_motion")
+    return all(torch.allclose(each("v.mkv").probs, before, atol=1e-5) for each in (classifier, other))
+print(torch.get_num_threads(), in_child(same), torch.get_num_threads())
+"""
+    assert run_python(script, tmp_path, OMP_NUM_THREADS="2")[0] == "2 0 2\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_a_compiled_classifier_needs_spawn(tmp_path):
+    """A compiled model would wait for threads of its parent."""
+    write_video(tmp_path / "v.mkv", 40)
+    script = f"""{FORK}
+torch.compile = lambda model, **_: model
+classifier = tpn.VideoClassifier("tpn_slowonly_tiny_motion", compile=True)
+def refused():
+    try:
+        classifier("v.mkv")
+    except RuntimeError as error:
+        return "spawn" in str(error)
+print(in_child(refused), classifier("v.mkv").probs.sum() > 0.99)
+"""
+    assert run_python(script, tmp_path)[0] == "0 tensor(True)\n"
 
 
 def test_parse_views():

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast, overload
 
 import torch
@@ -65,12 +66,30 @@ class _PendingVideo:
         self.last_batch = 0
 
 
+_is_forked = False
+"""Whether this process was forked from one with a classifier."""
+
+
+def _after_fork() -> None:
+    """Let PyTorch use one thread. The parent's OpenMP threads do not exist here; an operation of several would wait forever."""
+    global _is_forked
+    _is_forked = True
+    torch.set_num_threads(1)
+
+
+@cache
+def _prepare_forks() -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+        os.register_at_fork(after_in_child=_after_fork)
+
+
 class VideoClassifier:
     """Classify video files or arrays of frames.
 
     The model is put in evaluation mode when the classifier is made, and stays there. Several threads may call one classifier at
     the same time, with the same results as one after another; a compiled one is for one thread. After further training, call
-    `model.eval()` before the classifier.
+    `model.eval()` before the classifier. In forked processes, PyTorch uses one thread; a GPU and compiled models need processes
+    with the start method "spawn".
 
     Args:
         model: a name or folder for `create_model`, a model, a `FeatureModel`, or one that `tpn.export.load` read.
@@ -130,6 +149,7 @@ class VideoClassifier:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.device = reference_tensor(model).device if device is None else torch.device(device)
+        _prepare_forks()
         on_cpu = self.device.type == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else 30)
         self.workers = workers or (2 if on_cpu else min(os.cpu_count() or 1, 16))
@@ -259,8 +279,12 @@ class VideoClassifier:
                 (clips, T), as `VideoDataset.read` returns them; or an exception.
             spec: describes the clips. Default: `self.spec`.
 
-        Raises ValueError: the model is in training mode, or its logits are not finite.
+        Raises:
+            ValueError: the model is in training mode, or its logits are not finite.
+            RuntimeError: the model is compiled or on a GPU, and the process was forked.
         """
+        if _is_forked and self._pad_batches:
+            raise RuntimeError("a compiled model hangs in a forked process; start processes with the method 'spawn'")
         if any(part.training for part in self.model.modules()):
             raise ValueError("the model is in training mode; call model.eval() before the classifier, and model.train() after it")
         spec = self.spec if spec is None else spec
