@@ -15,7 +15,7 @@ from videos import number, write_video
 
 import tpn
 from tpn import InputSpec
-from tpn.video import decode
+from tpn.video import containers
 from tpn.video.datasets import RawFrames, TooManyBadFilesError, VideoFolder, VideoList, open_dataset
 from tpn.video.decode import read_frames
 
@@ -189,8 +189,8 @@ def test_target_fps(root):
 
 def test_target_fps_reads_a_file_no_more_often(root, monkeypatch):
     """A file is opened twice: to count its frames and to decode them."""
-    opened, av_open = [], decode.av.open
-    monkeypatch.setattr(decode.av, "open", lambda *args, **kwargs: opened.append(args) or av_open(*args, **kwargs))
+    opened, av_open = [], containers.av.open
+    monkeypatch.setattr(containers.av, "open", lambda *args, **kwargs: opened.append(args) or av_open(*args, **kwargs))
     for target_fps in (None, 12.5):
         opened.clear()
         VideoFolder(root, replace(SPEC, target_fps=target_fps), train=True)[0]

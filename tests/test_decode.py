@@ -12,7 +12,7 @@ import torch
 from servers import run_python
 from videos import HEIGHT, WIDTH, add_stream, frame, number, write_video
 
-from tpn.video import decode, frame_index
+from tpn.video import containers, decode, frame_index
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError, probe, read_frames, sample_frames
 from tpn.video.motion import write_dataset
@@ -88,7 +88,7 @@ CODECS = [  # and whether frames in such a file are located by key frames
 
 
 def by_key_frames(path, wanted):
-    with decode._open(path) as (container, stream):
+    with decode.open_video(path) as (container, stream):
         index = decode.read_index(container, stream)
     return decode._decode_with_seeks(path, np.array(wanted), None, None, index)
 
@@ -152,7 +152,7 @@ def test_frames_that_only_the_container_marks_as_key_frames(tmp_path, monkeypatc
 def test_a_file_without_seeking_is_decoded_from_the_start(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 200, codec="libx264", g=30)
     every = read_frames(path, range(200))
-    open_ = decode._open
+    open_ = decode.open_video
 
     class NoSeek:
         def __init__(self, container):
@@ -169,7 +169,7 @@ def test_a_file_without_seeking_is_decoded_from_the_start(tmp_path, monkeypatch)
         with open_(path) as (container, stream):
             yield NoSeek(container), stream
 
-    monkeypatch.setattr(decode, "_open", opened)
+    monkeypatch.setattr(decode, "open_video", opened)
     frames, _ = sample_frames(path, lambda total: np.array([150]))
     assert torch.equal(frames, every[[150]])
 
@@ -193,9 +193,9 @@ def test_damage_is_found_only_in_the_decoded_part(tmp_path):
 
 def num_decoded(path, wanted, monkeypatch):
     """Return how many frames are decoded in order to read the frames `wanted`."""
-    decoded, decode_all = [], decode._decode_all
+    decoded, decode_all = [], decode.decode_all
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "_decode_all", lambda *args: (decoded.append(each) or each for each in decode_all(*args)))
+        patch.setattr(decode, "decode_all", lambda *args: (decoded.append(each) or each for each in decode_all(*args)))
         frames, positions = sample_frames(path, lambda total: np.array(wanted))
     assert [number(frames[i]) for i in positions] == wanted
     return len(decoded)
@@ -225,10 +225,11 @@ def test_distant_frames_are_located_by_key_frames(tmp_path, monkeypatch):
 
 def test_counting_stores_no_packets(tmp_path):
     """The packets of a video are as large as the file."""
+    path = write_video(tmp_path / "v.mkv", 3, codec="libx264")
 
     class Packet:
         alive = peak = 0
-        size, is_discard, dts = 1, False, None
+        size, is_discard, is_corrupt, dts = 1, False, False, None
 
         def __init__(self, pts):
             self.pts, self.is_keyframe = pts, pts % 10 == 0
@@ -239,8 +240,8 @@ def test_counting_stores_no_packets(tmp_path):
             Packet.alive -= 1
 
     container = SimpleNamespace(demux=lambda _: (Packet(i) for i in range(100)), format=SimpleNamespace(name="matroska,webm"))
-    stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
-    index = decode.read_index(container, stream)
+    with decode.open_video(path) as (_, stream):
+        index = decode.read_index(container, stream)
     assert (index.num_frames, len(index.key_frames)) == (100, 10)
     assert Packet.peak <= 2
 
@@ -294,7 +295,7 @@ def test_rotation_is_counter_clockwise_degrees(rotation, turns):
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     stored = SimpleNamespace(rotation=rotation, to_ndarray=lambda: image)
     reformatter = SimpleNamespace(reformat=lambda frame, width, height, form, **_: {(6, 4, "rgb24"): frame}[width, height, form])
-    assert np.array_equal(decode._to_rgb(reformatter, stored, 6, 4), np.rot90(image, turns))
+    assert np.array_equal(containers.to_rgb("v.mp4", reformatter, stored, (6, 4)), np.rot90(image, turns))
 
 
 def test_a_change_of_the_picture_size(tmp_path):
@@ -319,14 +320,14 @@ def test_parallel_reads_use_one_decoder_thread_each(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 3)
 
     def threads(_=None):
-        with decode._open(path) as (_, stream):
+        with decode.open_video(path) as (_, stream):
             return stream.codec_context.thread_count
 
     assert threads() == 0  # one for each core
     assert list(read_ahead(threads, range(4), workers=2)) == [1] * 4
     assert list(read_ahead(threads, range(2), workers=1)) == [0] * 2
     assert threads() == 0
-    monkeypatch.setattr(decode, "get_worker_info", object)  # a loader worker
+    monkeypatch.setattr(containers, "get_worker_info", object)  # a loader worker
     assert threads() == 1
 
 
@@ -394,10 +395,10 @@ READERS = {
         ("text.mp4", "not a video"),
         ("page.mp4", "not a video"),
         ("truncated.mp4", "no video stream|not a video"),
-        ("list.mp4", "not a video"),
-        ("playlist.m3u8", "not a video"),
-        ("subtitles.srt", "no video stream"),
-        ("sound.wav", "no video stream"),
+        ("list.mp4", "concat playlist, not a video"),
+        ("playlist.m3u8", "HLS playlist, not a video"),
+        ("subtitles.srt", "not a video"),
+        ("sound.wav", "not a video"),
         ("fifo.mp4", "not a regular file"),
     ],
 )

@@ -313,8 +313,8 @@ def test_checking_a_segment_decodes_only_the_segment(long, monkeypatch):
 
 
 def count_decoded(monkeypatch):
-    decoded, decode_all = [], decode._decode_all
-    monkeypatch.setattr(decode, "_decode_all", lambda *args: (decoded.append(each.pts) or each for each in decode_all(*args)))
+    decoded, decode_all = [], decode.decode_all
+    monkeypatch.setattr(decode, "decode_all", lambda *args: (decoded.append(each.pts) or each for each in decode_all(*args)))
     return decoded
 
 

@@ -23,9 +23,11 @@ def number(image):
     return int((columns.long() * 2 ** torch.arange(BITS)).sum())
 
 
-def write_video(path, num_frames, codec="mpeg4", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), pts=None, format=None, **options):
+def write_video(
+    path, num_frames, codec="mpeg4", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), pts=None, format=None, movflags="", **options
+):
     """Write `num_frames` numbered frames. `pts` are their times in 1/100 s; default: 25 frames per second."""
-    with av.open(str(path), "w", format=format) as out:
+    with av.open(str(path), "w", format=format, options={"movflags": movflags} if movflags else {}) as out:
         stream = add_stream(out, codec, pix_fmt, size, options)
         for i in range(num_frames):
             image = av.VideoFrame.from_ndarray(frame(i, *size), format="rgb24").reformat(format=pix_fmt)

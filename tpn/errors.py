@@ -1,4 +1,11 @@
-"""Exceptions that this package raises."""
+"""Exceptions that this package raises, and how their messages stay one line."""
+
+import re
+
+
+def one_line(text: str) -> str:
+    """Return a text, such as a path, with line breaks and control characters escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match[0])[1:-1], text)
 
 
 class UnknownModelError(ValueError):

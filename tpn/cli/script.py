@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from tpn.errors import WeightsUnavailableError
+from tpn.errors import WeightsUnavailableError, one_line
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ def error_message(error: Exception) -> str:
 def one_line_message(error: BaseException) -> str:
     """Return the first line of an error's message, without "[Errno 2]" in front of it."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return next(iter(_from_worker(error).splitlines()), type(error).__name__)
 
 

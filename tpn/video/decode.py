@@ -1,44 +1,42 @@
 """Read exact frames from video files with PyAV.
 
 Frames are numbered in the order in which the decoder returns them, which is presentation order. The frame count and frame rate in
-the header are not used. Decoding stops after the last requested frame and skips to a key frame where that saves time. Damage is
-therefore found only in the part that is decoded; `verify` decodes the whole file. If the picture size changes within a video,
-all frames are scaled to the size of the first one, as FFmpeg's own tools do.
+the header are not used. In MP4 and Matroska files with H.264, HEVC, VP9, or AV1, the packets tell the number of frames; decoding
+stops after the last requested frame and skips to a key frame where that saves time. In other files, and in interlaced or edited
+ones, a packet may have no frame, so that `probe` and `sample_frames` decode to the end. Damage is found only in the part that is
+decoded; `verify` decodes the whole file. If the picture size changes within a video, all frames are scaled to the size of the
+first one, as FFmpeg's own tools do.
 """
 
 import logging
 import os
-import threading
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
-import av
 import av.logging
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from tpn.video.containers import VideoError, decode_all, open_video, to_rgb, video_errors
+from tpn.video.containers import decode_in_one_thread as decode_in_one_thread
 from tpn.video.frame_index import FrameIndex, read_index
 from tpn.video.sampling import FrameSampler, at_frame_rate
 from tpn.video.transforms import resize_short_side
 
-PathLike = str | os.PathLike[str]
-Device = torch.device | str | None
-
 # Restore PyAV's default. Older versions of torchvision, imported above, make FFmpeg's threads log through Python. Closing a
 # decoder would then deadlock: it holds the interpreter lock while it waits for threads that need the lock to log.
 av.logging.set_level(None)
+
+PathLike = str | os.PathLike[str]
+Device = torch.device | str | None
 
 MIN_SKIP = 24
 """A seek must skip more frames than this, because it takes about as long as decoding a few frames."""
@@ -46,18 +44,13 @@ MIN_SKIP = 24
 MIN_GAP_FOR_INDEX = 10 * MIN_SKIP
 """`read_frames` reads all packets first if more frames than this lie before or between the requested ones."""
 
-REFORMAT_OPTIONS: dict[str, int] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
-"""Convert pixels in one thread, as PyAV did before version 17. Several threads would compete with the decoder's threads."""
+_UNNUMBERED = FrameIndex(0, is_exact=True)
+"""For reading frames by their numbers: decoding stops after the last of them, however many follow."""
 
 UPLOAD_BYTES = {"cpu": 0}
 """Size of the batches in which frames are copied to a device, by device type; default: 16 MiB. 0 copies each frame separately."""
 
 _logger = logging.getLogger(__name__)
-_thread_settings = threading.local()
-
-
-class VideoError(RuntimeError):
-    """A file exists but cannot be read as a video. The message starts with its path."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class VideoInfo:
 
 
 def probe(path: PathLike) -> VideoInfo:
-    """Count the frames of a video and read its properties. Only one frame is decoded.
+    """Count the frames of a video and read its properties. Only one frame is decoded if the packets tell the number of frames.
 
     Of several video streams, the one with the largest picture is used. Cover pictures are ignored.
 
@@ -80,11 +73,12 @@ def probe(path: PathLike) -> VideoInfo:
         FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
         VideoError: the file is not a video or is damaged.
     """
-    with _open(path) as (container, stream):
-        num_frames = read_index(container, stream).num_frames
-    with _open(path) as (container, stream):
-        first = next(_decode_all(path, container, stream))
-        height, width, _ = _to_rgb(VideoReformatter(), first, first.width, first.height).shape
+    index, _, _ = _read_index(path)
+    with open_video(path) as (container, stream):
+        frames = decode_all(path, container, stream)
+        first = next(frames)
+        height, width, _ = to_rgb(path, VideoReformatter(), first, (first.width, first.height)).shape
+        num_frames = index.num_frames if index.is_exact and index.agrees(0, first) else 1 + sum(1 for _ in frames)
         return VideoInfo(num_frames, width, height, _frame_rate(stream), stream.codec_context.name)
 
 
@@ -94,7 +88,7 @@ def header(path: PathLike) -> tuple[float | None, int | None]:
     The number may be wrong, and follows from the duration where the header states none; `probe` counts the frames. Raises the
     same errors as `probe`.
     """
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         fps, seconds = _frame_rate(stream), (container.duration or 0) / 1e6
         return fps, stream.frames or round(seconds * (fps or 0)) or None
 
@@ -118,10 +112,10 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     if requested.ndim != 1 or requested.size == 0 or requested.min() < 0:
         raise ValueError(f"indices must be a non-empty list of frame numbers >= 0, got {indices!r}")
     distinct, positions = np.unique(requested, return_inverse=True)
-    index = FrameIndex(0)
+    index = _UNNUMBERED
     if np.diff(distinct, prepend=-1).max() > MIN_GAP_FOR_INDEX:
-        with _open(path) as (container, stream):
-            index = read_index(container, stream)
+        index, _, _ = _read_index(path)
+        index = index if index.is_exact else _UNNUMBERED
     frames, num_frames = _decode_selected(path, distinct, short_side, None, index)
     if len(frames) < len(distinct):
         raise IndexError(f"{path}: cannot read frame {requested.max()}, the video has {num_frames} frames")
@@ -158,22 +152,28 @@ def sample_frames(
     Raises:
         VideoError, OSError: as in `probe`.
     """
-    if start is None and end is None:
-        with _open(path) as (container, stream):
-            index, fps = read_index(container, stream), _frame_rate(stream)
-        first, last = 0, index.num_frames
+    is_whole = start is None and end is None
+    if is_whole:
+        index, fps, _ = _read_index(path)
+        first, last = 0, max(index.num_frames, 1)
     else:
         index, fps, first, last = _find_segment(path, start, end)
     if target_fps is not None:
         sample = at_frame_rate(sample, fps, target_fps)
-    for _ in range(2):  # again if the decoder returns fewer frames than there are packets, which is rare
+    for _ in range(2):  # again if the decoder returns more or fewer frames than the packets announce, which is rare
         if last <= first:
             raise VideoError(f"{path}: no frame could be decoded")
-        distinct, positions = np.unique(first + sample(last - first), return_inverse=True)
+        indices = sample(last - first)
+        if indices.min() < 0 or indices.max() >= last - first:
+            raise ValueError(f"sample must return indices from 0 to {last - first - 1}, got {indices.min()} to {indices.max()}")
+        distinct, positions = np.unique(first + indices, return_inverse=True)
         frames, num_frames = _decode_selected(path, distinct, short_side, device, index)
-        if len(frames) == len(distinct):
-            return frames, positions.reshape(sample(last - first).shape)
-        last, index = min(last, num_frames), FrameIndex(num_frames)
+        if num_frames == index.num_frames:
+            return frames, positions.reshape(indices.shape)
+        if is_whole:
+            last, index = num_frames, FrameIndex(num_frames, is_exact=True)
+        else:
+            index, _, first, last = _find_segment(path, start, end, by_packets=False)
     raise VideoError(f"{path}: decoding twice gave different numbers of frames")
 
 
@@ -183,63 +183,40 @@ def iter_frames(path: PathLike, *, short_side: int | None = None) -> Generator[T
     Only one frame is in memory at a time. `short_side` resizes each frame, as in `read_frames`. Raises the same errors as
     `probe`; damage raises VideoError when the iteration reaches it.
     """
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
-        for frame in _decode_all(path, container, stream):
+        for frame in decode_all(path, container, stream):
             size = size or (frame.width, frame.height)
-            image = torch.from_numpy(np.ascontiguousarray(_to_rgb(reformatter, frame, *size))).permute(2, 0, 1)
+            image = torch.from_numpy(np.ascontiguousarray(to_rgb(path, reformatter, frame, size))).permute(2, 0, 1)
             yield image if short_side is None else resize_short_side(image, short_side)
 
 
 def verify(path: PathLike) -> int:
-    """Decode a whole video and return the number of its frames. Raises the same errors as `probe`."""
-    with _open(path) as (container, stream):
-        return sum(1 for _ in _decode_all(path, container, stream))
+    """Decode a whole video and return the number of its frames. Raises the same errors as `probe`.
 
-
-def decode_in_one_thread() -> None:
-    """Make the calling thread open each video with one decoder thread. The default is one per core.
-
-    Call it in threads that decode several videos in parallel. DataLoader workers do not need it.
+    One thread decodes: the frame at which damage is reported would depend on the number of threads.
     """
-    _thread_settings.decode_in_one_thread = True
+    with open_video(path, one_thread=True) as (container, stream):
+        return sum(1 for _ in decode_all(path, container, stream))
 
 
-@contextmanager
-def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # opening a named pipe would block
-        raise VideoError(f"{path}: not a regular file")
-    with path.open("rb") as file:  # Python's own errors for missing files, folders and missing permissions
-        if not file.read(1):
-            raise VideoError(f"{path}: the file is empty")
-    try:
-        # "file:" keeps FFmpeg from reading a file name as a URL, the whitelist keeps playlists from opening URLs.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a video that FFmpeg can open ({error.strerror})") from error
-    with container:
-        if container.format.name == "tty":  # FFmpeg opens text files as recordings of a terminal
-            raise VideoError(f"{path}: a text file, not a video")
-        videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not videos:
-            raise VideoError(f"{path}: the file has no video stream")
-        stream = max(videos, key=lambda s: s.width * s.height)
-        stream.thread_type = "AUTO"
-        if get_worker_info() is not None or getattr(_thread_settings, "decode_in_one_thread", False):
-            stream.codec_context.thread_count = 1
-        yield container, stream
+def _read_index(path: PathLike) -> tuple[FrameIndex, float | None, Fraction | None]:
+    """Return the frames of a file according to its packets, its frame rate, and the unit of its timestamps in seconds."""
+    with open_video(path) as (container, stream), video_errors(path, lambda: "damaged, the file cannot be read to its end"):
+        return read_index(container, stream), _frame_rate(stream), stream.time_base
 
 
 def _frame_rate(stream: VideoStream) -> float | None:
     return None if stream.average_rate is None else float(stream.average_rate)
 
 
-def _find_segment(path: PathLike, start: float | None, end: float | None) -> tuple[FrameIndex, float | None, int, int]:
+def _find_segment(
+    path: PathLike, start: float | None, end: float | None, *, by_packets: bool = True
+) -> tuple[FrameIndex, float | None, int, int]:
     """Return the index of a file, its frame rate, and the numbers of the first frame of a segment and of the frame after it."""
     status = os.stat(path)
-    index, times, fps = _read_times(os.fspath(path), status.st_size, status.st_mtime_ns)
+    index, times, fps = _read_times(os.fspath(path), status.st_size, status.st_mtime_ns, by_packets)
     first, last = times.searchsorted([0.0 if start is None else start, np.inf if end is None else end]).tolist()
     if first >= last:
         raise VideoError(f"{path}: no frame from start={start} to end={end}, the last frame is at {times[-1]:.10g} s")
@@ -247,19 +224,18 @@ def _find_segment(path: PathLike, start: float | None, end: float | None) -> tup
 
 
 @lru_cache(maxsize=128)  # an hour of video takes about 2 MB
-def _read_times(path: str, size: int, mtime_ns: int) -> tuple[FrameIndex, NDArray[np.float64], float | None]:
+def _read_times(path: str, size: int, mtime_ns: int, by_packets: bool) -> tuple[FrameIndex, NDArray[np.float64], float | None]:
     """Return the index of a file, the time of each frame in seconds after the first one, and the frame rate.
 
-    `size` and `mtime_ns` identify the content. If the packets do not number the frames, all frames are decoded.
+    `size` and `mtime_ns` identify the content. All frames are decoded if `by_packets` is False or the packets do not number them.
     """
-    with _open(path) as (container, stream):
-        index, fps, unit = read_index(container, stream), _frame_rate(stream), stream.time_base
+    index, fps, unit = _read_index(path)
     pts = index.pts
-    if not len(pts):
+    if not (by_packets and len(pts)):
         _logger.warning("%s has no reliable index, each segment is decoded from the start; H.264 in MP4 is faster", path)
-        with _open(path) as (container, stream):
-            pts = np.array([-1 if frame.pts is None else frame.pts for frame in _decode_all(path, container, stream)])
-        index = FrameIndex(len(pts))
+        with open_video(path) as (container, stream):
+            pts = np.array([-1 if frame.pts is None else frame.pts for frame in decode_all(path, container, stream)])
+        index = FrameIndex(len(pts), is_exact=True)
         if (np.diff(pts) <= 0).any():  # as in AVI files, which have no presentation times
             if not fps:
                 raise VideoError(f"{path}: the frames have no times")
@@ -268,27 +244,12 @@ def _read_times(path: str, size: int, mtime_ns: int) -> tuple[FrameIndex, NDArra
     return index, (pts - pts[0]) * unit.numerator / unit.denominator, fps  # rounds once, as the time in a table does
 
 
-def _decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    number = 0
-    try:
-        for frame in container.decode(stream):
-            assert isinstance(frame, VideoFrame)
-            if frame.is_corrupt:
-                raise VideoError(f"{path}: damaged, frame {number} cannot be decoded without errors")
-            yield frame
-            number += 1
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: damaged, decoding failed after frame {number} ({error.strerror})") from error
-    if number == 0:
-        raise VideoError(f"{path}: no frame could be decoded")
-
-
 class _FrameBuffer:
     """Collects the requested frames in a tensor on a device, uint8 (N, 3, H, W)."""
 
-    def __init__(self, capacity: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
+    def __init__(self, path: PathLike, capacity: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
         """`size` is the width and height of all frames before they are rotated and resized."""
-        self.capacity, self.size, self.short_side = capacity, size, short_side
+        self.path, self.capacity, self.size, self.short_side = path, capacity, size, short_side
         self.device = torch.device(device or "cpu")
         self.num_added = 0
         self._upload_bytes = UPLOAD_BYTES.get(self.device.type, 16 << 20)
@@ -298,7 +259,7 @@ class _FrameBuffer:
         self._frames = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
     def add(self, frame: VideoFrame) -> None:
-        image = _to_rgb(self._reformatter, frame, *self.size)
+        image = to_rgb(self.path, self._reformatter, frame, self.size)
         self.num_added += 1
         if self._upload_bytes == 0:
             self._store_with_numpy(image.transpose(2, 0, 1))
@@ -336,22 +297,29 @@ class _FrameBuffer:
 def _decode_selected(
     path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: FrameIndex
 ) -> tuple[Tensor, int]:
-    """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames found."""
+    """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames in the file.
+
+    The number is that of the index, if it is exact and all frames were found; otherwise the video was decoded to its end.
+    """
     try:
         frames = _decode_with_seeks(path, wanted, short_side, device, index)
     except VideoError:
         frames = None  # decoding from the start gives an error with the number of the damaged frame
     if frames is not None:
         return frames, index.num_frames
-    with _open(path) as (container, stream):
-        for number, frame in enumerate(_decode_all(path, container, stream)):
+    number, is_exact = 0, index.is_exact
+    with open_video(path) as (container, stream):
+        for frame in decode_all(path, container, stream):
+            is_exact = is_exact and (not len(index.pts) or index.agrees(number, frame))
             if number == 0:
-                buffer = _FrameBuffer(len(wanted), (frame.width, frame.height), short_side, device)
-            if number == wanted[buffer.num_added]:
+                buffer = _FrameBuffer(path, len(wanted), (frame.width, frame.height), short_side, device)
+            if buffer.num_added < len(wanted) and number == wanted[buffer.num_added]:
                 buffer.add(frame)
-            if buffer.num_added == len(wanted):
-                break
-    return buffer.frames(), number + 1
+            number += 1
+            # Damage to the last frame may be known only at the end.
+            if is_exact and buffer.num_added == len(wanted) and number != index.num_frames:
+                return buffer.frames(), index.num_frames
+    return buffer.frames(), number
 
 
 def _decode_with_seeks(
@@ -365,19 +333,17 @@ def _decode_with_seeks(
     keys = [index.key_frames[bisect_right(key_numbers, number) - 1] for number in wanted.tolist()] if key_numbers else []
     if not any(key - after > MIN_SKIP for (key, _), after in zip(keys, [0, *(wanted + 1).tolist()], strict=False)):
         return None
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
-        buffer = _FrameBuffer(len(wanted), size, short_side, device)
-        frames = _decode_all(path, container, stream)
+        buffer = _FrameBuffer(path, len(wanted), size, short_side, device)
+        frames = decode_all(path, container, stream)
         next_number = 0
         for number, (key, timestamp) in zip(wanted.tolist(), keys, strict=True):
             seeks = key - next_number > MIN_SKIP
             if seeks:
-                try:
+                with video_errors(path, lambda: "damaged, seeking failed"):
                     container.seek(timestamp, stream=stream)
-                except av.FFmpegError:
-                    return None
-                frames = _decode_all(path, container, stream)
+                frames = decode_all(path, container, stream)
                 next_number = key
             while next_number <= number:
                 frame = next(frames, None)
@@ -386,16 +352,11 @@ def _decode_with_seeks(
                     continue  # the seek went further back than to the key frame
                 if frame is None or decoded != next_number or (frame.width, frame.height) != size:
                     return None
-                if seeks and next_number == key and not frame.key_frame:
-                    return None  # only the container marks it as a key frame
+                if frame.interlaced_frame or (seeks and next_number == key and not frame.key_frame):
+                    return None  # two packets may be one frame; only the container marks it as a key frame
                 if next_number == number:
                     buffer.add(frame)
                 next_number += 1
+        if next_number == index.num_frames and next(frames, None) is not None:  # as above, or more frames than packets
+            return None
     return buffer.frames()
-
-
-def _to_rgb(reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """Scale a frame to the given size, convert it to RGB and rotate it upright: (H, W, 3)."""
-    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, like rot90
-    rgb = reformatter.reformat(frame, width, height, "rgb24", **REFORMAT_OPTIONS).to_ndarray()
-    return np.rot90(rgb, quarter_turns)

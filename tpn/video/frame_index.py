@@ -1,10 +1,13 @@
 """Number the frames of a video stream by its packets, which takes much less time than decoding."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -16,6 +19,12 @@ SEEK_BY = {
 """Timestamp by which FFmpeg seeks, for each (container, codec) with marked key frames from which decoding can start and one frame
 in each packet. MPEG-4 part 2 is excluded because some of its packets contain no frame."""
 
+PICTURE = b"\0\0\1\xb6"
+"""Start code of a picture in MPEG-4 part 2."""
+
+EMPTY_PICTURE = 4
+"""Largest number of bytes after the start code of a picture that is not coded. Coded ones of 20 macroblocks or more have more."""
+
 
 def _no_timestamps() -> NDArray[np.int64]:
     return np.empty(0, dtype=np.int64)
@@ -26,14 +35,20 @@ class FrameIndex:
     """The frames of a stream according to its packets.
 
     Attributes:
-        num_frames: number of packets with a visible frame.
+        num_frames: number of frames in the packets, as far as a few of their bytes tell.
+        is_exact: whether the decoder returns as many frames. Otherwise only decoding can tell.
         pts: presentation timestamp of each frame, ascending; empty if seeking is not reliable.
         key_frames: frame number and seek timestamp of each key frame, in order; empty if seeking is not reliable.
     """
 
     num_frames: int
+    is_exact: bool = False
     pts: NDArray[np.int64] = field(default_factory=_no_timestamps)
     key_frames: tuple[tuple[int, int], ...] = ()
+
+    def agrees(self, number: int, frame: VideoFrame) -> bool:
+        """Return whether a decoded frame is the one that the packets announce. A packet may be half of an interlaced one."""
+        return self.number_of(frame.pts) == number and not frame.interlaced_frame
 
     def number_of(self, pts: int | None) -> int | None:
         """Return the number of the frame with a timestamp, None if there is no such frame."""
@@ -43,23 +58,73 @@ class FrameIndex:
         return number if number < len(self.pts) and self.pts[number] == pts else None
 
 
+class FrameCounter:
+    """Estimates how many frames the decoder makes of packets, from a few of their bytes.
+
+    Attributes:
+        total: number of frames in the packets so far.
+    """
+
+    def __init__(self, stream: VideoStream) -> None:
+        self.codec = stream.codec_context.name
+        self.total = 0
+        self._has_key = False
+        self._first_pts: int | None = None
+
+    def add(self, packet: "Packet[Any]") -> None:
+        """Count the frames of the next packet.
+
+        A video that was cut out of a longer one may start with pictures that cannot be decoded: those before the first key frame
+        in the file, and those that are shown before it.
+        """
+        if packet.is_keyframe and not self._has_key:
+            self._has_key, self._first_pts, self.total = True, packet.pts, 0
+        if self._first_pts is None or packet.pts is None or packet.pts >= self._first_pts:
+            self.total += self._count(packet)
+
+    def _count(self, packet: "Packet[Any]") -> int:
+        if not packet.size or packet.is_discard:
+            return 0
+        if self.codec == "vp8":
+            return bytes(packet)[0] >> 4 & 1  # other pictures are not shown
+        if self.codec == "mpeg4":  # in AVI files, packets with no picture, with one that is not coded, or with two
+            return sum(len(picture) > EMPTY_PICTURE for picture in bytes(packet).split(PICTURE)[1:])
+        return 1
+
+
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator["Packet[Any]"]:
+    """Yield the packets of a stream, and at the end an empty one, which makes the decoder return its last frames."""
+    last = Packet()
+    last.stream = stream
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except IndexError:  # PyAV raises it at the end of a file if streams appeared while it was read
+        pass
+    yield last
+
+
 def read_index(container: InputContainer, stream: VideoStream) -> FrameIndex:
-    """Read all packets of a stream, without decoding them."""
-    num_packets = num_frames = 0
+    """Read all packets of a stream, without decoding them.
+
+    They number the frames if each of them is one frame with a unique timestamp, and the first one in the file and in time is a
+    key frame.
+    """
+    counter = FrameCounter(stream)
+    num_packets, is_suspect = 0, False
     packets: list[tuple[Any, Any, bool]] = []
-    for packet in container.demux(stream):  # the packets are not stored, they are as large as the file
+    for packet in read_packets(container, stream):  # the packets are not stored, they are as large as the file
         if packet.size:
             num_packets += 1
-            num_frames += not packet.is_discard
+            is_suspect |= packet.is_corrupt
+            counter.add(packet)
             if packet.pts is not None:
                 packets.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
     times = np.unique(np.array([pts for pts, _, _ in packets], dtype=np.int64))
-    seek_by = SEEK_BY.get((container.format.name, stream.codec_context.name))
-    # Seeking is reliable if each packet is one frame with a unique timestamp and the first frame is a key frame.
-    if seek_by is None or not packets or not len(times) == len(packets) == num_packets == num_frames:
-        return FrameIndex(num_frames)
-    first_pts, _, first_is_key = packets[0]
-    if first_pts > times[0] or not first_is_key:
-        return FrameIndex(num_frames)
+    seek_by = SEEK_BY.get((container.format.name, counter.codec))
+    is_one_each = len(times) == len(packets) == num_packets == counter.total
+    if seek_by is None or is_suspect or not is_one_each or not packets or not packets[0][2]:
+        return FrameIndex(counter.total)
     keys = sorted((pts, pts if seek_by == "pts" else dts) for pts, dts, is_key in packets if is_key)
-    return FrameIndex(num_frames, times, tuple((int(times.searchsorted(pts)), time) for pts, time in keys))
+    return FrameIndex(counter.total, True, times, tuple((int(times.searchsorted(pts)), time) for pts, time in keys))

@@ -14,7 +14,7 @@ from av.container import InputContainer
 from av.format import formats_available
 from torch import Tensor
 
-from tpn.video.decode import VideoError
+from tpn.video.containers import VideoError, video_errors
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Camera:
         self.fps = float(rate or fps or 0)
 
     def __iter__(self) -> Iterator[Tensor]:
-        with self._container as container:
+        with self._container as container, video_errors(self.device, lambda: "the camera failed"):
             while True:
                 try:
                     for frame in container.decode(video=0):
@@ -61,8 +61,6 @@ class Camera:
                     return
                 except av.BlockingIOError:  # macOS: there is no new frame yet
                     time.sleep(0.005)
-                except av.FFmpegError as error:
-                    raise VideoError(f"{self.device}: the camera failed ({error.strerror})") from error
 
 
 def raw_frames(file: BinaryIO, *, size: tuple[int, int]) -> Generator[Tensor]:
@@ -154,10 +152,8 @@ def _open_device(device: str, format: str | None, options: dict[str, str]) -> In
         device = f"/dev/video{device}"
     elif format == FORMATS["win32"] and not device.startswith("video="):
         device = f"video={device}"
-    try:
+    with video_errors(device, lambda: "cannot open this camera"):
         container = av.open(device, format=format, options=options)
-    except av.FFmpegError as error:
-        raise VideoError(f"{device}: cannot open this camera ({error.strerror})") from error
     if not container.streams.video:
         container.close()
         raise VideoError(f"{device}: the device has no video stream")
