@@ -87,12 +87,72 @@ def test_configs_are_frozen():
         ({"flip_label_pairs": (("a", "b", "c"),)}, TypeError, "flip_label_pairs.*'c'"),
         ({"flip_label_pairs": ("ab",)}, TypeError, "flip_label_pairs.*'ab'"),
         ({"flip_label_pairs": ((0, 1),)}, TypeError, r"flip_label_pairs.*names.*\(0, 1\)"),
+        ({"flip_label_pairs": (("a", "\ud800"),)}, TypeError, "flip_label_pairs.*names"),
+        # limits
+        ({"num_frames": 4097}, ValueError, "num_frames.*4096.*4097"),
+        ({"num_frames": 10**4000}, ValueError, r"num_frames.*4096.*000\.\.\.000"),
+        ({"num_frames": 3000}, ValueError, "num_frames=3000.*short_side=256.*589824000.*134217728"),
+        ({"mean": (0.0,) * 300, "std": (1.0,) * 300}, ValueError, "300 channels"),
+        ({"mean": (0.0,) * 1025, "std": (1.0,) * 1025}, ValueError, "1024.*1025"),
+        ({"frame_interval": 10_001}, ValueError, "frame_interval.*10000.*10001"),
+        ({"num_clips": 1001}, ValueError, "num_clips.*1000.*1001"),
+        ({"sampling": "segments", "num_clips": 3}, ValueError, "num_clips.*1 or 2.*segments.*3"),
+        ({"short_side": 8193}, ValueError, "short_side.*8192.*8193"),
+        ({"three_crop_size": 8193, "num_crops": 1}, ValueError, "three_crop_size.*8192.*8193"),
+        ({"three_crop_size": -1}, ValueError, "three_crop_size.*-1"),
+        ({"three_crop_size": 0.0}, TypeError, "three_crop_size.*0.0"),
+        ({"target_fps": 0}, ValueError, "target_fps.*0.01.*1000.*0"),
+        ({"target_fps": 1001.0}, ValueError, "target_fps.*1001"),
+        ({"target_fps": True}, TypeError, "target_fps.*True"),
+        ({"target_fps": "25"}, TypeError, "target_fps.*'25'"),
+        ({"target_fps": float("inf")}, TypeError, "target_fps.*inf"),
+        ({"mean": (1001.0,) * 3}, ValueError, "mean.*1000.*1001"),
+        ({"mean": (10**400,) * 3}, ValueError, "mean.*1000"),
+        ({"std": (1e-4,) * 3}, ValueError, "std.*0.001.*0.0001"),
+        ({"num_classes": 1_000_001}, ValueError, "num_classes.*1000000.*1000001"),
+        ({"drop_rate": float("nan")}, TypeError, "drop_rate.*nan"),
+        ({"drop_rate": "0.5"}, TypeError, "drop_rate.*'0.5'"),
+        ({"multi_label": 1}, TypeError, "multi_label.*1"),
+        ({"name": "\udfff"}, TypeError, "name"),
+        ({"args": {"x": float("nan")}}, ValueError, "slowonly.*JSON"),
+        ({"args": {3: 1}}, TypeError, "slowonly.*names"),
+        ({"labels": ("a", "b", "\ud83d")}, TypeError, "labels"),
+        ({"architecture": ""}, ValueError, "architecture.*''"),
+        ({"architecture": None}, TypeError, "architecture.*None"),
     ],
 )
 def test_fields_are_validated(changes, error, says):
     (config,) = (config for config in (SPEC, HEAD, CONFIG, CONFIG.backbone) if changes.keys() <= vars(config).keys())
     with pytest.raises(error, match=says):
         replace(config, **changes)
+
+
+def test_nested_arguments_have_a_limit():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="slowonly.*JSON"):
+        tpn.PartConfig("slowonly", {"x": deep})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"head": {"num_classes": "x"}}, "head: num_classes.*'x'"),
+        ({"aux_head": {"drop_rate": 0.5}}, "aux_head: num_classes.*missing.*HeadConfig"),
+        ({"input_spec": {}}, "input_spec: num_frames.*missing.*InputSpec"),
+        ({"input_spec": {"num_frames": 8, "flip_label_pairs": 5}}, "input_spec: flip_label_pairs.*5"),
+        ({"input_spec": {"num_frames": 8, "mirrored": [[0]], "short_side": "x"}}, "input_spec: short_side.*'x'"),
+        ({"backbone": {}}, "backbone: name.*missing.*PartConfig"),
+        ({"neck": {"name": "tpn", "args": []}}, r"neck: args.*\(\)"),
+        ({"labels": {"a": 1}}, "labels.*tuple.*{'a': 1}"),
+    ],
+)
+def test_errors_name_the_field(changes, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        tpn.ModelConfig.from_dict({**json.loads(json.dumps(CONFIG.to_dict())), **changes})
+    with pytest.raises(TypeError, match="head, input_spec: missing in ModelConfig"):
+        tpn.ModelConfig.from_dict({"backbone": {"name": "tsm"}, "neck": None})
 
 
 def test_three_crops_are_as_large_as_the_short_side_by_default():

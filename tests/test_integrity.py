@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import small
 from huggingface_hub import constants, hf_hub_download
+from scripts import call
 from small import BY_HAND, SLOWONLY, same, wanted
 from test_hub import REPO, load
 
 import tpn
-from tpn import WeightsUnavailableError, files
+from tpn import WeightsUnavailableError, cli, files
 from tpn import hub as hub_files
 from tpn.errors import HubUnreachableError
 from tpn.zoo import fetch
@@ -183,6 +184,21 @@ def test_damaged_record(server, published, cache, record):
     path.write_bytes(record)
     assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
     assert len(server.requests) == 1
+
+
+def test_check_model_downloads_damaged_files_again(hub, commit, server, published, cache):
+    """Also those whose damage left no trace."""
+    commit("a")
+    load()
+    tpn.create_model(SLOWONLY, pretrained=True)
+    (copy,) = cache.glob(f"models--*/snapshots/*/{WEIGHTS_FILE}")
+    for name, path in ((f"hf-hub:{REPO}", copy), (SLOWONLY, cache / SLOWONLY / WEIGHTS_FILE)):
+        good, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        path.resolve().write_bytes(DAMAGES["flipped bit"](good))
+        os.utime(path, ns=times)
+        done = call(cli.main, "tpn", "check-model", name)
+        assert (done.returncode, path.read_bytes()) == (0, good)
+        assert done.stdout.endswith(f" tensors, SHA-256 {files.file_sha256(path)}\n")
 
 
 def test_record_that_cannot_be_written(tmp_path, hashed):

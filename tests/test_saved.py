@@ -1,8 +1,10 @@
 """Saved models: what is saved is what is there, or the model is refused."""
 
 import copy
+import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,12 @@ import pytest
 import timm
 import torch
 from backbones import Pyramid, assert_same
+from safetensors.torch import load_file, save_file
+from scripts import call
 from torch import nn
 
 import tpn
+from tpn import cli
 from tpn.zoo import saved
 
 FIRST_VERSION = Path(__file__).parent / "fixtures" / "first_version.json"
@@ -71,8 +76,6 @@ def test_weights_of_the_first_version(tmp_path):
     del spec["flip_label_pairs"]
     config = {**old, "num_classes": 3, "label_names": ["a", "b", "c"], "input_spec": spec, "pretrained_cfg": {"num_classes": 3}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    from safetensors.torch import save_file
-
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"model": json.dumps(old)})
     address = f"local-dir:{tmp_path}"
     for loaded in (tpn.create_model(address), timm.create_model(address, pretrained=True)):
@@ -255,11 +258,11 @@ def test_missing_files(tmp_path):
     [
         ("{oops", "not JSON"),
         ("[1]", "config.json"),
-        ("{}", "architecture"),
+        ("{}", "'model' is missing"),
         ('{"architecture": "resnet50", "model_args": {}}', "'resnet50'"),
         ('{"architecture": "tsm_r50_sthv2", "model_args": {"checkpoint_path": "evil.pth"}}', "checkpoint_path"),
         ('{"architecture": "tsm_r50_sthv2", "model_args": {}, "input_spec": {"frames": 8}}', "num_frames"),
-        ({"head": {"num_classes": 200}, "labels": None}, r"head\.fc.*200"),
+        ({"head": {"num_classes": 200}, "labels": None}, r"head\.num_classes.*200"),
         ({"input_spec": {"num_frames": 0}}, "num_frames.*0"),
         ({"head": {"num_classes": "x"}}, "num_classes.*'x'"),
         ({"backbone": None}, "backbone.*None"),
@@ -273,6 +276,154 @@ def test_damaged_config(change, says, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((ValueError, TypeError), match=says):
         tpn.create_model(f"local-dir:{tmp_path}")
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_config_has_the_hash_of_the_weights(tmp_path):
+    folder = tpn.save_pretrained(narrow(), tmp_path)
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == sha256(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("position", [-1, -5000, 20, 200_000], ids=["last", "tensor", "header", "middle"])
+def test_a_flipped_bit_is_found(position, tmp_path):
+    path = tpn.save_pretrained(narrow(), tmp_path) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/config\.json: weights_sha256.*{sha256(path)}.*damaged"):
+        tpn.create_model(tmp_path)
+
+
+def test_check_model(tmp_path):
+    def check(name):
+        done = call(cli.main, "tpn", "check-model", name)
+        return done.returncode, done.stdout, done.stderr
+
+    folder = tpn.save_pretrained(narrow(), tmp_path / "model")
+    path = folder / "model.safetensors"
+    assert check(folder) == (0, f"{path}: {len(load_file(path))} tensors, SHA-256 {sha256(path)}\n", "")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    code, out, error = check(f"local-dir:{folder}")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"error: {folder}/config\.json: weights_sha256.*{sha256(path)}.*\n", error)
+    assert re.search("SHA-256 [0-9a-f]{64}$", check("tpn_slowonly_tiny_motion")[1])
+    own = tpn.build(Pyramid((6, 6, 6)), num_classes=4, input_spec=tpn.InputSpec(16, 1, short_side=48, crop_size=48))
+    assert check(without_hash(tpn.save_pretrained(own, tmp_path / "own")))[1].endswith("none to compare it with\n")
+
+
+def without_hash(folder):
+    """Change a saved model to one of an earlier version, which had no hash."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_files_of_two_saves(tmp_path):
+    """As after a crash between the two renames, or a download while a repository changes."""
+    first, second = narrow(num_classes=3), narrow(num_classes=3)
+    first.labels, second.labels = ("a", "b", "c"), ("c", "b", "a")
+    tpn.save_pretrained(first, tmp_path / "first")
+    torch.nn.init.ones_(second.head.fc.weight)
+    tpn.save_pretrained(second, tmp_path / "second")
+    shutil.copy(tmp_path / "second" / "config.json", tmp_path / "first")
+    for create in (tpn.create_model, lambda name: timm.create_model(f"local-dir:{name}", pretrained=True)):
+        with pytest.raises(
+            tpn.CheckpointError, match=rf"^{tmp_path}/first/config\.json: weights_sha256.*another save.*checkpoint_path"
+        ):
+            create(tmp_path / "first")
+    weights = tmp_path / "first" / "model.safetensors"
+    assert torch.equal(narrow(num_classes=3, checkpoint_path=weights).head.fc.weight, first.head.fc.weight)
+
+
+def test_models_saved_without_a_hash(tmp_path):
+    model = narrow()
+    assert_same(tpn.create_model(without_hash(tpn.save_pretrained(model, tmp_path))), model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["neck"]["args"]["flow_order"] = "parallel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tpn.CheckpointError, match=r"config\.json: neck\.args\.flow_order.*'parallel'.*missing"):
+        tpn.create_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"head": {"num_classes": 7}, "labels": None}, r"head\.num_classes.*7.*3"),
+        ({"head": {"num_classes": 7}, "labels": list("abcdefg")}, r"head\.num_classes.*7.*3"),
+        ({"head": {"num_classes": 0}, "labels": None}, r"head\.num_classes.*0.*3"),
+        ({"labels": ["a", "b"]}, r"labels.*3.*2"),
+        ({"aux_head": {"num_classes": 5}}, r"aux_head\.num_classes.*5.*3"),
+        ({"backbone": {"name": "tsm", "args": {"base_channels": 8000}}}, r"base_channels.*8000"),
+        ({"neck": {"name": "tpn", "args": {"groups": 2**40}}}, r"groups"),
+    ],
+)
+@pytest.mark.parametrize("own_config", [True, False], ids=["own weights", "weights of others"])
+def test_sizes_are_those_of_the_weights(change, says, own_config, tmp_path):
+    """Whatever the caller asks for: a wrong configuration is not a new classifier."""
+    model = narrow(num_classes=3)
+    model.labels = ("a", "b", "c")
+    config = json.loads((tpn.save_pretrained(model, tmp_path) / "config.json").read_text())
+    config["model"] |= change
+    if not own_config:
+        del config["weights_sha256"]
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        if "neck" in change:
+            return  # nothing in the file shows it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for kwargs in ({}, {"num_classes": 7}, {"num_classes": 3}):
+        with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/config\.json: .*({says})"):
+            tpn.create_model(tmp_path, **kwargs)
+
+
+def test_fields_that_may_be_edited(tmp_path):
+    model = narrow(num_classes=3)
+    config = json.loads((tpn.save_pretrained(model, tmp_path) / "config.json").read_text())
+    config["model"]["labels"] = ["x", "y", "z"]
+    config["model"]["head"]["drop_rate"] = 0.25
+    config["model"]["input_spec"] |= {"num_clips": 1, "num_crops": 1, "short_side": 300, "target_fps": 12.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = tpn.create_model(tmp_path)
+    assert (loaded.labels, loaded.config.head.drop_rate, loaded.input_spec.num_views) == (("x", "y", "z"), 0.25, 1)
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
+
+
+def test_errors_of_a_part_name_the_file_and_the_field(tmp_path):
+    """Of a saved model without weights in its folder, too: another file has them."""
+    model = narrow(num_classes=3)
+    config = json.loads((tpn.save_pretrained(model, tmp_path / "saved") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"model": {**config["model"], "neck": {"name": "tpn", "args": {"groups": "x"}}}})
+    )
+    with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/config\.json: .*neck\.name='tpn'.*neck\.args\.groups='x'"):
+        tpn.create_model(tmp_path, checkpoint_path=tmp_path / "saved" / "model.safetensors")
+
+
+def test_networks_that_need_values_while_they_are_built(tmp_path):
+    """They cannot be built without memory, so only their owner's machine can tell whether they fit."""
+
+    @tpn.register_backbone("needs values")
+    class NeedsValues(Pyramid):
+        def __init__(self, width=6):
+            super().__init__((width,) * 3)
+            self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+
+    spec = tpn.InputSpec(16, 1, short_side=48, crop_size=48)
+    model = tpn.create_model("tpn", backbone="needs values", num_classes=4, input_spec=spec)
+    assert_same(tpn.create_model(tpn.save_pretrained(model, tmp_path)), model)
+
+
+def test_loading_does_not_change_random_numbers(tmp_path):
+    tpn.save_pretrained(narrow(), tmp_path)
+    states = []
+    for build in (lambda: saved.open_saved(tmp_path), lambda: None):
+        torch.manual_seed(1)
+        build()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_a_failed_write_leaves_no_half_model(tmp_path, monkeypatch):

@@ -2,16 +2,26 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tpn.validation import (
+    check_bool,
+    check_input_spec,
+    check_int,
+    check_label_pairs,
+    check_labels,
+    check_number,
+    errors_of,
+    is_text,
+    shown,
+)
 from tpn.video import augment, sampling, transforms
 
 _logger = logging.getLogger(__name__)
@@ -26,22 +36,27 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 class InputSpec:
     """The clips that a model takes, and the views that its accuracy is measured with.
 
+    Each number has a limit, so that a damaged configuration is refused before memory is taken. A clip has at most 2**27 values
+    after resizing, `in_chans * num_frames * short_side**2`: 64 frames of short side 836, for example.
+
     Attributes:
-        num_frames: frames of a clip, T.
-        frame_interval: index step between them; 1 = consecutive. Unused by "segments".
-        target_fps: frame rate at which every video is sampled; None: the video's own. Frames without a rate, such as arrays and
-            extracted frames, are taken as they are.
+        num_frames: frames of a clip, T, up to 4,096.
+        frame_interval: index step between them, up to 10,000; 1 = consecutive. Unused by "segments".
+        target_fps: frame rate at which every video is sampled, from 0.01 to 1,000; None: the video's own. Frames without a rate,
+            such as arrays and extracted frames, are taken as they are.
         sampling: "dense" (clips of equally spaced frames) or "segments" (one frame per segment of the whole video).
-        num_clips, num_crops, flip: views of the test protocol; 1 or 3 crops per clip; `flip` adds every view mirrored.
-        short_side: pixels of the shorter side after resizing.
+        num_clips, num_crops, flip: views of the test protocol; up to 1,000 clips, with "segments" 1 or 2; 1 or 3 crops per clip;
+            `flip` adds every view mirrored.
+        short_side: pixels of the shorter side after resizing, up to 8,192.
         crop_size: side of the single center crop, and of training crops, in pixels.
         three_crop_size: side of the three crops along the longer side, in pixels. Default: `short_side`.
-        mean, std: per channel, on the 0..255 scale.
+        mean, std: per channel, on the 0..255 scale, for up to 1,024 channels. `mean` is from -1,000 to 1,000, `std` from 0.001
+            to 1,000.
         flip_label_pairs: pairs of class names that a horizontal flip exchanges, such as ("moving left", "moving right"). They
             apply to data that has these classes, in any order.
 
     Raises:
-        TypeError, ValueError: a field has the wrong type or is out of range.
+        TypeError, ValueError: a field has the wrong type or is out of range, or two fields contradict each other.
     """
 
     num_frames: int
@@ -59,38 +74,10 @@ class InputSpec:
     target_fps: float | None = None
 
     def __post_init__(self) -> None:
-        check_int("three_crop_size", self.three_crop_size, minimum=0)
-        if not self.three_crop_size:
+        if type(self.three_crop_size) is int and self.three_crop_size == 0:
             object.__setattr__(self, "three_crop_size", self.short_side)
-        for name in ("num_frames", "frame_interval", "num_clips", "num_crops", "short_side", "crop_size"):
-            check_int(name, getattr(self, name), minimum=1)
-        fps = self.target_fps
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
-            raise ValueError(f"target_fps must be a number greater than 0, got {fps!r}")
-        if self.sampling not in get_args(Sampling):
-            raise ValueError(f"sampling must be 'dense' or 'segments', got {self.sampling!r}")
-        if self.num_crops not in (1, 3):
-            raise ValueError(f"num_crops must be 1 (center) or 3 (along the longer side), got {self.num_crops!r}")
-        if not isinstance(self.flip, bool):
-            raise TypeError(f"flip must be True or False, got {self.flip!r}")
-        if self.crop_size > self.short_side:
-            raise ValueError(f"crop_size must be at most short_side={self.short_side}, got {self.crop_size}")
-        if self.num_crops == 3 and self.three_crop_size > self.short_side:
-            raise ValueError(f"three_crop_size must be at most short_side={self.short_side}, got {self.three_crop_size}")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-                raise TypeError(f"{name} must be a tuple of finite numbers, one per channel, got {values!r}")
-        if not self.mean or len(self.mean) != len(self.std):
-            raise ValueError(f"mean and std must have one value per channel, got {len(self.mean)} and {len(self.std)}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be greater than 0, got {self.std}")
-        pairs = self.flip_label_pairs
-        if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and [*map(type, p)] == [str, str] for p in pairs):
-            raise TypeError(f"flip_label_pairs must be a tuple of pairs of class names, got {pairs!r}")
-        names = [name for pair in pairs for name in pair]
-        if len(set(names)) < len(names):
-            raise ValueError(f"flip_label_pairs must name each class once, got {pairs}")
+        check_input_spec(self)
+        check_label_pairs(self.flip_label_pairs)
 
     @property
     def in_chans(self) -> int:
@@ -254,14 +241,15 @@ class PartConfig:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"the name of a part must be a string, got {self.name!r}")
-        if not isinstance(self.args, Mapping):
-            raise TypeError(f"the arguments of {self.name} must be a mapping, got {self.args!r}")
+        if not is_text(self.name) or not self.name:
+            raise TypeError(f"name must be a string, the registered name of a part, got {shown(self.name)}")
+        if not isinstance(self.args, Mapping) or not all(is_text(name) for name in self.args):
+            raise TypeError(f"args of {shown(self.name)} must be a mapping from names to values, got {shown(self.args)}")
         try:
-            args = json.loads(json.dumps(dict(self.args)), object_hook=_frozen)
-        except TypeError as error:
-            raise TypeError(f"the arguments of {self.name} must be values that JSON has: {error}") from error
+            args = json.loads(json.dumps(dict(self.args), allow_nan=False), object_hook=_frozen)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"args of {shown(self.name)} must be values that JSON has, got {shown(self.args)}: {error}") from error
         object.__setattr__(self, "args", args)
 
     @classmethod
@@ -279,16 +267,27 @@ MODULE = "module:"
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A classifier: K classes (0 for none) behind dropout; with `multi_label`, a video may have several classes, or none."""
+    """A classifier.
+
+    Attributes:
+        num_classes: K, up to 1,000,000; 0 for none.
+        drop_rate: dropout before it, in [0, 1).
+        multi_label: whether a video may have several classes, or none.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or is out of range.
+    """
 
     num_classes: int
     drop_rate: float = 0.5
     multi_label: bool = False
 
     def __post_init__(self) -> None:
-        check_int("num_classes", self.num_classes, minimum=0)
-        if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float) or not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate!r}")
+        check_int("num_classes", self.num_classes, minimum=0, maximum=1_000_000)
+        check_number("drop_rate", self.drop_rate, minimum=0, maximum=1)
+        if self.drop_rate == 1:
+            raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate}")
+        check_bool("multi_label", self.multi_label)
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,9 @@ class ModelConfig:
         for name, kind in (*types, *optional):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (value is None and (name, kind) in optional):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+                raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}")
+        if not is_text(self.architecture) or not self.architecture:
+            raise ValueError(f"architecture must be a name, got {shown(self.architecture)}")
         if self.labels is not None:
             check_labels(self.labels, self.num_classes)
         if self.aux_head is not None and self.neck is None:
@@ -350,14 +351,16 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Read the result of `to_dict`; fields of a later version are skipped with a warning.
 
-        Raises TypeError or ValueError: a field is missing or not valid.
+        Raises TypeError or ValueError: a field is missing or not valid; the message names it.
         """
         known = _known_fields(cls, values)
         for name, kind in (("backbone", PartConfig), ("neck", PartConfig), ("head", HeadConfig), ("aux_head", HeadConfig)):
             if isinstance(known.get(name), Mapping):
-                known[name] = kind(**_known_fields(kind, known[name]))
+                with errors_of(name):
+                    known[name] = kind(**_known_fields(kind, known[name]))
         if isinstance(known.get("input_spec"), Mapping):
-            known["input_spec"] = InputSpec.from_dict(known["input_spec"], known.get("labels"))
+            with errors_of("input_spec"):
+                known["input_spec"] = InputSpec.from_dict(known["input_spec"], known.get("labels"))
         return cls(**known)
 
 
@@ -371,44 +374,36 @@ class InputDefaults:
     std: tuple[float, ...] = IMAGENET_STD
 
 
-def check_labels(labels: Any, num_classes: int) -> None:
-    """Raise TypeError if labels are not names, ValueError if there is not one per class."""
-    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels):
-        raise TypeError(f"labels must be a tuple of names, got {labels!r}")
-    if len(labels) != num_classes:
-        raise ValueError(f"labels must have {num_classes} names, one per class, got {len(labels)}")
-
-
-def check_int(name: str, value: Any, *, minimum: int) -> None:
-    """Raise TypeError if a value is not an integer, ValueError if it is below the minimum."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
 def _known_fields(cls: type, values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise TypeError(f"{cls.__name__}.from_dict takes a mapping, got {values!r}")
+        raise TypeError(f"{cls.__name__}.from_dict takes a mapping, got {shown(values)}")
     names = {f.name for f in fields(cls)}
     if unknown := sorted(values.keys() - names):
         _logger.warning("skipped unknown fields of %s: %s", cls.__name__, ", ".join(unknown))
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise TypeError(f"{', '.join(missing)}: missing in {cls.__name__}")
     return {name: value if name in ("backbone", "neck") else _as_tuple(value) for name, value in values.items() if name in names}
 
 
 def _upgrade_fields(values: dict[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
-    """Read the fields of an input spec that an earlier version wrote."""
+    """Read the fields of an input spec that an earlier version wrote. Others are left to validation."""
     if "mirrored" in values:  # the first version, which had no limit for `three_crop_size`
         values["flip_label_pairs"] = values.pop("mirrored")
-        values["three_crop_size"] = min(values["three_crop_size"], values["short_side"])
-    pairs = values.get("flip_label_pairs", ())
-    if any(isinstance(label, int) for pair in pairs for label in pair):
+        sizes = [size for name in ("three_crop_size", "short_side") if isinstance(size := values.get(name), int)]
+        values["three_crop_size"] = min(sizes) if len(sizes) == 2 else values.get("three_crop_size", 0)
+    pairs = values.get("flip_label_pairs")
+    if isinstance(pairs, list | tuple) and pairs and all(_are_indices(pair) for pair in pairs):
         names = dict(enumerate(labels or ()))
         named = [(names[a], names[b]) for a, b in pairs if a in names and b in names]
         if len(named) < len(pairs):
             _logger.warning("dropped flip_label_pairs %s: they are indices of classes without names", pairs)
         values["flip_label_pairs"] = tuple(named)
     return values
+
+
+def _are_indices(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and [*map(type, pair)] == [int, int]
 
 
 def _frozen(values: dict[str, Any]) -> FrozenDict:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpn.config import InputSpec, check_int
+from tpn.config import InputSpec
 from tpn.errors import CheckpointError
 from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
+from tpn.validation import check_int
 from tpn.version import __version__
 
 METADATA = "tpn"

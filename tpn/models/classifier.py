@@ -6,11 +6,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig, check_labels
+from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig
 from tpn.models.feature_maps import FeatureList, feature_shapes, layer_names, spatial_scales
 from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.layers import reference_tensor
 from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
+from tpn.validation import check_labels
 
 
 def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tpn.config import check_int
 from tpn.models.layers import ConvBnAct, init_weights, kaiming_fan_out
+from tpn.validation import check_int
 
 
 def class_probs(logits: Tensor, *, multi_label: bool) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tpn.errors import CheckpointError
+from tpn.validation import clipped
 
 Layout = Literal["tpn", "mmaction2", "original"]
 
@@ -114,21 +115,34 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, classifie
     target = model.state_dict()
     dropped = {f"{c}.{leaf}" for c in classifiers for leaf in ("weight", "bias")}
     source = {name: tensor for name, tensor in state_dict.items() if name not in dropped}
+    check_fit({name: tensor for name, tensor in target.items() if name not in dropped}, source)
+    for name, tensor in source.items():
+        dtype = target[name].dtype
+        if tensor.is_floating_point() != dtype.is_floating_point:
+            raise CheckpointError(f"{name} is {tensor.dtype}, expected {dtype} or another precision of it")
+        if tensor.is_floating_point() and not _all_finite(tensor.to(dtype)):
+            if _all_finite(tensor):
+                raise CheckpointError(f"{name} holds values beyond the range of {dtype}, which would become infinite")
+            raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+    model.load_state_dict({**target, **source})
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Their sum usually shows it, and is faster."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_fit(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if names or shapes of the tensors of a checkpoint, `source`, differ from those of a model."""
     shapes = {n: (tuple(source[n].shape), tuple(target[n].shape)) for n in sorted(source.keys() & target.keys())}
     problems = {
-        "tensors of the model are missing": sorted(target.keys() - source.keys() - dropped),
+        "tensors of the model are missing": sorted(target.keys() - source.keys()),
         "tensors are not in the model": sorted(source.keys() - target.keys()),
         "have another shape": [f"{n} {theirs} instead of {ours}" for n, (theirs, ours) in shapes.items() if theirs != ours],
     }
     found = [f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"the checkpoint ({describe(state_dict)}) does not fit the model: {'; '.join(found)}")
-    for name, tensor in source.items():
-        if tensor.is_floating_point() != target[name].is_floating_point():
-            raise CheckpointError(f"{name} is {tensor.dtype}, expected {target[name].dtype} or another precision of it")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
-    model.load_state_dict({**target, **source})
+        raise CheckpointError(f"the checkpoint ({describe(source)}) does not fit the model: {'; '.join(found)}")
 
 
 def describe(state_dict: Mapping[str, Tensor]) -> str:
@@ -142,4 +156,4 @@ def describe(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _first(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(clipped, list(names)[:3])) + (", ..." if len(names) > 3 else "")

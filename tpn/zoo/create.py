@@ -25,7 +25,7 @@ from tpn.models.registry import BACKBONES
 from tpn.zoo import checkpoints, fetch, load
 from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
 from tpn.zoo.overrides import custom_config, override, part_of
-from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config
+from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, open_saved, read_config
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +76,9 @@ def create_model(
         >>> model = tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, num_classes=12)
         >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
     """
-    config, source = _find(name, backbone, kwargs, cache_dir, with_weights=checkpoint_path is None)
+    overlay = pretrained_cfg_overlay or {}
+    elsewhere = checkpoint_path is not None or any(overlay.get(key) for key in ("state_dict", "file", "hf_hub_id"))
+    config, source = _find(name, backbone, kwargs, cache_dir, with_weights=not elsewhere)
     if isinstance(source, Path):
         pretrained = checkpoint_path is None
     _check_start(config, neck, pretrained, checkpoint_path, backbone_pretrained)
@@ -92,7 +94,7 @@ def create_model(
     if name == "tpn":
         _check_view_size(model)
     if pretrained:
-        weights = load.read_weights(_published_weights(pretrained_cfg_overlay or {}, source, cache_dir))
+        weights = load.read_weights(_published_weights(overlay, source, cache_dir))
     if weights is not None:
         load.load_weights(model, weights, new_classifiers=num_classes is not None)
     return model
@@ -171,14 +173,20 @@ def input_spec(model: TPNClassifier | str | PathLike[str]) -> InputSpec:
     return (read_config(folder) if folder else get_checkpoint(str(model)).config).input_spec
 
 
-def saved_folder(name: str | PathLike[str], cache_dir: hub.CacheDir = None, *, weights: bool = True) -> Path | None:
-    """Return the folder of a saved model, downloaded if necessary; None for the name of a published model."""
+def saved_folder(
+    name: str | PathLike[str], cache_dir: hub.CacheDir = None, *, weights: bool = True, verify: bool = False
+) -> Path | None:
+    """Return the folder of a saved model, downloaded if necessary; None for the name of a published model.
+
+    With `verify`, files in the cache are compared with their SHA-256 again.
+    """
     if folder := local_folder(name):
         return folder
     name = str(name)
     scheme, _, place = name.partition(":")
     if scheme == "hf-hub" and place:
-        return hub.snapshot(place, *([CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]), cache_dir=cache_dir)
+        files = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
+        return hub.snapshot(place, *files, cache_dir=cache_dir, verify=verify)
     if set(name) & set(":/"):
         raise UnknownModelError(f"unknown model {name!r}; there is no such folder, and a model on the Hub is 'hf-hub:owner/name'")
     return None
@@ -218,7 +226,7 @@ def _find(
     if folder := saved_folder(name, cache_dir, weights=with_weights):
         if not isinstance(backbone, nn.Module | None):
             raise TypeError(f"backbone must be a module for a saved model, got {backbone!r}")
-        config = read_config(folder)
+        config = open_saved(folder, weights=with_weights)
         return config if backbone is None else replace(config, backbone=part_of(backbone)), folder / WEIGHTS_FILE
     if backbone is not None:
         raise TypeError(f"backbone is not valid for {name}; create_model('tpn', backbone=...) takes any backbone")

@@ -18,7 +18,7 @@ from tpn.models.classifier import TPNClassifier, input_cfg
 from tpn.zoo.checkpoints import CHECKPOINTS, Checkpoint, Embedded, get_checkpoint
 from tpn.zoo.create import create_model, saved_folder
 from tpn.zoo.overrides import override
-from tpn.zoo.saved import CONFIG_FILE, read_config
+from tpn.zoo.saved import CONFIG_FILE, open_saved
 
 
 def _timm_cfg(entry: Checkpoint) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _create(
         if not pretrained:
             modules = {kind: kwargs[kind] for kind in ("backbone", "neck") if isinstance(kwargs.get(kind), nn.Module)}
             kwargs = {key: value for key, value in kwargs.items() if key not in ("cache_dir", "backbone")}
-            return TPNClassifier.from_config(override(read_config(folder), **kwargs), **modules)
+            return TPNClassifier.from_config(override(open_saved(folder, weights=False), **kwargs), **modules)
         return create_model(f"local-dir:{folder}", pretrained_cfg_overlay=overlay, **kwargs)
     name = f"{name}.{cfg['tag']}" if cfg.get("tag") else name
     overlay = {key: cfg[key] for key in ("state_dict", "file", "hf_hub_id", "url") if cfg.get(key)} | overlay

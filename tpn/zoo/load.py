@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, cast
 
+import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from tpn.models.registry import BACKBONES, NECKS, attached_config
 from tpn.zoo.convert import Layout, convert_state_dict, load_strict
 from tpn.zoo.reader import read_checkpoint, without_wrappers
 from tpn.zoo.saved import WEIGHTS_FILE, read_metadata
+from tpn.zoo.unpickle import STORAGES
 
 STEM = "backbone.conv1.weight"
 CLASSIFIERS = ("head.fc", "aux_head.fc")
@@ -55,14 +57,28 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Tensor]) -> Weights:
     Raises CheckpointError, and FileNotFoundError, IsADirectoryError or PermissionError.
     """
     if isinstance(source, Mapping):
-        name, tensors, trained = "the state dict", without_wrappers(source), None
+        name, tensors, metadata = "the state dict", dict(source), dict[str, str]()
     else:
-        tensors, metadata = read_checkpoint(source)
-        name, trained = str(source), read_metadata(metadata)
+        name, (tensors, metadata) = str(source), read_checkpoint(source)
     try:
-        return Weights(*convert_state_dict(tensors), trained, name)
+        _check_dense(tensors)
+        return Weights(*convert_state_dict(without_wrappers(tensors)), read_metadata(metadata), name)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
+
+
+def _check_dense(tensors: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for an entry of a state dict that is not a tensor with values of a type that files have."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            problem = type(tensor).__name__
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            problem = "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
+        elif tensor.is_meta or tensor.dtype not in STORAGES.values():
+            problem = f"{'meta ' if tensor.is_meta else ''}tensor of {tensor.dtype}"
+        else:
+            continue
+        raise CheckpointError(f"{name} is a {problem}, expected a dense tensor with values of a common type")
 
 
 def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: bool = True) -> None:
@@ -79,7 +95,9 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
     if new_classifiers and weights.num_classes is not None:
         rows = [{c: t[f"{c}.weight"].shape[:1] for c in CLASSIFIERS if f"{c}.weight" in t} for t in (tensors, built)]
         other = [c for c in CLASSIFIERS if rows[0].get(c) != rows[1].get(c)]
-    stem_adapted = adapt_stem(tensors, STEM, model.in_chans)
+    # Of any other shape, a tensor that repeats a stored number could take terabytes.
+    kernels = [t[STEM].shape[:1] + t[STEM].shape[2:] if STEM in t else None for t in (tensors, built)]
+    stem_adapted = kernels[0] == kernels[1] and adapt_stem(tensors, STEM, model.in_chans)
     try:
         _check_trained_args(model, weights)
         load_strict(model, tensors, classifiers=other)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig, check_int
+from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig
 from tpn.models.registry import BACKBONES, NECKS, attached_config
+from tpn.validation import check_int
 
 CLIP_SPAN = 64
 """Frames that a clip spans by default, as in the published models."""

@@ -1,6 +1,8 @@
 """Saved models: a folder with `model.safetensors`, and in `config.json` everything that is needed to build the model again.
 
-`config.json` has timm's fields, for timm and the Hub, and under "model" the `ModelConfig`.
+`config.json` has timm's fields, for timm and the Hub, under "model" the `ModelConfig`, and the SHA-256 of the weights: loading
+notices damaged weights, and files of two different saves. `model.safetensors` has the same `ModelConfig` in its metadata: a field
+of `config.json` that no shape shows, but that changes the results, is noticed, too.
 """
 
 import copy
@@ -19,16 +21,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpn.config import MODULE, InputSpec, ModelConfig
-from tpn.errors import CheckpointError
-from tpn.files import atomic_write
+from tpn.errors import CheckpointError, UnknownModelError
+from tpn.files import atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import BATCH_NORMS
+from tpn.validation import shown
 from tpn.version import __version__
 from tpn.zoo.checkpoints import get_checkpoint
+from tpn.zoo.convert import check_fit
 from tpn.zoo.overrides import custom_config, override
-from tpn.zoo.reader import without_wrappers
+from tpn.zoo.reader import read_header, without_wrappers
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+# What `_config_of` raises for values that no version saved.
+_CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError)
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
@@ -67,6 +74,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
             save_file(tensors, unfinished, metadata=metadata)
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder / WEIGHTS_FILE} could not be written: {error}") from error
+        values["weights_sha256"] = file_sha256(unfinished)
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (unfinished.parent / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder
@@ -75,31 +83,113 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
 def read_config(folder: Path) -> ModelConfig:
     """Return the config of a saved model.
 
-    Raises FileNotFoundError; CheckpointError if it is not a model that tpn saved, with the file and the reason.
+    Raises FileNotFoundError; CheckpointError if it is not a model that tpn saved, with the file, the field and the reason.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a saved model has {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    try:
-        return _config_of(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote: {error}") from error
+    return _parse(folder / CONFIG_FILE)[0]
+
+
+def open_saved(folder: Path, *, weights: bool = True) -> ModelConfig:
+    """Return the config of a saved model that can be built, and with `weights` fits the weights in the folder.
+
+    The weights are compared with their SHA-256, at 300 to 1,500 MB/s on one core. The network is built on PyTorch's meta device:
+    wrong sizes are found before they take memory.
+
+    Raises FileNotFoundError; CheckpointError, which names the file and the field.
+    """
+    path, shapes = folder / CONFIG_FILE, None
+    config, values = _parse(path)
+    if weights:
+        _check_sha256(path, values)
+        shapes, metadata = read_header(folder / WEIGHTS_FILE)
+        if "model" in values and (trained := read_metadata(metadata)):  # the first version saved a part of it
+            _check_unchanged(path, config, trained)
+    _check_network(path, config, shapes)
+    return config
+
+
+def saved_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 that `config.json` has of the weights; None for a model of an earlier version."""
+    return _parse(folder / CONFIG_FILE)[1].get("weights_sha256")
 
 
 def read_metadata(metadata: Mapping[str, str]) -> ModelConfig | None:
     """Return the config in the metadata of a safetensors file; None for files of others."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError):
+    with suppress(*_CONFIG_ERRORS):
         return _config_of(json.loads(metadata["model"]))
     return None
 
 
+def _parse(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the config in `config.json`, and all that is in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a saved model has {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    try:
+        return _config_of(values), values
+    except _CONFIG_ERRORS as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote: {reason}") from error
+
+
+def _check_sha256(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if weights differ from their SHA-256 in `config.json`, which earlier versions did not write."""
+    if "weights_sha256" in values and (actual := file_sha256(path.with_name(WEIGHTS_FILE))) != values["weights_sha256"]:
+        raise CheckpointError(
+            f"{path}: weights_sha256 is {shown(values['weights_sha256'])}, but {WEIGHTS_FILE} has {actual}: it is damaged, or of "
+            f"another save. Get both files of one save again, or pass {WEIGHTS_FILE} alone as checkpoint_path"
+        )
+
+
+def _check_unchanged(path: Path, config: ModelConfig, trained: ModelConfig) -> None:
+    """Raise CheckpointError if a field that decides what the network computes differs from that in the weights."""
+    own, saved = _network_fields(config), _network_fields(trained)
+    for name in {**own, **saved}:
+        got, expected = (shown(found[name]) if name in found else "missing" for found in (own, saved))
+        if got != expected or own.get(name) != saved.get(name):
+            raise CheckpointError(
+                f"{path}: {name} is {got}, but {expected} in the config that {WEIGHTS_FILE} was saved with. "
+                "Restore it, and pass changes to create_model"
+            )
+
+
+def _network_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields that decide what a network computes. Others may be edited: labels, sampling, views, and dropout."""
+    spec, fields = config.input_spec, dict[str, Any]()
+    for kind, part in (("backbone", config.backbone), ("neck", config.neck)):
+        if part is not None:
+            fields |= {f"{kind}.name": part.name, **{f"{kind}.args.{name}": value for name, value in part.args.items()}}
+    for name, head in (("head", config.head), ("aux_head", config.aux_head)):
+        if head is not None:
+            fields |= {f"{name}.num_classes": head.num_classes, f"{name}.multi_label": head.multi_label}
+    return fields | {f"input_spec.{name}": getattr(spec, name) for name in ("num_frames", "crop_size", "in_chans")}
+
+
+def _check_network(path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Raise CheckpointError if a network cannot be built, or has other tensors than the weights.
+
+    A network that only its owner can build is not checked, nor one that needs values while it is built, which takes memory.
+    """
+    if any(part is not None and part.is_module for part in (config.backbone, config.neck)):
+        return
+    try:
+        with torch.device("meta"):
+            model = TPNClassifier.from_config(config)
+            if shapes is not None:
+                check_fit(model.state_dict(), {name: torch.empty(shape) for name, shape in shapes.items()})
+    except UnknownModelError:
+        return
+    except Exception as error:  # each network raises its own type
+        if "meta" not in str(error):
+            fields = ", ".join(f"{name}={shown(value)}" for name, value in _network_fields(config).items())
+            raise CheckpointError(f"{path}: cannot build the network of {fields[:600]} ({str(error)[:600]})") from error
+
+
 def _config_of(values: Mapping[str, Any]) -> ModelConfig:
     """Return the config under "model"; version 0.1.0 saved an entry point, "architecture", with "model_args" instead."""
-    if "model" in values:
+    if "model" in values or "model_args" not in values:
         return ModelConfig.from_dict(values["model"])
     architecture, args = values["architecture"], dict(values["model_args"])
     neck = "auto" if args.pop("pyramid", True) else None
@@ -113,7 +203,7 @@ def _config_of(values: Mapping[str, Any]) -> ModelConfig:
         if base.backbone.name == "tsm":
             args.setdefault("shift_shortcut", False)
     config = override(base, num_classes=values.get("num_classes"), neck=neck, input_spec=spec, **args)
-    return config if labels is None else replace(config, labels=tuple(labels))
+    return config if labels is None else replace(config, labels=tuple(labels) if isinstance(labels, list) else labels)
 
 
 def _checked_tensors(model: TPNClassifier, config: ModelConfig) -> dict[str, Tensor]:
