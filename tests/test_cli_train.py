@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -258,6 +259,7 @@ def full_disk_error():
         return error
 
 
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 AGAIN = r"tpn train 'my videos' -o out --resume"
 
 
@@ -267,6 +269,9 @@ AGAIN = r"tpn train 'my videos' -o out --resume"
         (lambda: Interrupted(signal.SIGTERM, 7), 143, f"stopped by SIGTERM at step 7; continue with: {AGAIN}"),
         (lambda: Interrupted(signal.SIGINT, 7), 130, f"stopped by SIGINT at step 7; continue with: {AGAIN}"),
         (full_disk_error, 1, f"error: No space left on device; free .*: {AGAIN}"),
+        (lambda: OSError("m.safetensors: I/O error: No space left on device (os error 28)"), 1,
+         f"error: m.safetensors: .*; free .*: {AGAIN}"),
+        (lambda: RuntimeError("shm </torch_1>: No space left on device (28)"), 1, f"error: shm .*28.; free .*: {AGAIN}"),
         (worker_error, 1, f"error: .*killed.*--workers: {AGAIN}"),
         (bad_files_error, 1, "error: 2 of 3 videos cannot be read:\n  a.mp4: the file is empty"),
         (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), 1,
@@ -274,7 +279,7 @@ AGAIN = r"tpn train 'my videos' -o out --resume"
         (lambda: FloatingPointError("the gradients are not finite"), 1, "error: the gradients are not finite"),
         (lambda: KeyError("x"), 1, "error: KeyError: .*TPN_DEBUG=1.*"),
     ],
-    ids=["SIGTERM", "Ctrl-C", "full disk", "killed worker", "bad files", "GPU memory", "not finite", "unexpected"],
+    ids=["SIGTERM", "Ctrl-C", "full disk", "full disk, safetensors", "full shared memory", "killed worker", "bad files", "GPU memory", "not finite", "unexpected"],
 )  # fmt: skip
 def test_faults_are_one_sentence(monkeypatch, tmp_path, make, code, message):
     error = make()
@@ -291,7 +296,42 @@ def test_faults_are_one_sentence(monkeypatch, tmp_path, make, code, message):
     assert tpn_train("my videos", "-o", "out", "--resume").stderr == done.stderr
 
 
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_is_one_sentence(monkeypatch, tmp_path, number, code):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loop, "train", lambda *args, **kwargs: os.kill(os.getpid(), number))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my videos").mkdir()
+    done = tpn_train("my videos", "-o", "out")
+    assert done.returncode == code
+    assert re.fullmatch(f"stopped by {number.name}; continue with: {AGAIN}\n", done.stderr)
+    assert signal.getsignal(number) == before
+
+
+def test_interrupted_imports(tmp_path):
+    """Python lists the imports on standard error, and the signal arrives after those of PyTorch have begun."""
+    command = [sys.executable, "-X", "importtime", "-m", "tpn", "train", str(tmp_path), "-o", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+        while "torch" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert all(line.startswith("import time:") for line in rest.splitlines()[:-1])  # the last one may be cut off
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_of_a_thread_is_left_to_the_run(monkeypatch, tmp_path):
+    """TensorBoard's writer raises the error of its thread."""
+
+    def fail(*args, **kwargs):
+        thread = threading.Thread(target=open, args=(tmp_path / "no" / "file",))
+        thread.start()
+        thread.join()
+        raise OSError("a file")
+
+    monkeypatch.setattr(loop, "train", fail)
+    assert tpn_train(tmp_path, "-o", "out").stderr == "error: a file\n"
 
 
 def test_a_terminated_run_continues_with_the_printed_command(videos, tmp_path):

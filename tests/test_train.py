@@ -4,11 +4,13 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tpn.training import evaluation, loop
 from tpn.training.config import RECIPES, TrainConfig
 from tpn.training.loop import train
 from tpn.training.observer import Interrupted, Observer
+from tpn.training.state import locked_folder
 from tpn.video import motion
 from tpn.video.datasets import TooManyBadFilesError, VideoFolder
 
@@ -412,7 +415,7 @@ def test_garbage_in_the_metrics_is_dropped(videos, tmp_path):
 def test_two_runs_in_one_folder(videos, tmp_path):
     class Second(Observer):
         def planned(self, run):
-            with pytest.raises(ValueError, match=rf"in use.*process {os.getpid()}\b"):
+            with pytest.raises(ValueError, match=rf"in use.*process {os.getpid()} on {re.escape(platform.node())}\b"):
                 fit(videos, tmp_path, epochs=1)
 
     fit(videos, tmp_path, epochs=1, observer=Second())
@@ -431,6 +434,48 @@ def test_a_killed_loader_worker(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(DataLoader, "__iter__", kill)
     with pytest.raises(RuntimeError, match="worker"):
         fit(videos, tmp_path, epochs=1, workers=1)
+
+
+KILL_PARENT = """
+import os, signal, time
+from tpn.video.datasets import VideoDataset
+def kill(self, index):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+VideoDataset.__getitem__ = kill
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "workers"),
+    [pytest.param(1, 1, id="loader process"), pytest.param(2, 0, id="process of torchrun", marks=pytest.mark.slow)],
+)
+def test_processes_end_with_their_parent(videos, tmp_path, count, workers):
+    """While they read a video that takes long. They would keep the lock on the folder."""
+    options = {**SMALL, "batch_size": 2, "data": str(videos), "output": str(tmp_path / "run"), "workers": workers}
+    done = in_processes(options, count, before=KILL_PARENT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with locked_folder(tmp_path / "run"):
+                return
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_second_signal_keeps_the_epoch(videos, tmp_path):
+    """It ends the validation."""
+
+    class Stop(Observer):
+        def validating(self, run):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(videos, tmp_path, epochs=2, observer=Stop())
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == 3
 
 
 def test_a_signal_to_all_processes_of_a_group_saves_a_checkpoint(videos, tmp_path):

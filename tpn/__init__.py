@@ -3,8 +3,17 @@
 Every model of `list_models()` is also a function: `tpn.tpn_slowonly_r50_k400(pretrained=True)`.
 """
 
+import os
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if os.path.basename("".join(sys.orig_argv[-len(sys.argv) :][:1])) == "tpn" and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # In the program tpn, until `run_cli`: Ctrl-C during these imports, which take seconds, ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig
 from tpn.errors import CheckpointError, UnknownModelError, UploadError, WeightsUnavailableError

@@ -5,21 +5,23 @@ import inspect
 import json
 import logging
 import shlex
+import signal
 import sys
+import threading
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FrameType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
 
 from tpn.cli.app import app, err, require_exists
-from tpn.cli.script import error_message, is_first_process
+from tpn.cli.script import error_message, is_first_process, one_line_message
 from tpn.training.config import TrainConfig
 
 SHORT = {"model": "-m"}
@@ -45,8 +47,6 @@ def train(
 
     Use the result with tpn predict --model OUTPUT. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn train ...
     """
-    from tpn.training import loop
-
     require_exists(data)
     given = {name: value for name, value in options.items() if value is not None}
     for name in [name for name in given if name.startswith(NEGATED)]:
@@ -55,6 +55,8 @@ def train(
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     with advice():
+        from tpn.training import loop
+
         loop.train(data, output=output, resume=resume, dry_run=dry_run, **given)
 
 
@@ -64,20 +66,33 @@ def advice() -> Iterator[None]:
     from tpn.training.observer import Interrupted
 
     again = shlex.join(["tpn", *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
+    before: dict[int, Any] = {}
+    if "RANK" not in os.environ:  # torchrun's processes may be waiting for each other, where no handler runs
+        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None  # the run raises the errors of TensorBoard's thread, too
     try:
         yield
     except Interrupted as stop:
         _stop(128 + stop.number, f"{stop}; continue with: {again}")
     except torch.OutOfMemoryError as error:
         _stop(1, f"error: {error_message(error)} (--batch-size) with --accumulate, or --checkpointing")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        if str(error).startswith("DataLoader worker (pid"):
+            _stop(1, f"error: a loader process was killed, perhaps for memory; continue with fewer --workers: {again}")
+        if not any(os.strerror(full) in str(error) for full in (errno.ENOSPC, errno.EDQUOT)):  # libraries lose the number
             raise
-        _stop(1, f"error: {error_message(error)}; free some space, and continue with: {again}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        _stop(1, f"error: a loader process was killed, perhaps for memory; continue with fewer --workers: {again}")
+        _stop(1, f"error: {one_line_message(error)}; free some space, and continue with: {again}")
+    finally:
+        threading.excepthook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    from tpn.training.observer import Interrupted
+
+    raise Interrupted(number)
 
 
 def _stop(code: int, message: str) -> NoReturn:

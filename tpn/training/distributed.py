@@ -1,6 +1,9 @@
 """Runs of several processes that torchrun starts; with one process, everything here does nothing."""
 
+import ctypes
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,6 +35,8 @@ def join_processes(device: str, backend: str | None = None) -> tuple[int, int, t
     if "RANK" in os.environ and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     place = resolve_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if "RANK" in os.environ and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
@@ -41,6 +46,12 @@ def join_processes(device: str, backend: str | None = None) -> tuple[int, int, t
         # With gloo, an evaluation exchanges only its results, and the first process may wait long for the slowest.
         dist.init_process_group(backend, timeout=timedelta(days=7) if backend == "gloo" else None)
     return *rank_and_world_size(), place
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process as soon as its parent has ended, even by SIGKILL. It does nothing on other systems."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def rank_and_world_size() -> tuple[int, int]:

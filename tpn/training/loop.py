@@ -28,7 +28,7 @@ from tpn.models.layers import freeze_batch_norm
 from tpn.training.config import TrainConfig
 from tpn.training.console import TrainingConsole
 from tpn.training.data import DataFacts, facts_of
-from tpn.training.distributed import broadcast_bn_stats, join_processes, run_on_rank0
+from tpn.training.distributed import broadcast_bn_stats, end_with_parent, join_processes, run_on_rank0
 from tpn.training.evaluation import validate
 from tpn.training.loss import TrainingLoss, class_weights, draw_weights, epoch_batches
 from tpn.training.metrics import Evaluation
@@ -260,7 +260,7 @@ class Run:
             batch_sampler=batches[self.step % self.epoch_steps * config.accumulate :],  # a resumed epoch
             num_workers=required(config.workers),
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_start_worker,
         )
         clips = iter(loader)
         self.model.train()
@@ -413,8 +413,9 @@ class Run:
                 signal.signal(number, handler)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Let a loader process live until the run has finished its step: signals often reach all processes of a group."""
+def _start_worker(worker: int) -> None:
+    """Let a loader process live as long as the run, which finishes its step: signals often reach all processes of a group."""
+    end_with_parent()  # a process that is left over would keep the lock of the folder
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, after it had saved a checkpoint."""
+    """The run was stopped by a signal, at a step after which it saved a checkpoint, or before or after the training."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
+    def __init__(self, number: int, step: int | None = None) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}" + ("" if step is None else f" at step {step}"))
         self.number = number
 
 

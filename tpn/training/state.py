@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,7 +188,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     owner = folder / ".run.pid"
     try:
         with FileLock(folder / ".run.lock", timeout=0):
-            owner.write_text(str(os.getpid()))
+            owner.write_text(f"{os.getpid()} on {platform.node()}")
             yield
     except Timeout as error:
         process = owner.read_text() if owner.exists() else "unknown"
