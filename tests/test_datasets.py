@@ -178,7 +178,7 @@ def test_raw_frames(root, tmp_path):
     ((_, reason),) = data.check()
     assert "f017.jpg: not an image" in reason
     (tmp_path / "list.txt").write_text("my video many 1\n")
-    with pytest.raises(ValueError, match="num_frames of 'my video' .*'many'"):
+    with pytest.raises(ValueError, match="'my video': num_frames .*'many'"):
         RawFrames(tmp_path / "list.txt", SPEC, train=False)
 
 

@@ -135,7 +135,7 @@ def _train_items(source: str, data: VideoDataset) -> list[Item]:
     trained = {label for item in chosen for label in item.labels}
     if absent := {label for item in data.items for label in item.labels} - trained:
         raise ValueError(
-            f"{source}: no row for training has the class {data.classes[min(absent)]!r}; expected one for each class"
+            f"{source}: no row for training has the class {tables.shown(data.classes[min(absent)])}; expected one for each class"
         )
     return chosen
 

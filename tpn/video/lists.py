@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tpn.video.tables import SEPARATOR, SPLITS, Row
+from tpn.video.tables import MAX_DIGITS, SEPARATOR, SPLITS, Row, parse_count, shown
 
 PathLike = str | os.PathLike[str]
 
@@ -20,6 +20,9 @@ _FORMATS = {
     "Lines with 'folder num_frames label' need the template of the file names (--frames)",
     3: "Expected 'folder num_frames label' on each line, or a CSV table with the header path,num_frames,label",
 }
+MAX_CLASSES = 100_000
+"""Of numbered classes, whose names take memory although no video may have them."""
+
 _COMMA_AFTER_VIDEO = re.compile(rf"({'|'.join(sorted(VIDEO_SUFFIXES))})\"?\s*[,;]".replace(".", r"\."), re.IGNORECASE)
 _ENDS_IN_NUMBER = re.compile(r"\s[\d.]+$")
 
@@ -79,15 +82,14 @@ def read_list(file: PathLike, root: Path, *, num_fields: int = 2) -> list[Row]:
             continue
         path, *counts, label = fields if len(fields) > 1 else ("", line)
         if len(fields) != num_fields or _COMMA_AFTER_VIDEO.search(line) or _has_more_fields(path, root):
-            raise ValueError(f"{file}: line {number}: got {line!r}. {_FORMATS[num_fields]}")
-        if counts and not (counts[0].isdecimal() and int(counts[0])):
-            raise ValueError(f"{file}: line {number}: num_frames of {path!r} must be a positive integer, got {counts[0]!r}")
-        rows.append(Row(number, path, (label,), num_frames=int(counts[0]) if counts else None))
+            raise ValueError(f"{file}: line {number}: got {shown(line)}. {_FORMATS[num_fields]}")
+        num_frames = parse_count(f"{file}: line {number}: {shown(path)}", counts[0]) if counts else None
+        rows.append(Row(number, path, (label,), num_frames=num_frames))
     return rows
 
 
 def _has_more_fields(path: str, root: Path) -> bool:
-    return _ENDS_IN_NUMBER.search(path) is not None and not (root / path).exists()
+    return _ENDS_IN_NUMBER.search(path) is not None and not os.path.exists(root / path)
 
 
 def _find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> list[Row]:
@@ -103,7 +105,7 @@ def _find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> l
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
         except (TypeError, ValueError):
             raise ValueError(f"{file}: line {number}: time_start and time_end must be whole seconds") from None
-        path = next((p for p in (root / row["label"] / name, root / name) if p.is_file()), None)
+        path = next((p for p in (root / row["label"] / name, root / name) if os.path.isfile(p)), None)
         if path is not None:
             split = SPLITS.get((row.get("split") or "").strip().lower(), "")
             found.append(Row(number, str(path.relative_to(root)), (row["label"],), split=split))
@@ -124,6 +126,9 @@ def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] 
     "class 1", ... for numbers, otherwise the sorted labels.
     """
     if are_numbers(labels) and not (classes is not None and set(labels) <= set(classes)):
+        too_large = next((label for label in labels if len(label) > MAX_DIGITS or int(label) >= MAX_CLASSES), None)
+        if too_large is not None:
+            raise ValueError(f"{file}: label {shown(too_large)} is too large; expected numbers from 0, below {MAX_CLASSES}")
         numbers = [int(label) for label in labels]
         largest = max(numbers, default=-1)
         names = list(classes) if classes is not None else [f"class {i}" for i in range(largest + 1)]
@@ -142,13 +147,13 @@ def _refuse_joined_labels(file: PathLike, labels: Sequence[str], classes: Sequen
     for label in sorted(set(labels) - set(classes)):
         parts = re.split(r"\s*[,;|]\s*", label)
         if len(parts) > 1 and all(part.isdecimal() or part in known for part in parts):
-            problem = f"{file}: the label {label!r} looks like several labels. "
+            problem = f"{file}: the label {shown(label)} looks like several labels. "
             raise ValueError(problem + f"Separate labels by {SEPARATOR!r}, in a CSV table with the header path,label")
 
 
 def check_classes(source: PathLike, found: Collection[str], expected: Sequence[str]) -> None:
     def shorten(names: Sequence[str]) -> str:
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return ", ".join(shown(name)[1:-1] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     unknown = sorted(set(found) - set(expected))
     if unknown:

@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ SPLITS = {
     "test": "test",
 }
 """Names of splits, of rows and of folders, in lower case. Test rows are for validation only if there are no validation rows."""
+
+MAX_DIGITS = 9
+"""Of a number of frames, or of a class."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 COLUMNS = ("path", "label", "labels", "start", "end", "split", "group", "num_frames")
 
@@ -75,7 +82,7 @@ def is_table(file: PathLike) -> bool:
     if "path" in _column_names(header.split(",")):
         return True
     if any("path" in _column_names(header.split(separator)) for separator in ";\t"):
-        raise ValueError(f"{file}: the columns of a table must be separated by commas, got the header {header!r}")
+        raise ValueError(f"{file}: the columns of a table must be separated by commas, got the header {shown(header)}")
     return False
 
 
@@ -90,7 +97,7 @@ def read_table(file: PathLike) -> tuple[list[Row], bool]:
     header, cells = _read_parquet(file) if _is_parquet(file) else _read_csv(file)
     columns = [name for name in _column_names(header) if name in COLUMNS]
     if len(set(columns)) < len(columns) or "path" not in columns or ("label" in columns) == ("labels" in columns):
-        raise ValueError(f"{file}: expected one column path and one column label (or labels), got {', '.join(header)}")
+        raise ValueError(f"{file}: expected one column path and one column label (or labels), got {shown(', '.join(header))}")
     rows = [_parse_row(f"{file}: row {number}", number, row) for number, row in cells]
     return rows, "labels" in columns or any(len(row.labels) > 1 for row in rows)
 
@@ -159,13 +166,14 @@ def _read_parquet(file: PathLike) -> tuple[list[str], Cells]:
         try:
             header = list(parquet.read_schema(opened).names)
             table = parquet.read_table(opened, columns=[name for name in header if name.strip().lower() in COLUMNS])
-        except arrow.ArrowInvalid as error:
-            raise ValueError(f"{file}: not a Parquet file ({error})") from error
+            listed = table.to_pylist()
+        except (arrow.ArrowException, OSError, UnicodeError) as error:
+            raise ValueError(f"{file}: not a Parquet file, or damaged ({str(error)[:200]})") from error
     rows = []
-    for number, row in enumerate(table.to_pylist(), 1):
+    for number, row in enumerate(listed, 1):
         for name, value in row.items():
             if value is not None and not isinstance(value, str | int | float):
-                raise ValueError(f"{file}: row {number}: {name} must be a number or text, got {value!r}")
+                raise ValueError(f"{file}: row {number}: {name} must be a number or text, got {shown(value)}")
         rows.append((number, {name.strip().lower(): _as_text(value) for name, value in row.items()}))
     return header, rows
 
@@ -181,13 +189,11 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
     if not path.strip():
         raise ValueError(f"{place}: path is empty")
     if split and split.lower() not in SPLITS:
-        raise ValueError(f"{place}: split must be {', '.join(SPLITS)}, or empty, got {split!r}")
+        raise ValueError(f"{place}: split must be {', '.join(SPLITS)}, or empty, got {shown(split)}")
     start, end = (_parse_seconds(place, name, cells.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
-        raise ValueError(f"{place}: end must be later than start, got start={cells.get('start', '')} and end={end}")
+        raise ValueError(f"{place}: end must be later than start, got start={start or 0:g} and end={end:g}")
     num_frames = cells.get("num_frames", "").strip()
-    if num_frames and not (num_frames.isdecimal() and int(num_frames)):
-        raise ValueError(f"{place}: num_frames must be a positive integer, got {num_frames!r}")
     return Row(
         number,
         path,
@@ -196,8 +202,20 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
         end,
         SPLITS.get(split.lower(), ""),
         cells.get("group", "").strip(),
-        int(num_frames) if num_frames else None,
+        parse_count(place, num_frames) if num_frames else None,
     )
+
+
+def parse_count(place: str, cell: str) -> int:
+    """Return a number of frames. Raises ValueError that starts with `place`."""
+    if not cell.isdecimal() or len(cell) > MAX_DIGITS or not int(cell):
+        raise ValueError(f"{place}: num_frames must be a positive integer of at most {MAX_DIGITS} digits, got {shown(cell)}")
+    return int(cell)
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)`, shortened for a message."""
+    return _REPR.repr(value)
 
 
 def _parse_labels(place: str, cells: Mapping[str, str]) -> tuple[str, ...]:
@@ -208,7 +226,7 @@ def _parse_labels(place: str, cells: Mapping[str, str]) -> tuple[str, ...]:
         raise ValueError(f"{place}: label is empty; a column named labels may have empty cells, for videos without a class")
     labels = tuple(label.strip() for label in cell.split(SEPARATOR))
     if "" in labels or len(set(labels)) < len(labels):
-        raise ValueError(f"{place}: expected different labels, separated by {SEPARATOR!r}, got {cell!r}")
+        raise ValueError(f"{place}: expected different labels, separated by {SEPARATOR!r}, got {shown(cell)}")
     return labels
 
 
@@ -220,7 +238,7 @@ def _parse_seconds(place: str, name: str, cell: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"{place}: {name} must be a number of seconds, at least 0, got {cell!r}")
+        raise ValueError(f"{place}: {name} must be a number of seconds, at least 0, got {shown(cell)}")
     return seconds
 
 
