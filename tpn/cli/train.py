@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import logging
+import os
 import shlex
 import signal
 import sys

@@ -14,6 +14,7 @@ import numpy as np
 from tpn.config import InputSpec
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import TrainConfig
+from tpn.validation import shown
 from tpn.video import decode, lists, tables
 from tpn.video.datasets import Item, VideoDataset, open_dataset
 from tpn.video.decode import VideoError
@@ -135,7 +136,7 @@ def _train_items(source: str, data: VideoDataset) -> list[Item]:
     trained = {label for item in chosen for label in item.labels}
     if absent := {label for item in data.items for label in item.labels} - trained:
         raise ValueError(
-            f"{source}: no row for training has the class {tables.shown(data.classes[min(absent)])}; expected one for each class"
+            f"{source}: no row for training has the class {shown(data.classes[min(absent)])}; expected one for each class"
         )
     return chosen
 

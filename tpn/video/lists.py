@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tpn.video.tables import MAX_DIGITS, SEPARATOR, SPLITS, Row, parse_count, shown
+from tpn.validation import shown
+from tpn.video.tables import MAX_DIGITS, SEPARATOR, SPLITS, Row, parse_count
 
 PathLike = str | os.PathLike[str]
 

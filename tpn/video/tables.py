@@ -16,13 +16,13 @@ import csv
 import io
 import math
 import os
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpn.files import atomic_write
+from tpn.validation import shown
 
 PathLike = str | os.PathLike[str]
 
@@ -43,8 +43,6 @@ SPLITS = {
 MAX_DIGITS = 9
 """Of a number of frames, or of a class."""
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 200
 
 COLUMNS = ("path", "label", "labels", "start", "end", "split", "group", "num_frames")
 
@@ -211,11 +209,6 @@ def parse_count(place: str, cell: str) -> int:
     if not cell.isdecimal() or len(cell) > MAX_DIGITS or not int(cell):
         raise ValueError(f"{place}: num_frames must be a positive integer of at most {MAX_DIGITS} digits, got {shown(cell)}")
     return int(cell)
-
-
-def shown(value: object) -> str:
-    """Return `repr(value)`, shortened for a message."""
-    return _REPR.repr(value)
 
 
 def _parse_labels(place: str, cells: Mapping[str, str]) -> tuple[str, ...]:
