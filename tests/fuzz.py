@@ -23,6 +23,7 @@ import time
 import traceback
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -134,7 +135,8 @@ def read(kind, path):
     elif kind == "configs":
         tpn.create_model(path.parent)
     elif kind in ("tables", "parquet"):
-        open_data(str(path), TrainConfig(frames="img_{:05d}.jpg" if path.stat().st_size % 3 == 0 else None), SPEC)
+        frames = "img_{:05d}.jpg" if path.stat().st_size % 3 == 0 else None
+        open_data(str(path), TrainConfig(frames=frames), SimpleNamespace(labels=None, multi_label=False, input_spec=SPEC))
     else:
         read_checkpoint(path)
 
