@@ -116,7 +116,8 @@ def test_function_and_validation_agree(folder):
     model = tpn.create_model(folder / "model").train()
     model.neck.eval()
     seen = []
-    result = tpn.evaluate(model, folder / "list.txt", views="2x1", progress=lambda *done: seen.append(done))
+    wrapped = torch.nn.DataParallel(model)
+    result = tpn.evaluate(wrapped, folder / "list.txt", views="2x1", progress=lambda *done: seen.append(done))
     assert seen == [(done, 7) for done in range(8)]
     assert model.training
     assert not model.neck.training
