@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 from backbones import SMALL, SPEC, Pyramid, clips, small
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tpn
+from tpn.files import file_sha256
 from tpn.models.backbones import FoldedBackbone
 
 
@@ -177,6 +179,9 @@ def test_saved_model_cannot_choose_other_files_to_load(change, says, create, hub
     """A folder may come from anybody: it must not lead to other files, nor to the network."""
     config = json.loads((tpn.save_pretrained(small("timm/resnet18"), tmp_path) / "config.json").read_text())
     config["model"]["backbone"] |= change
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"model": json.dumps({"model": config["model"]})})
+    config["weights_sha256"] = file_sha256(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail(f"timm got {args} {kwargs}"))
     with pytest.raises(ValueError, match=says):
