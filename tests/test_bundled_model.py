@@ -30,6 +30,7 @@ def test_people_are_the_same_for_the_same_seed(figures):
         figures.render(22, seed=0)
 
 
+@pytest.mark.slow
 def test_people_move_within_the_picture(figures):
     """In each class, most of the clips change where somebody is: by more than a camera at rest and noise do."""
     for label, name in enumerate(figures.CLASSES):

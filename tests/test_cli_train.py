@@ -36,7 +36,7 @@ from tpn.video.datasets import TooManyBadFilesError
 
 CLASSES = ("blinking", "moving left", "turning clockwise")
 SMALL = ["--model", "tpn_slowonly_tiny_motion", "--weights", "random", "--model-args", '{"base_channels": 4}', "--crop-size", "32",
-         "--short-side", "36", "--batch-size", "4", "--workers", "0", "--log-interval", "1", "--val-interval", "1"]  # fmt: skip
+         "--short-side", "36", "--batch-size", "4", "--workers", "0", "--threads", "1", "--log-interval", "1", "--val-interval", "1"]  # fmt: skip
 
 
 def tpn_train(*args):
@@ -200,7 +200,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(videos, tmp_path):
 
 def test_python_prints_the_same(videos, tmp_path, capsys):
     options = {"model": "tpn_slowonly_tiny_motion", "weights": "random", "model_args": {"base_channels": 4}, "crop_size": 32}
-    options |= {"short_side": 36, "steps": 1, "batch_size": 4, "workers": 0, "val_interval": 1}
+    options |= {"short_side": 36, "steps": 1, "batch_size": 4, "workers": 0, "threads": 1, "val_interval": 1}
     result = tpn.train(videos, output=tmp_path / "loud", **options)
     assert "12 videos for training" in capsys.readouterr().out
     assert isinstance(result, tpn.TrainResult)

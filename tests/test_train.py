@@ -604,6 +604,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_gradients_of_one(tmp_path):
     """Each device has half of the batch; batch norm is frozen. With class weights, the halves have different sums of weights."""
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
