@@ -1,5 +1,6 @@
 """What a run decides by itself, from its data, its model, its start, and the device."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,13 @@ def test_a_cpu_keeps_the_weights_for_images():
 def test_depthwise_convolutions_learn_in_float32_on_cpus(monkeypatch, backbone, freeze, amp):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert plan(backbone=f"timm/{backbone}", freeze=freeze).amp == amp
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (16, 4, 12)])
+def test_workers_and_threads_share_the_cores(monkeypatch, cores, workers, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    config = plan()
+    assert (config.workers, config.threads) == (workers, threads)
 
 
 def test_the_learning_rate_is_that_of_the_optimizer():

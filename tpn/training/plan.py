@@ -164,7 +164,7 @@ def _choose_computation(plan: _Plan, device: torch.device, model: TPNClassifier)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        workers = plan.choose("workers", min(cores // 2, 4), f"for {cores} cores")
+        workers = plan.choose("workers", min(max(cores // 2, 2), 4, cores), "reading videos often takes longest")
         plan.choose("threads", max(cores - workers, 1), f"{cores} cores, less those of the workers")
         if not torch.cpu._is_amx_tile_supported():
             plan.choose("amp", "float32", "the CPU has no AMX")
