@@ -88,9 +88,9 @@ def named(name):
     return b"c" + name.replace(" ", "\n").encode() + b"\n"
 
 
-def tensor(key="0", offset=0, size=(2,), stride=(1,), sized=None):
-    """The instructions that push a tensor. `sized` pushes its size instead of `size`."""
-    storage = b"(" + text("storage") + named("torch FloatStorage") + text(key) + text("cpu") + number(2) + b"tQ"
+def tensor(key="0", offset=0, size=(2,), stride=(1,), sized=None, view=b""):
+    """The instructions that push a tensor. `sized` pushes its size instead of `size`, `view` a part of its storage."""
+    storage = b"(" + text("storage") + named("torch FloatStorage") + text(key) + text("cpu") + number(2) + view + b"tQ"
     shape = (sized or number(size)) + number(stride)
     return named("torch._utils _rebuild_tensor_v2") + b"(" + storage + number(offset) + shape + b"\x89}tR"
 
@@ -172,6 +172,7 @@ CRAFTED = {
     "overlapping records": overlapping_records,
     "a record larger than the file": lambda: claiming(2**31),
     "two pickles": lambda: zip_of(entries(w=tensor()), {"0": FOUR, "data.pkl": b"."}),
+    "a view of a storage": lambda: zip_of(entries(w=tensor(view=text("1") + number(1) + number(1) + b"\x87"))),
     "no record": lambda: zip_of(entries(w=tensor("7"))),
     "half a number": lambda: zip_of(entries(w=tensor()), {"0": FOUR[:-1]}),
     "larger than its storage": lambda: zip_of(entries(w=tensor(size=(5,)))),

@@ -1,5 +1,8 @@
 """Checkpoint files: names, wrappings, what is refused, and what the messages say."""
 
+import argparse
+import collections
+import datetime
 import os
 import pathlib
 import pickle
@@ -127,6 +130,21 @@ def test_objects_of_absent_libraries(zipped, small, tmp_path, monkeypatch):
     tensors, _ = read_checkpoint(path)
     assert tensors.keys() == small.keys()
     assert all(torch.equal(tensors[k], small[k]) for k in small)
+
+
+@FORMATS
+def test_what_training_scripts_save(zipped, small, tmp_path):
+    """Their arguments, and tensors with attributes."""
+    args = argparse.Namespace(
+        lr=0.1, output=pathlib.Path("runs"), start=datetime.datetime(2020, 1, 2), phase=1j, raw=bytearray(b"x")
+    )
+    history = collections.defaultdict(int, {"a": 1})
+    weights = {name: torch.nn.Parameter(value.float()) for name, value in small.items()}
+    weights["head.fc.bias"].decay = False
+    spectrum = torch.ones(2, dtype=torch.complex64)
+    path = save({"args": args, "history": history, "spectrum": spectrum, "state_dict": weights}, tmp_path / "a.pth", zipped)
+    tensors, _ = read_checkpoint(path)
+    assert all(torch.equal(tensors[name], value) for name, value in weights.items())
 
 
 class Call:

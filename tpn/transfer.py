@@ -1,4 +1,4 @@
-"""Downloads that end, whatever a server does: bounded in bytes, in speed, and in the waiting that a server may ask for.
+"""Downloads with limits on size, speed, and the delay that a server may request.
 
 Requests are made by the HTTP session of the Hub's client, with its proxies and certificates, in a thread of their own. A server
 that sends nothing, or a header byte by byte, can therefore hold up the thread, but not its caller. `torch.hub` and the client
@@ -47,13 +47,13 @@ class TransferError(Exception):
     """A download failed; the message gives the reason.
 
     Attributes:
-        passing: whether another try may help.
+        retryable: whether a retry may succeed.
         response: of the server, if it refused.
     """
 
-    def __init__(self, reason: str, *, passing: bool = True, response: Any = None) -> None:
+    def __init__(self, reason: str, *, retryable: bool = True, response: Any = None) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.retryable = retryable
         self.response = response
 
 
@@ -91,7 +91,7 @@ def download(
                     return part.digest.hexdigest()
                 except TransferError as error:
                     wait, problem = longer_pause(pause, error.response, MAX_WAIT)
-                    if wait is None or not error.passing:
+                    if wait is None or not error.retryable:
                         spent = f"(tries: {tries}, {time.monotonic() - start:.1f} s)"
                         raise TransferError(f"{error}{problem} {spent}", response=error.response) from error
                     _logger.warning("%s: %s; trying again in %g s", name or path.name, error, wait)
@@ -106,7 +106,7 @@ def longer_pause(pause: float | None, response: Any, limit: float) -> tuple[floa
     asked = getattr(response, "headers", {}).get("Retry-After", "").strip()
     seconds = int(asked) if re.fullmatch(r"[0-9]{1,18}", asked) else 0  # dates are ignored
     if seconds > limit:
-        return None, f", and asks to wait {seconds} s, which is more than {limit:g} s"
+        return None, f"; it requested a delay of {seconds} s, more than the limit of {limit:g} s"
     return (None, "") if pause is None else (max(pause, seconds), "")
 
 
@@ -171,7 +171,7 @@ class _Part:
     def request_rest(self) -> None:
         """Request what is missing, and check the whole. TransferError if it is not complete, or not the expected file."""
         if urlsplit(self.url).scheme not in ("http", "https"):
-            raise TransferError(f"the address must start with http:// or https://, got {self.url}", passing=False)
+            raise TransferError(f"the address must start with http:// or https://, got {self.url}", retryable=False)
         if self.received != self.size:  # it is equal where only the end of the response was missing
             self._receive()
         if not self.digest.hexdigest().startswith(self.sha256):
@@ -193,7 +193,7 @@ class _Part:
                     chunk = self._unpack(unpacker, chunk, limit) if compressed <= limit + _COMPRESSION_OVERHEAD else None
                 if chunk is None or self.received + len(chunk) > limit:
                     self._restart()
-                    raise TransferError(f"{self.host} sent more than {limit} bytes", passing=total is not None)
+                    raise TransferError(f"{self.host} sent more than {limit} bytes", retryable=total is not None)
                 self._store(chunk)
         if self.received < (total or 0) or (unpacker and not unpacker.eof):
             raise TransferError(f"{self.host} sent {self.received} of {total or 'an unknown number of'} bytes")
@@ -214,7 +214,7 @@ class _Part:
             if self._arrived < MIN_SPEED * window:
                 speed = f"{self._arrived} bytes in {window:g} s, less than {MIN_SPEED} bytes per second"
                 again, self._slow = not self._slow, True  # a slow server is asked twice in succession, another error more often
-                raise TransferError(f"{self.host} sent {speed}", passing=again)
+                raise TransferError(f"{self.host} sent {speed}", retryable=again)
             self._waited, self._arrived = 0.0, 0
 
     def _announced(self, response: Any) -> tuple[int | None, Any]:
@@ -223,11 +223,11 @@ class _Part:
         if status not in (200, 206):
             if status == 416:
                 self._restart()
-            phrase, passing = http.client.responses.get(status, ""), status in {416, *TRANSIENT_STATUS}
-            raise TransferError(f"{self.host} responded {status} {phrase}".rstrip(), passing=passing, response=response)
+            phrase, retryable = http.client.responses.get(status, ""), status in {416, *TRANSIENT_STATUS}
+            raise TransferError(f"{self.host} responded {status} {phrase}".rstrip(), retryable=retryable, response=response)
         encoding = (response.headers.get("Content-Encoding") or "identity").lower()
         if encoding not in ("identity", "gzip", "deflate"):
-            raise TransferError(f"{self.host} sent a Content-Encoding that was not asked for: {encoding!r}", passing=False)
+            raise TransferError(f"{self.host} sent a Content-Encoding that was not asked for: {encoding!r}", retryable=False)
         announced = response.headers.get("Content-Length") if encoding == "identity" else None
         part = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/(.*)", response.headers.get("Content-Range", "")) if status == 206 else None
         if part and encoding == "identity" and int(part[1]) == self.received:
@@ -237,7 +237,9 @@ class _Part:
             if status == 206:
                 raise TransferError(f"{self.host} sent another part of the file than was asked for")
         if announced is not None and not re.fullmatch("[0-9]{1,18}", announced):
-            raise TransferError(f"{self.host} sent a Content-Length that is not a number of bytes: {announced!r}", passing=False)
+            raise TransferError(
+                f"{self.host} sent a Content-Length that is not a number of bytes: {announced!r}", retryable=False
+            )
         if self.size is not None and announced is not None and int(announced) != self.size:
             raise TransferError(f"{self.host} announced {announced} bytes instead of {self.size}")
         total = int(announced) if self.size is None and announced is not None else self.size
@@ -254,7 +256,7 @@ class _Part:
         except zlib.error as error:
             raise TransferError(f"{self.host} sent damaged compressed data ({error})") from error
         if unpacker.unused_data:
-            raise TransferError(f"{self.host} sent more after the end of compressed data", passing=False)
+            raise TransferError(f"{self.host} sent more after the end of compressed data", retryable=False)
         return data
 
     def _store(self, chunk: bytes) -> None:
@@ -294,9 +296,9 @@ def _failure(error: Exception, host: str, timeout: float) -> TransferError:
     kind = type(error).__name__
     if re.search(r"\[SSL|SSLError", f"{kind} {error}") and "Read" not in kind:
         hint = "name that of your network in SSL_CERT_FILE"
-        return TransferError(f"the certificate of {host} was not accepted ({error}); {hint}", passing=False)
+        return TransferError(f"the certificate of {host} was not accepted ({error}); {hint}", retryable=False)
     if isinstance(cause, TimeoutError) or "Timeout" in kind:
         return TransferError(f"{host} sent nothing for {timeout:g} s")
     if "Protocol" in kind:
         return TransferError(f"{host} did not send a complete, valid response ({error})")
-    return TransferError(f"the connection to {host} failed ({str(error) or kind})", passing="Redirect" not in kind)
+    return TransferError(f"the connection to {host} failed ({str(error) or kind})", retryable="Redirect" not in kind)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 MAX_CLIP_VALUES = 2**27
-"""Of a resized clip, `in_chans * num_frames * short_side**2`: half a gigabyte as float32, far beyond what can be trained."""
+"""Limit on the values of a resized clip, `in_chans * num_frames * short_side**2`: half a gigabyte as float32."""
 
 
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
@@ -21,7 +21,7 @@ def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None
 
 def check_number(name: str, value: Any, *, minimum: float, maximum: float) -> None:
     """Raise TypeError if a value is not a finite number, ValueError if it is out of range."""
-    if type(value) not in (int, float) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not math.isfinite(value)):
         raise TypeError(f"{name} must be a finite number, got {shown(value)}")
     if not minimum <= value <= maximum:
         raise ValueError(f"{name} must be at least {minimum} and at most {maximum}, got {shown(value)}")
@@ -57,8 +57,6 @@ def check_input_spec(spec: Any) -> None:
     check_bool("flip", spec.flip)
     if spec.sampling not in ("dense", "segments"):
         raise ValueError(f"sampling must be 'dense' or 'segments', got {shown(spec.sampling)}")
-    if spec.sampling == "segments" and spec.num_clips > 2:
-        raise ValueError(f"num_clips must be 1 or 2 with sampling='segments', got {spec.num_clips}")
     if spec.num_crops == 2:
         raise ValueError("num_crops must be 1 (center) or 3 (along the longer side), got 2")
     for name in ("crop_size", *["three_crop_size"] * (spec.num_crops == 3)):
@@ -70,7 +68,7 @@ def check_input_spec(spec: Any) -> None:
     if (values := channels * spec.num_frames * spec.short_side**2) > MAX_CLIP_VALUES:
         raise ValueError(
             f"num_frames={spec.num_frames} and short_side={spec.short_side} with {channels} channels are {values} values per "
-            f"clip, at most {MAX_CLIP_VALUES} are allowed; use fewer frames, or smaller ones"
+            f"clip; the limit is {MAX_CLIP_VALUES}. Reduce num_frames or short_side"
         )
 
 

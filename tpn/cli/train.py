@@ -71,7 +71,8 @@ def advice() -> Iterator[None]:
     if "RANK" not in os.environ:  # torchrun's processes may be waiting for each other, where no handler runs
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = threading.excepthook
-    threading.excepthook = lambda _: None  # the run raises the errors of TensorBoard's thread, too
+    # The run raises a full disk in TensorBoard's thread, too.
+    threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else hook(failure)
     try:
         yield
     except Interrupted as stop:

@@ -414,7 +414,7 @@ class Run:
 
 
 def _start_worker(worker: int) -> None:
-    """Let a loader process live as long as the run, which finishes its step: signals often reach all processes of a group."""
+    """Ignore signals in a loader process, which lives as long as the run: they often reach all processes of a group."""
     end_with_parent()  # a process that is left over would keep the lock of the folder
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

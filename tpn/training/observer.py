@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, at a step after which it saved a checkpoint, or before or after the training."""
+    """The run was stopped by a signal: at a step, after which it saved a checkpoint, or outside the training loop (None)."""
 
     def __init__(self, number: int, step: int | None = None) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}" + ("" if step is None else f" at step {step}"))

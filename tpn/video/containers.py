@@ -45,7 +45,7 @@ NOT_VIDEOS = {
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",
 }
-"""First bytes of files that people take for videos, for a better error. FORMATS refuses them, too, and all others."""
+"""Leading bytes of files often mistaken for videos, for a clearer error. FORMATS refuses them, too, and all others."""
 
 PYAV = tuple(int(part) for part in av.__version__.split(".")[:2])
 
@@ -98,7 +98,7 @@ def open_video(path: PathLike, *, one_thread: bool = False) -> Iterator[tuple[In
     _check_file(Path(path))
     limits = {"max_pixels": str(MAX_PIXELS)}
     early_limits = limits if PYAV >= (17, 1) else {}  # earlier versions crash if they meet streams that are not in the header
-    with video_errors(path, lambda: "not a video that can be opened"):
+    with video_errors(path, lambda: "not a video in a supported format, or damaged"):
         container = av.open(
             f"file:{path}",  # with "file:", FFmpeg does not read a file name as a URL
             options=early_limits,
@@ -150,7 +150,7 @@ def decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -
     counter = FrameCounter(stream)
 
     def problem() -> str:
-        # Some decoders tell no size if they refuse it.
+        # Some decoders report no size for a picture that they refuse.
         too_large = "" if stream.width else f", or larger than {MAX_PIXELS} pixels"
         return f"damaged{too_large}, decoding failed after frame {number}"
 

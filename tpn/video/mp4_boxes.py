@@ -1,4 +1,4 @@
-"""Read how many samples (pictures, pieces of sound) an MP4 or MOV file declares, before FFmpeg takes memory for each of them."""
+"""Read how many samples (pictures, pieces of sound) an MP4 or MOV file declares, before FFmpeg allocates memory for them."""
 
 from collections.abc import Iterator
 from io import FileIO

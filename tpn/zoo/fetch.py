@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,12 +25,12 @@ from huggingface_hub.utils import WeakFileLock
 
 from tpn import hub, transfer
 from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, WeightsUnavailableError
-from tpn.files import file_sha256, is_intact, remember_sha256
+from tpn.files import file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
 from tpn.zoo.overrides import override
-from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained
+from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained, saved_sha256
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
@@ -99,7 +99,7 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
                     shutil.rmtree(left_over)
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as temporary:
                     download(source, Path(temporary, file), entry)
-                    path = _store_and_record(entry, load.read_weights(Path(temporary, file)), folder)
+                    path = store(entry, load.read_weights(Path(temporary, file)), folder)
             return path
     except OSError as error:
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
@@ -113,11 +113,11 @@ def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
 def cached(folder: Path, *, verify: bool = False) -> Path | None:
     """Return the weights in a cache folder; None if there are none, or they are damaged.
 
-    They are compared with their SHA-256 if they changed since they were stored, and with `verify`; see `is_intact`.
+    They are compared with the SHA-256 in their config once, after they have changed, and with `verify`; see `is_intact`.
     """
     path = folder / WEIGHTS_FILE
     try:
-        sound = path.is_file() and hub.is_whole(path) and is_intact(path, _record(folder), verify=verify)
+        sound = path.is_file() and hub.is_whole(path) and is_intact(path, _record(folder), _known_sha256(folder), verify=verify)
         return path if sound else None
     except OSError as error:
         raise WeightsUnavailableError(f"cannot read {path}: {error.strerror or error}; {_OTHER_FOLDER}") from error
@@ -154,7 +154,7 @@ def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
         )
     folder = cache_folder(entry)
     with _locked(folder):
-        return _store_and_record(entry, weights, folder)
+        return store(entry, weights, folder)
 
 
 def convert_command(entry: Checkpoint) -> str:
@@ -178,10 +178,11 @@ def download(link: Link, path: Path, entry: Checkpoint) -> None:
         ) from error
 
 
-def _store_and_record(entry: Checkpoint, weights: load.Weights, folder: Path) -> Path:
-    path = store(entry, weights, folder)
-    remember_sha256(path, _record(folder), file_sha256(path))
-    return path
+def _known_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 in the config of a cache folder; None if there is no config that can be read."""
+    with suppress(FileNotFoundError, CheckpointError):
+        return saved_sha256(folder)
+    return None
 
 
 def _record(folder: Path) -> Path:

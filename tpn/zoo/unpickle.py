@@ -26,11 +26,13 @@ STORAGES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
 }
 """The types of numbers that are read, by PyTorch's names for their storages, without "Storage"."""
 
 MAX_INSTRUCTIONS = 2_000_000
-"""Of a pickle: at most about 400 MB and 5 s. A checkpoint of 700 tensors with its optimizer has fewer than 100,000."""
+"""Limit on the instructions of a pickle, about 400 MB and 5 s. A checkpoint of 700 tensors with optimizer has under 100,000."""
 
 
 class Storage(NamedTuple):
@@ -71,14 +73,22 @@ class Other:
 _STORAGE_TYPES = {Name("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()}
 _TENSORS = {Name("torch._utils", name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2")}
 _PARAMETERS = {Name("torch._utils", name) for name in ("_rebuild_parameter", "_rebuild_parameter_with_state")}
+_WITH_ATTRIBUTES = Name("torch._tensor", "_rebuild_from_type_v2")
 _ORDERED_DICT = Name("collections", "OrderedDict")
 # The standard library, also under the Python 2 names that pickles still use.
 _STANDARD_LIBRARY = sys.stdlib_module_names | IMPORT_MAPPING.keys()
-_HARMLESS = {
-    *("_codecs.encode", "builtins.set", "__builtin__.set"),
-    *("collections.defaultdict", "collections.deque", "collections.Counter"),
+_DATA = {
+    **dict.fromkeys(
+        ("builtins", "__builtin__"), "bool bytearray complex dict float frozenset int list long set slice str tuple unicode"
+    ),
+    "collections": "OrderedDict defaultdict deque Counter",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "datetime": "date datetime timedelta timezone",
+    "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+    "_codecs": "encode",  # of bytes, in protocol 2
 }
-"""Names of the standard library in metadata that libraries write, such as numpy's scalars."""
+"""Names of the standard library that training scripts save as metadata, such as their arguments."""
 
 # Instructions by what they do; `_step` has the others. Those of protocol 0, which torch.save cannot use, are missing.
 _PUSH_ARGUMENT = {
@@ -184,9 +194,14 @@ class Unpickler:
         return values
 
     def _storage(self, identifier: Any) -> Storage | Other:
-        """Return what an identifier stands for: ("storage", type, key, location, number of values), and None in old files."""
+        """Return what an identifier stands for: ("storage", type, key, location, number of values), and None in old files.
+
+        The earliest files have a view in place of None: a part of another storage, which is not read.
+        """
         match identifier:
-            case ("storage", Name() as kind, str(key), _, _, *_) if kind in _STORAGE_TYPES:
+            case ("storage", Name() as kind, str(key), _, _) | ("storage", Name() as kind, str(key), _, _, None) if (
+                kind in _STORAGE_TYPES
+            ):
                 self.storages[key] = _STORAGE_TYPES[kind]
                 return Storage(_STORAGE_TYPES[kind], key)
             case ("storage", Name() as kind, *_):
@@ -199,10 +214,10 @@ def _name(module: Any, name: Any) -> Name:
     if type(module) is not str or type(name) is not str:
         raise ValueError("a name that is not a string")
     found = Name(module, name)
-    if found != _ORDERED_DICT and module.partition(".")[0] in _STANDARD_LIBRARY and str(found) not in _HARMLESS:
+    if module.partition(".")[0] in _STANDARD_LIBRARY and name not in _DATA.get(module, "").split():
         raise CheckpointError(
-            f"refused, it holds more than tensors: reading it would call {found}; in the environment that wrote it, save "
-            "the bare weights: torch.save(model.state_dict(), 'weights.pth')"
+            f"refused, it holds more than tensors: it refers to {found}; in the environment that wrote it, save the bare "
+            "weights: torch.save(model.state_dict(), 'weights.pth')"
         )
     return found
 
@@ -216,6 +231,8 @@ def _result(function: Any, arguments: Any) -> Any:
         return _dict_of([value for pair in pairs if type(pair) is list for value in pair])
     if function in _PARAMETERS and arguments:
         return arguments[0]
+    if function == _WITH_ATTRIBUTES and len(arguments) == 4:  # the function, the class, the arguments, and the attributes
+        return _result(arguments[0], arguments[2])
     if function in _TENSORS and len(arguments) >= 4:
         storage = arguments[0]
         return Entry(*arguments[:4]) if isinstance(storage, Storage) else Other(f"a tensor in {kind_of(storage)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tpn import hub, transfer
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError
-from tpn.files import atomic_write
+from tpn.files import atomic_write, file_sha256
 from tpn.models.backbones.timm import check_network_args, on_255
 from tpn.models.layers import checkpointed
 from tpn.models.registry import register_backbone
@@ -90,10 +90,11 @@ def torchvision_backbone(
     if pretrained:
         folder = hub.cache_folder(cache_dir) or Path(torch.hub.get_dir(), "checkpoints")
         path = folder / weights.url.rpartition("/")[2]
-        if not path.is_file():  # torchvision itself downloads without limits
+        sha256 = path.stem.rpartition("-")[2]  # leading digits
+        if not path.is_file() or not file_sha256(path).startswith(sha256):  # torchvision itself downloads without limits
             with hub.translate_errors(f"the weights of torchvision/{name}"), atomic_write(path) as file:
-                transfer.download(weights.url, file, pauses=hub.PAUSES, sha256=path.stem.rpartition("-")[2])
-        net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, model_dir=folder))
+                transfer.download(weights.url, file, pauses=hub.PAUSES, sha256=sha256)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return StagedBackbone(STAGES[name](net), out_indices, channels_last=name.startswith("swin"))
 
 
