@@ -44,8 +44,8 @@ def call_example(name, *args):
 
 def run_example(name, *args, processes=0, before="", check=True):
     """Run a script as a command, with `processes` under torchrun. `before` is code that changes the module `example` first."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     script = ROOT / "examples" / f"{name}.py"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", script.parent))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
