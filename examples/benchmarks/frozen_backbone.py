@@ -119,7 +119,7 @@ def train_and_test(
         for group in optimizer.param_groups:
             warmup, decay = min(1.0, (step + 1) / (0.1 * STEPS)), 0.5 * (1 + math.cos(math.pi * step / STEPS))
             group["lr"] = LR * variant.get("lr", 1.0) * group["scale"] * warmup * decay
-        loss = F.cross_entropy(logits(videos, rng.integers(0, DRAWS, BATCH)), targets[videos], label_smoothing=0.1)
+        loss = F.cross_entropy(logits(videos, rng.integers(0, DRAWS, len(videos))), targets[videos], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 40.0)
