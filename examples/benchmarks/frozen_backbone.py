@@ -96,8 +96,9 @@ def train_and_test(
 ) -> float:
     """Train neck and classifier; return the top-1 accuracy on the test videos in percent."""
     train, test = fold
+    labels = targets.argmax(dim=1)
     torch.manual_seed(seed)
-    model = create(backbone, num_classes=int(targets.max()) + 1, **({"neck": None} if "neck" in variant else {}))
+    model = create(backbone, num_classes=targets.shape[1], **({"neck": None} if "neck" in variant else {}))
     for part in model.neck.modules() if model.neck is not None else ():
         if isinstance(part, nn.BatchNorm3d) and "bias" in variant:
             nn.init.constant_(part.bias, variant["bias"])
@@ -119,7 +120,7 @@ def train_and_test(
         for group in optimizer.param_groups:
             warmup, decay = min(1.0, (step + 1) / (0.1 * STEPS)), 0.5 * (1 + math.cos(math.pi * step / STEPS))
             group["lr"] = LR * variant.get("lr", 1.0) * group["scale"] * warmup * decay
-        loss = F.cross_entropy(logits(videos, rng.integers(0, DRAWS, len(videos))), targets[videos], label_smoothing=0.1)
+        loss = F.cross_entropy(logits(videos, rng.integers(0, DRAWS, len(videos))), labels[videos], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 40.0)
@@ -127,7 +128,7 @@ def train_and_test(
     model.eval()
     with torch.no_grad():
         predicted = torch.cat([logits([video], [DRAWS]).argmax(1) for video in test])
-    return 100 * float((predicted == targets[test]).float().mean())
+    return 100 * float((predicted == labels[test]).float().mean())
 
 
 def main() -> None:
