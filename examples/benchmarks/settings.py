@@ -26,45 +26,35 @@ import tpn
 from tpn.cli.script import positive_int, run_cli
 
 TINY: dict[str, Any] = {"model": "tpn_slowonly_tiny_motion"}
-LITE: dict[str, Any] = {"model": "tpn", "crop_size": 112, "short_side": 128, "amp": "float32"}
-LITE_ARGS: dict[str, Any] = {"backbone": "timm/tf_efficientnet_lite0"}
-LARGER = {"crop_size": 96, "short_side": 112}
+HALF: dict[str, Any] = {**TINY, "steps": 450}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # What the plan chooses, with three starts
     "plan": TINY,
     "random": {**TINY, "weights": "random"},
-    "imagenet": {**LITE, "model_args": LITE_ARGS},
-    # One change of the plan each, for the embedded weights
-    "lr-3e-4": {**TINY, "lr": 3e-4},
-    "lr-3e-3": {**TINY, "lr": 3e-3},
-    "sgd": {**TINY, "optimizer": "sgd"},
-    "backbone-lr-0.1": {**TINY, "backbone_lr": 0.1},
-    "frozen": {**TINY, "freeze": "backbone"},
-    "frozen-bn": {**TINY, "freeze": "bn"},
-    "half-steps": {**TINY, "steps": 375},
-    "double-steps": {**TINY, "steps": 1500},
-    "larger": {**TINY, **LARGER},
-    "interval": {**TINY, "frame_interval": 2},
-    "small-crops": {**TINY, "crop_area": (0.08, 1.0)},
-    "large-crops": {**TINY, "crop_area": (0.6, 1.0)},
-    "no-smoothing": {**TINY, "label_smoothing": 0.0},
-    "ema": {**TINY, "ema": 0.99},
-    # Augmentation
-    "no-jitter": {**TINY, "color_jitter": False},
-    "rand-augment": {**TINY, "rand_augment": 9},
-    "erasing": {**TINY, "random_erasing": 0.25},
-    "mixup": {**TINY, "mixup": 0.8},
-    "cutmix": {**TINY, "cutmix": 1.0},
-    # The embedded backbone with a new pyramid, and without one; their start is made by `save_start`
-    "new-pyramid": {"model": "auto"},
-    "no-pyramid": {"model": None},
-    # ImageNet weights: the pyramid against none, all learning, or the backbone frozen
-    "imagenet-frozen": {**LITE, "model_args": LITE_ARGS, "freeze": "backbone", "steps": 375},
-    "imagenet-frozen-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "freeze": "backbone", "steps": 375},
-    "imagenet-short": {**LITE, "model_args": LITE_ARGS, "steps": 240},
-    "imagenet-short-no-pyramid": {**LITE, "model_args": {**LITE_ARGS, "neck": None}, "steps": 240},
-    "imagenet-short-backbone-lr-0.1": {**LITE, "model_args": LITE_ARGS, "steps": 240, "backbone_lr": 0.1},
+    # A fifth of the videos is kept for validation, as without options
+    "validation": {**TINY, "val_fraction": 0.2},
+    "imagenet": {"model": "tpn", "model_args": {"backbone": "timm/tf_efficientnet_lite0"}},
+    # Half the steps, and one change each
+    "half": HALF,
+    "lr-3e-4": {**HALF, "lr": 3e-4},
+    "lr-3e-3": {**HALF, "lr": 3e-3},
+    "sgd": {**HALF, "optimizer": "sgd"},
+    "backbone-lr-0.1": {**HALF, "backbone_lr": 0.1},
+    "frozen": {**HALF, "freeze": "backbone"},
+    "larger": {**HALF, "crop_size": 96, "short_side": 112},
+    "small-crops": {**HALF, "crop_area": (0.08, 1.0)},
+    "large-crops": {**HALF, "crop_area": (0.6, 1.0)},
+    "no-smoothing": {**HALF, "label_smoothing": 0.0},
+    "ema": {**HALF, "ema": 0.99},
+    "no-jitter": {**HALF, "color_jitter": False},
+    "rand-augment": {**HALF, "rand_augment": 9},
+    "erasing": {**HALF, "random_erasing": 0.25},
+    "mixup": {**HALF, "mixup": 0.8},
+    "cutmix": {**HALF, "cutmix": 1.0},
+    # The same with a new pyramid on the bundled backbone, and without one; `save_start` makes their start
+    "new-pyramid": {**HALF, "model": "auto"},
+    "no-pyramid": {**HALF, "model": None},
 }
 
 
@@ -105,7 +95,7 @@ def run(train: Path, test: Path, name: str, seed: int, args: argparse.Namespace)
             return
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
-        options = SETTINGS[name] | {"threads": args.threads, "workers": args.workers, "val_fraction": 0, "seed": seed}
+        options = {"val_fraction": 0} | SETTINGS[name] | {"threads": args.threads, "workers": args.workers, "seed": seed}
         if options["model"] in ("auto", None):
             torch.manual_seed(seed)
             options["model"] = save_start(args.output / "starts" / f"{name}-{seed}", options["model"])

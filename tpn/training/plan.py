@@ -118,7 +118,7 @@ def _choose_learning_part(plan: _Plan, spec: InputSpec, start: str, device: torc
     if start != "backbone" or device.type != "cpu":
         plan.choose("freeze", "none", "the whole model learns")
         return
-    plan.choose("freeze", "backbone", "its image weights are kept: as accurate on few videos, and several times as fast on a CPU")
+    plan.choose("freeze", "backbone", "its image weights are kept, which is several times as fast on a CPU")
     if spec.crop_size > CPU_CROP:
         speed = (spec.crop_size / CPU_CROP) ** 2
         plan.choose("crop_size", CPU_CROP, f"a CPU is {speed:.0f} times as fast as with {spec.crop_size}")
