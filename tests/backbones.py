@@ -16,23 +16,23 @@ BACKBONES = {
     "timm/convnext_atto": {},
     "timm/mobilenetv3_small_050": {},
     "timm/rexnet_100": {"in_chans": 2},  # 185 channels
-    "timm/hrnet_w18_small": {},
     "timm/mambaout_femto": {},  # channels last
     "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
     "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
     "timm/vit_tiny_patch16_224": {"backbone_args": FIXED, "out_indices": (5, 11)},
     "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
     "timm/xcit_nano_12_p8_224": {},
-    "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
     "torchvision/r3d_18": {"num_frames": 4},
     "torchvision/mc3_18": {"num_frames": 4},
     "torchvision/r2plus1d_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
-    "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
-    "torchvision/swin3d_t": {"num_frames": 4},
 }
 """One small network of each family, with arguments that make it cheap."""
 
 MORE_BACKBONES = {
+    "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
+    "timm/hrnet_w18_small": {},
+    "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
+    "torchvision/swin3d_t": {"num_frames": 4},
     "timm/resnest14d": {},
     "timm/res2net50_14w_8s": {},
     "timm/convnextv2_atto": {},

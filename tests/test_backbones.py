@@ -212,7 +212,10 @@ def last_map_to_logits(network, x):
     return network.head(x.mean((2, 3, 4)))
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"])
+SLOW_VIDEO_NETWORKS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mc3_18", "r2plus1d_18", "s3d", "swin3d_t")]
+
+
+@pytest.mark.parametrize("name", ["r3d_18", *SLOW_VIDEO_NETWORKS])
 def test_video_networks_start_from_their_own_weights(name, tmp_path, monkeypatch):
     """Their last map is the one that torchvision classifies."""
     torch.manual_seed(1)

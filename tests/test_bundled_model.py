@@ -56,6 +56,7 @@ def test_movements(figures):
         assert far[0][0].x < -0.8
 
 
+@pytest.mark.slow
 def test_files(figures, tmp_path):
     figures.write_dataset(tmp_path, 1, seed=3)
     files = sorted(tmp_path.rglob("*.mp4"))

@@ -433,6 +433,7 @@ def test_file_without_permission():
     assert error.value.filename == str(path)
 
 
+@pytest.mark.slow
 def test_closing_a_decoder_does_not_deadlock(tmp_path):
     """The program, or an older torchvision, makes FFmpeg's threads log through Python, which needs the interpreter lock."""
     write_dataset(tmp_path, 1, seed=0, num_frames=34)

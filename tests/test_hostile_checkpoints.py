@@ -50,12 +50,14 @@ def test_altered_pickles(tmp_path):
     assert ends["refused"] > ends["read"] > 30 * FUZZ
 
 
+@pytest.mark.slow
 def test_altered_files(tmp_path):
     """Checksums find what changes a tensor. The rest of the file is padding and names that nothing reads."""
     ends = read_elsewhere("files", 600, tmp_path)
     assert ends["refused"] > ends["read"] > 0
 
 
+@pytest.mark.slow
 def test_altered_safetensors(folder):
     ends = read_elsewhere("safetensors", 300, folder)
     assert ends["refused"] > ends["read"] > 0

@@ -77,7 +77,7 @@ def test_incomplete_repository(hub, commit, missing):
         load()
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_main_moves_between_two_requests(hub, commit, cache, warm):
     """Also after several of them, to commits whose files have equal lengths."""
     for label in "abcdef":

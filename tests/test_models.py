@@ -154,6 +154,7 @@ def test_order_of_frames_matters():
             assert relative_error(model(x.flip(2)), model(x)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"])
 def test_compile_and_export(name):
     model = randomize_norms(tpn.create_model(name, base_channels=8, num_frames=8)).eval()

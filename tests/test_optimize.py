@@ -161,6 +161,7 @@ def test_errors():
         tpn.optimize(model, "float16")
 
 
+@pytest.mark.slow
 def test_compiled():
     model = build("tpn_slowonly_tiny_motion", base_channels=4).eval()
     x = clips(model, batch=1)

@@ -463,6 +463,7 @@ print(torch.get_num_threads(), in_child(same), torch.get_num_threads())
     assert run_python(script, tmp_path, OMP_NUM_THREADS="2")[0] == "2 0 2\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
 def test_a_compiled_classifier_needs_spawn(tmp_path):
     """A compiled model would wait for threads of its parent."""

@@ -59,6 +59,7 @@ def card_of(hub, repo_id):
     return yaml.safe_load(header), body
 
 
+@pytest.mark.slow
 def test_models_load_in_another_process(hub, tmp_path, capsys):
     cases = [
         ("tpn_slowonly_r50_k400", {"num_classes": 3, "flow_order": "parallel"}),
