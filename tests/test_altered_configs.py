@@ -128,7 +128,7 @@ def place_names(place):
     return [key for key in place if isinstance(key, str)][place[:1] == ("model",) and len(place) > 1 :]
 
 
-@examples(60)
+@examples(40)
 @hypothesis.given(data=st.data())
 def test_random_values(saved, data):
     config = json.loads(saved.text)
@@ -141,7 +141,7 @@ def add(inside, name, value):
     inside.update({name: value}) if isinstance(inside, dict) else inside.append(value)
 
 
-@examples(40)
+@examples(25)
 @hypothesis.given(data=st.data())
 def test_missing_and_further_fields(saved, data):
     config, names = json.loads(saved.text), set()
@@ -153,7 +153,7 @@ def test_missing_and_further_fields(saved, data):
     saved.check(config, names)
 
 
-@examples(25)
+@examples(15)
 @hypothesis.given(data=st.data())
 def test_damaged_text(saved, data):
     text = saved.text

@@ -204,12 +204,10 @@ Path.write_bytes = kill
 LONG = {"log_interval": 2, "workers": 1, "epochs": 2, "batch_size": 2, "accumulate": 2, "ema": 0.9, "checkpoint_interval": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kill", "step"),
-    [
-        pytest.param(KILL, 4, id="within an epoch"),
-        pytest.param(KILL_WHILE_WRITING, 3, id="while a checkpoint is written", marks=pytest.mark.slow),
-    ],
+    [pytest.param(KILL, 4, id="within an epoch"), pytest.param(KILL_WHILE_WRITING, 3, id="while a checkpoint is written")],
 )
 def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
     """The run has two epochs of three steps; it writes checkpoints and metrics at every second step and after every epoch."""
