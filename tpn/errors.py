@@ -2,10 +2,13 @@
 
 import re
 
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Control characters, line breaks, changes of direction, and bytes of a file name that are not UTF-8."""
 
-def one_line(text: str) -> str:
-    """Return a text, such as a path, with line breaks and control characters escaped."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match[0])[1:-1], text)
+
+def printable(text: object) -> str:
+    """Return a text, such as a path, with unprintable characters written as escapes."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 class UnknownModelError(ValueError):

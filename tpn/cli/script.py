@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from tpn.errors import WeightsUnavailableError, one_line
+from tpn.errors import WeightsUnavailableError, printable
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ def error_message(error: Exception) -> str:
 def one_line_message(error: BaseException) -> str:
     """Return the first line of an error's message, without "[Errno 2]" in front of it."""
     if isinstance(error, OSError) and error.strerror:
-        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return next(iter(_from_worker(error).splitlines()), type(error).__name__)
 
 

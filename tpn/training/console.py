@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
+from tpn.errors import printable
 from tpn.training import wording
 from tpn.training.observer import Observer
-from tpn.training.wording import METRIC_NAMES, metric, plural, printable
+from tpn.training.wording import METRIC_NAMES, metric, plural
 
 if TYPE_CHECKING:
     from tpn.training.loop import Run

@@ -1,19 +1,12 @@
 """Words and numbers as the terminal and the report show them."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from tpn.errors import printable
 from tpn.training.plan import PlanLine
 
 METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy", "mAP": "mAP", "loss": "loss"}
-_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Control characters, line breaks, changes of direction, and bytes of a file name that are not UTF-8."""
-
-
-def printable(text: object) -> str:
-    """Return a text with unprintable characters written as escapes."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def setting(value: Any) -> str:

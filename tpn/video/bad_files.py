@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpn.errors import one_line
+from tpn.errors import printable
 
 MAX_LISTED = 20
 """Number of bad files that an error lists. Training also stops if this many videos fail before one can be read."""
@@ -34,7 +34,7 @@ class SharedState:
 
 
 def format_bad_files(bad: dict[str, str]) -> str:
-    lines = [f"\n  {one_line(path)}: {reason}" for path, reason in bad.items()]
+    lines = [f"\n  {printable(path)}: {reason}" for path, reason in bad.items()]
     more = f"\n  and {len(lines) - MAX_LISTED} more; `tpn check` lists all" if len(lines) > MAX_LISTED else ""
     return "".join(lines[:MAX_LISTED]) + more
 

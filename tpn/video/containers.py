@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from tpn.errors import one_line
+from tpn.errors import printable
 from tpn.video.frame_index import FrameCounter, read_packets
 from tpn.video.mp4_boxes import declared_samples
 
@@ -59,7 +59,7 @@ class VideoError(RuntimeError):
     """A file exists but cannot be read as a video. The message is one line and starts with the path."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(printable(message))
 
 
 @contextmanager

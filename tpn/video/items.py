@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from tpn.errors import one_line
+from tpn.errors import printable
 from tpn.video import lists, tables
 from tpn.video.decode import VideoError
 
@@ -84,7 +84,7 @@ def bad_reason(item: Item, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         is_other_file = error.filename and os.fspath(error.filename) != item.path
         return f"{error.strerror}: {error.filename}" if is_other_file else error.strerror
-    return str(error).removeprefix(f"{one_line(item.path)}: ")
+    return str(error).removeprefix(f"{printable(item.path)}: ")
 
 
 @contextmanager
