@@ -44,7 +44,7 @@ from tpn.config import parse_views
 from tpn.files import atomic_write
 from tpn.predict import VideoClassifier
 from tpn.training.state import weights_hash
-from tpn.video import decode
+from tpn.video import containers, decode
 from tpn.video.datasets import videos_below
 from tpn.video.decode import VideoError
 
@@ -174,7 +174,7 @@ class CrashCounter:
 
 def read_block(block: pa.Table, spec: tpn.InputSpec, crashes: Any) -> Iterator[Columns]:
     """Read the frames of several videos; a Ray task on a CPU."""
-    decode.decode_in_one_thread()
+    containers.decode_in_one_thread()
     rows = block.to_pylist()
     repeated = ray.get(crashes.start_task.remote(rows[0]["index"]))
     for row in rows:

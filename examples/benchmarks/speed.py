@@ -34,7 +34,7 @@ import tpn
 from tpn.cli.script import positive_int, run_cli
 from tpn.models.layers import channels_last
 from tpn.optimization import resolve_device
-from tpn.video import decode
+from tpn.video import containers, decode
 from tpn.video.encode import write_video
 
 PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end"]
@@ -208,7 +208,7 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
         return views.crop_views(frames), clips
 
     # predict_each decodes each video in one thread, several videos at a time.
-    one_thread = ThreadPoolExecutor(1, initializer=decode.decode_in_one_thread)
+    one_thread = ThreadPoolExecutor(1, initializer=containers.decode_in_one_thread)
     single = replace(spec, num_clips=1, num_crops=1, flip=False)
     what = f"{spec.num_clips} clips x {spec.num_crops} crops"
     runs: dict[str, Run] = {"decoding alone": decode_only, f"tpn {what}": read}

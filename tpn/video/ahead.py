@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from tpn.video import decode
+from tpn.video import containers
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -23,7 +23,7 @@ def read_ahead(read: Callable[[S], R], sources: Iterable[S], *, workers: int) ->
         workers: number of threads, at least 1.
     """
     pending: deque[Future[R]] = deque()
-    initializer = decode.decode_in_one_thread if workers > 1 else None
+    initializer = containers.decode_in_one_thread if workers > 1 else None
     with ThreadPoolExecutor(workers, thread_name_prefix="tpn-read", initializer=initializer) as pool:
         try:
             for source in sources:

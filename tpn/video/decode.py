@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpn.video.containers import VideoError, decode_all, open_video, to_rgb, video_errors
-from tpn.video.containers import decode_in_one_thread as decode_in_one_thread
 from tpn.video.frame_index import FrameIndex, read_index
 from tpn.video.sampling import FrameSampler, at_frame_rate
 from tpn.video.transforms import resize_short_side
