@@ -240,6 +240,16 @@ def test_video_networks_start_from_their_own_weights(name, tmp_path, monkeypatch
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_damaged_weights_of_a_video_network_are_fetched_again(tmp_path, monkeypatch):
+    state, fetched = torchvision.models.get_model("r3d_18").state_dict(), []
+    monkeypatch.setattr(transfer, "download", lambda url, path, **_: fetched.append(url) or torch.save(state, path))
+    (entry,) = torchvision.models.get_model_weights("r3d_18")
+    for sha256, expected in ((entry.url[-12:-4], 1), (entry.url[-12:-4], 1), ("f" * 64, 2)):
+        monkeypatch.setattr("tpn.models.backbones.torchvision.file_sha256", lambda path, sha256=sha256: sha256)
+        small("torchvision/r3d_18", num_frames=8, backbone_pretrained=True, cache_dir=tmp_path)
+        assert len(fetched) == expected
+
+
 def test_weights_of_a_backbone_that_cannot_be_fetched(hub, tmp_path):
     with pytest.raises(tpn.WeightsUnavailableError, match="timm/resnet18.tv_in1k"):
         small("timm/resnet18.tv_in1k", backbone_pretrained=True, cache_dir=tmp_path)

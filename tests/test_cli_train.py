@@ -334,6 +334,20 @@ def test_an_error_of_a_thread_is_left_to_the_run(monkeypatch, tmp_path):
     assert tpn_train(tmp_path, "-o", "out").stderr == "error: a file\n"
 
 
+def test_other_errors_of_a_thread_are_reported(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: seen.append(failure.exc_type))
+
+    def fail(*args, **kwargs):
+        thread = threading.Thread(target=int, args=("x",))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(loop, "train", fail)
+    assert tpn_train(tmp_path, "-o", "out").returncode == 0
+    assert seen == [ValueError]
+
+
 def test_a_terminated_run_continues_with_the_printed_command(videos, tmp_path):
     command = [sys.executable, "-m", "tpn", "train", str(videos), "-o", "out", *SMALL, "--epochs", "6", "--val-interval", "6"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ import json
 import pickle
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 
 import tpn
@@ -124,6 +125,11 @@ def test_fields_are_validated(changes, error, says):
     (config,) = (config for config in (SPEC, HEAD, CONFIG, CONFIG.backbone) if changes.keys() <= vars(config).keys())
     with pytest.raises(error, match=says):
         replace(config, **changes)
+
+
+def test_numbers_of_numpy():
+    assert tpn.HeadConfig(3, drop_rate=np.float64(0.25)) == tpn.HeadConfig(3, drop_rate=0.25)
+    assert replace(SPEC, target_fps=np.float64(25)).target_fps == 25
 
 
 def test_nested_arguments_have_a_limit():

@@ -139,8 +139,9 @@ def test_what_training_scripts_save(zipped, small, tmp_path):
         lr=0.1, output=pathlib.Path("runs"), start=datetime.datetime(2020, 1, 2), phase=1j, raw=bytearray(b"x")
     )
     history = collections.defaultdict(int, {"a": 1})
-    weights = {name: torch.nn.Parameter(value.float()) for name, value in small.items()}
-    weights["head.fc.bias"].decay = False
+    weights = {**small, "parameter": torch.nn.Parameter(torch.ones(2))}
+    for value in weights.values():
+        value.decay = False
     spectrum = torch.ones(2, dtype=torch.complex64)
     path = save({"args": args, "history": history, "spectrum": spectrum, "state_dict": weights}, tmp_path / "a.pth", zipped)
     tensors, _ = read_checkpoint(path)

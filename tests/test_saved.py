@@ -338,6 +338,34 @@ def test_files_of_two_saves(tmp_path):
     assert torch.equal(narrow(num_classes=3, checkpoint_path=weights).head.fc.weight, first.head.fc.weight)
 
 
+def test_a_model_that_is_saved_while_it_is_opened(tmp_path, monkeypatch):
+    """The config was read before both files were replaced."""
+    tpn.save_pretrained(narrow(num_classes=3), tmp_path)
+    newer, file_sha256 = narrow(num_classes=5), saved.file_sha256
+
+    def save_first(path):
+        monkeypatch.setattr(saved, "file_sha256", file_sha256)
+        tpn.save_pretrained(newer, tmp_path)
+        return file_sha256(path)
+
+    monkeypatch.setattr(saved, "file_sha256", save_first)
+    assert_same(tpn.create_model(tmp_path), newer)
+
+
+def test_weights_that_are_a_pointer_of_git_lfs(tmp_path):
+    tpn.save_pretrained(narrow(), tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(tpn.CheckpointError, match=rf"^{tmp_path}/model\.safetensors: .*git-lfs"):
+        tpn.create_model(tmp_path)
+
+
+def test_weights_saved_from_a_parallel_model(tmp_path):
+    model = narrow()
+    without_hash(tpn.save_pretrained(model, tmp_path))
+    save_file({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert_same(tpn.create_model(tmp_path), model)
+
+
 def test_models_saved_without_a_hash(tmp_path):
     model = narrow()
     assert_same(tpn.create_model(without_hash(tpn.save_pretrained(model, tmp_path))), model)

@@ -74,7 +74,7 @@ def _check_dense(tensors: Mapping[str, Any]) -> None:
             problem = type(tensor).__name__
         elif tensor.is_nested or tensor.layout != torch.strided:
             problem = "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
-        elif tensor.is_meta or tensor.dtype not in STORAGES.values():
+        elif tensor.is_meta or tensor.is_complex() or tensor.dtype not in STORAGES.values():
             problem = f"{'meta ' if tensor.is_meta else ''}tensor of {tensor.dtype}"
         else:
             continue

@@ -97,16 +97,13 @@ def open_saved(folder: Path, *, weights: bool = True) -> ModelConfig:
     Raises FileNotFoundError; CheckpointError, which names the file and the field.
     """
     path, shapes = folder / CONFIG_FILE, None
-    config, values = _parse(path)
     if weights:
-        shapes, metadata = read_header(folder / WEIGHTS_FILE)
         try:
-            _check_sha256(path, values)
+            config, shapes = _read_pair(path)
         except CheckpointError:  # a save that is running replaces one file after the other
-            config, values = _parse(path)
-            _check_sha256(path, values)
-        if "model" in values and (trained := read_metadata(metadata)):  # the first version saved a part of it
-            _check_unchanged(path, config, trained)
+            config, shapes = _read_pair(path)
+    else:
+        config, _ = _parse(path)
     _check_network(path, config, shapes)
     return config
 
@@ -136,6 +133,16 @@ def _parse(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     except _CONFIG_ERRORS as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path}: not a model that tpn.save_pretrained wrote: {reason}") from error
+
+
+def _read_pair(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+    """Return the config of a saved model, and the shapes of its weights. CheckpointError unless both are of one save."""
+    config, values = _parse(path)
+    shapes, metadata = read_header(path.with_name(WEIGHTS_FILE))
+    _check_sha256(path, values)
+    if "model" in values and (trained := read_metadata(metadata)):  # the first version saved a part of it
+        _check_unchanged(path, config, trained)
+    return config, shapes
 
 
 def _check_sha256(path: Path, values: Mapping[str, Any]) -> None:
