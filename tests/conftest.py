@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -53,6 +54,19 @@ def commit(hub, tmp_path):
         return hub.add("me/x", weights=(folder / "model.safetensors").read_bytes(), config=(folder / "config.json").read_bytes())
 
     return commit
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """A folder with three classes of four short videos for training, and of two for validation."""
+    from tpn.video import motion
+
+    root, every = tmp_path_factory.mktemp("motion") / "videos", tmp_path_factory.mktemp("every")
+    for part, clips, seed in (("train", 4, 1), ("val", 2, 2)):
+        motion.write_dataset(every / part, clips, seed=seed, num_frames=34)
+        for name in ("moving left", "turning clockwise", "blinking"):
+            shutil.copytree(every / part / name, root / part / name)
+    return root
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from tpn.training import loop, wording
 from tpn.training.console import MAX_LINES, TrainingConsole
 from tpn.training.observer import Interrupted
 from tpn.training.plan import PlanLine
-from tpn.video import motion
 from tpn.video.datasets import TooManyBadFilesError
 
 CLASSES = ("blinking", "moving left", "turning clockwise")
@@ -41,17 +39,6 @@ SMALL = ["--model", "tpn_slowonly_tiny_motion", "--weights", "random", "--model-
 
 def tpn_train(*args):
     return call(cli.main, "tpn", "train", *args)
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Return a folder with three classes of four short videos for training, and of two for validation."""
-    root = tmp_path_factory.mktemp("motion")
-    for part, clips, seed in (("train", 4, 1), ("val", 2, 2)):
-        motion.write_dataset(root / "all" / part, clips, seed=seed, num_frames=34)
-        for name in CLASSES:
-            shutil.copytree(root / "all" / part / name, root / "videos" / part / name)
-    return root / "videos"
 
 
 @pytest.fixture
