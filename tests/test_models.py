@@ -272,6 +272,24 @@ def test_temporal_shift(num_frames, channels):
     copy = x.clone()
     assert torch.equal(temporal_shift(x, num_frames), expected)
     assert torch.equal(x, copy)
+    as_clips = [each.unflatten(0, (3, num_frames)).transpose(1, 2) for each in (x, expected)]
+    assert torch.equal(temporal_shift(as_clips[0], None), as_clips[1])
+
+
+@pytest.mark.parametrize("shift_shortcut", [False, True])
+def test_unfolded_tsm(shift_shortcut):
+    """The same maps from 3D layers, without folding frames into the batch; the network itself stays as it is."""
+    network = randomize_norms(ResNetTSM(50, base_channels=8, out_indices=(0, 3), shift_shortcut=shift_shortcut)).eval()
+    names = network.state_dict().keys()
+    unfolded = network.unfolded()
+    assert unfolded.state_dict().keys() == names
+    assert not [m for m in unfolded.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d) or m.training]
+    assert network.folded
+    for num_frames in (1, 5):
+        x = torch.randn(2, 3, num_frames, 32, 48)
+        with torch.no_grad():
+            for got, expected in zip(unfolded(x), network(x), strict=True):
+                assert relative_error(got, expected) < 1e-5
 
 
 def test_shift_shortcut_changes_downsampling_blocks_only():

@@ -151,6 +151,8 @@ def optimize(
         expected, pairs = _run(given, clips)
 
     # `given` is taken apart from here on.
+    if where.type == "cpu" and wanted != torch.float32 and hasattr(given.backbone, "unfolded"):
+        given.backbone = cast("Any", given.backbone).unfolded()
     fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
     fast.labels, fast.input_spec = given.labels, given.input_spec
     for conv, norm in pairs:

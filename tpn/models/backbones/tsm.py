@@ -1,10 +1,12 @@
 """TSM: a 2D residual network that exchanges channels between neighboring frames (Lin et al., ICCV 2019)."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpn.models.backbones.resnet import STAGES, Bottleneck, ResNet, check_depth
 from tpn.models.registry import register_backbone
@@ -26,12 +28,15 @@ def shift_every(num_blocks: Iterable[int]) -> int:
     return 2 if max(num_blocks) >= MANY_BLOCKS else 1
 
 
-def temporal_shift(x: Tensor, num_frames: int) -> Tensor:
+def temporal_shift(x: Tensor, num_frames: int | None) -> Tensor:
     """Return a tensor in which 1/8 of the channels come from frame t+1, the next 1/8 from frame t-1, with zeros at the ends.
 
     Args:
         x: (B*T, C, H, W), the T frames of a clip consecutive.
+        num_frames: T; None for x of shape (B, C, T, H, W).
     """
+    if num_frames is None:
+        return _shift_by_convolution(x)
     x = x.unflatten(0, (-1, num_frames))
     fold = x.shape[2] // SHIFT_DIV
     from_next, from_previous, unchanged = x.split((fold, fold, x.shape[2] - 2 * fold), dim=2)
@@ -39,6 +44,18 @@ def temporal_shift(x: Tensor, num_frames: int) -> Tensor:
     from_next = torch.cat((from_next[:, 1:], zeros), dim=1)
     from_previous = torch.cat((zeros, from_previous[:, :-1]), dim=1)
     return torch.cat((from_next, from_previous, unchanged), dim=2).flatten(0, 1)
+
+
+def _shift_by_convolution(x: Tensor) -> Tensor:
+    """Shift (B, C, T, H, W) by a depthwise 3x1x1 convolution with one tap of 1 per channel.
+
+    OpenVINO computes it in int8 and channels-last; slices along time and their concatenation interrupt both.
+    """
+    channels = x.shape[1]
+    fold = channels // SHIFT_DIV
+    from_previous, unchanged, from_next = torch.eye(3, dtype=x.dtype, device=x.device)
+    taps = torch.cat((from_next.expand(fold, 3), from_previous.expand(fold, 3), unchanged.expand(channels - 2 * fold, 3)))
+    return F.conv3d(x, taps.view(channels, 1, 3, 1, 1), padding=(1, 0, 0), groups=channels)
 
 
 class ShiftBottleneck(Bottleneck):
@@ -52,7 +69,7 @@ class ShiftBottleneck(Bottleneck):
     def extra_repr(self) -> str:
         return f"shift={self.shift}, shift_shortcut={self.shift_shortcut}"
 
-    def forward(self, x: Tensor, *args: int) -> Tensor:
+    def forward(self, x: Tensor, *args: int | None) -> Tensor:
         (num_frames,) = args
         shifted = temporal_shift(x, num_frames) if self.shift else x
         return self.sum(self.branch(shifted), self.shortcut(shifted if self.shift_shortcut else x))
@@ -71,12 +88,14 @@ class ResNetTSM(ResNet):
 
     Attributes:
         silent_args: arguments that change what the same weights compute.
+        folded: whether frames are folded into the batch; False for the result of `unfolded`.
 
     Shape:
         (B, in_chans, T, H, W) float, any T → one map (B, C_i, T, H_i, W_i) per `out_indices`, finest first.
     """
 
     silent_args = ("shift_shortcut",)
+    folded = True
 
     def __init__(
         self,
@@ -106,7 +125,38 @@ class ResNetTSM(ResNet):
         )
         self.shift_shortcut = shift_shortcut
 
+    def unfolded(self) -> "ResNetTSM":
+        """Return a copy with 3D layers, which computes the same without folding frames into the batch.
+
+        On CPUs, it is faster in OpenVINO, which copies every map to fold and unfold it, and in PyTorch in bfloat16. In float32,
+        PyTorch is faster with 2D layers.
+        """
+        network = copy.deepcopy(self)
+        network.folded = False
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d):
+                network.set_submodule(name, _with_time(module).train(module.training))
+        return network
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.folded:
+            return self.forward_stages(x, None)
         num_frames = x.shape[2]
         maps = self.forward_stages(rearrange(x, "b c t h w -> (b t) c h w"), num_frames)
         return tuple(rearrange(m, "(b t) c h w -> b c t h w", t=num_frames) for m in maps)
+
+
+def _with_time(module: nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d) -> nn.Module:
+    """Return a layer that computes on (B, C, T, H, W) what `module`, one of this file's, computes on each frame."""
+    if isinstance(module, nn.MaxPool2d):
+        return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+    if isinstance(module, nn.BatchNorm2d):
+        norm = nn.BatchNorm3d(module.num_features, module.eps, module.momentum)
+        norm.load_state_dict(module.state_dict())
+        return norm
+    kernel, stride, padding = (
+        (first, *pair) for first, pair in ((1, module.kernel_size), (1, module.stride), (0, module.padding))
+    )
+    conv = nn.Conv3d(module.in_channels, module.out_channels, kernel, stride, padding, bias=False)
+    conv.weight = nn.Parameter(module.weight.detach().unsqueeze(2))
+    return conv
