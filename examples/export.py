@@ -5,6 +5,7 @@ python examples/export.py video.mp4 --model local-dir:runs/mine --output mine.on
 """
 
 import argparse
+from pathlib import Path
 
 import tpn
 from tpn import export
@@ -15,16 +16,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video")
     parser.add_argument("--model", default="tpn_slowonly_tiny_motion")
-    parser.add_argument("--output", default="model.onnx", help="*.onnx, or *.pt2 for torch.export")
+    parser.add_argument("--output", default="model.onnx", help="*.onnx, *.pt2 for torch.export, or *.xml for OpenVINO")
     args = parser.parse_args()
 
     model = tpn.create_model(args.model, pretrained=True).eval()
-    write = export.export_pt2 if args.output.endswith(".pt2") else export.export_onnx
+    write = {".pt2": export.export_pt2, ".xml": export.export_openvino}.get(Path(args.output).suffix, export.export_onnx)
     write(model, args.output)
     print(f"largest relative difference of a logit: {export.max_difference(model, args.output):.0e}")
 
-    exported = export.load(args.output)  # the file includes class names, sampling and transform
-    for classify in (tpn.VideoClassifier(model), tpn.VideoClassifier(exported)):
+    # The file includes class names, sampling and transform.
+    for classify in (tpn.VideoClassifier(model), tpn.VideoClassifier(args.output)):
         ((name, probability),) = classify(args.video).top(1)
         print(f"{probability:.4%}  {name}")
 

@@ -28,6 +28,24 @@ def test_every_part(tmp_path):
     assert all(row["clips_per_s"] * row["ms"] == pytest.approx(2e3) for row in inference)
 
 
+def test_openvino(tmp_path):
+    pytest.importorskip("nncf")
+    video = write_video(tmp_path / "v.mp4", 40)
+    options = ["--model", "tpn_slowonly_tiny_motion", "--repeats", 1, "--device", "cpu", "--threads", 1, "--against", "openvino"]
+    parts = ["--only", "latency", "loading", "end-to-end", "--video", video]
+    run_example("benchmarks/speed", *options, *parts, "--output", tmp_path / "results.json")
+    latency, loading, end = json.loads((tmp_path / "results.json").read_text())["results"].values()
+    files = ["OpenVINO float32", "OpenVINO bfloat16", "OpenVINO int8"]
+    assert [row["what"] for row in latency][-3:] == files
+    assert all(row["percent_of_floor"] > 0 for row in latency)
+    assert [row["what"].partition(":")[0] for row in loading] == ["tpn float32", *files]
+    assert loading[3]["file_mb"] < 0.5 * loading[1]["file_mb"]
+    assert all(row["memory_gib"] > 0 for row in loading)
+    assert [row["what"].removeprefix("predict_each, ") for row in end][-3:] == files
+    done = run_example("benchmarks/speed", "--only", "loading", check=False)
+    assert (done.returncode, "--against openvino" in done.stderr) == (2, True)
+
+
 def test_loader(tmp_path):
     video = write_video(tmp_path / "v.mp4", 40)
     (tmp_path / "list.txt").write_text(f"{video} 0\n")

@@ -130,7 +130,10 @@ SAYS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if RUN & {block.language for block in blocks(page)}])
 def test_everything_that_a_page_shows_runs(machine, hub, name):
-    for extra in set(re.findall(r'^pip install (?:-e )?"\.\[(\w+)\]"', PAGES[name].read_text(), re.MULTILINE)) - {"test", "docs"}:
+    for extra in set(re.findall(r'^pip install (?:-e )?"(?:\.|tpn)\[(\w+)\]"', PAGES[name].read_text(), re.MULTILINE)) - {
+        "test",
+        "docs",
+    }:
         missing = missing_requirements(extra)
         if missing:
             pytest.skip(f'pip install ".[{extra}]" brings {", ".join(missing)}')

@@ -155,7 +155,7 @@ def test_video_classifier_runs_it(folder, model, suffix):
 
 def test_predict_command(folder):
     rows = []
-    for options in ([], ["--onnx", "tiny.onnx"], ["--onnx", "tiny.pt2"]):
+    for options in ([], ["-m", "tiny.onnx"], ["-m", "tiny.pt2"]):
         done = run("predict", "video.mp4", "-m", TINY, "--top", 14, "--json", *options, cwd=folder)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads(done.stdout))
@@ -163,9 +163,30 @@ def test_predict_command(folder):
         assert [each["label"] for each in other["top"]] == [each["label"] for each in rows[0]["top"]]
         expected, got = ([each["probability"] for each in row["top"]] for row in (rows[0], other))
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    done = run("predict", "video.mp4", "--onnx", "tiny.onnx", "--precision", "bfloat16", cwd=folder)
-    assert done.returncode == 2
-    assert "--onnx" in done.stderr
+    done = run("predict", "video.mp4", "--model", "tiny.onnx", "--precision", "bfloat16", cwd=folder)
+    assert done.returncode == 1
+    assert re.match("error: precision is for OpenVINO files.*tiny.onnx.*'bfloat16'", done.stderr)
+    done = run("predict", "video.mp4", "--model", "tiny.pt2", "--checkpoint", "weights.pth", cwd=folder)
+    assert done.returncode == 1
+    assert re.match("error: checkpoint_path.*tiny.pt2 is an exported file", done.stderr)
+
+
+def test_an_exported_file_is_a_name(folder, model, tmp_path):
+    """In `evaluate` and `timeline`, too, with the numbers of the model."""
+    (tmp_path / "list.txt").write_text(f"{folder / 'video.mp4'} 3\n")
+    expected, *others = (tpn.evaluate(name, tmp_path / "list.txt") for name in (model, folder / "tiny.onnx", folder / "tiny.pt2"))
+    for got in others:
+        np.testing.assert_allclose(got.probs, expected.probs, atol=1e-5)
+    given = tpn.evaluate(export.load(folder / "tiny.onnx"), tmp_path / "list.txt", output=tmp_path / "out")
+    np.testing.assert_allclose(given.probs, expected.probs, atol=1e-5)
+    for name in (TINY, folder / "tiny.onnx"):
+        done = run("timeline", folder / "video.mp4", "-m", name, "--json", "t.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["model"] == str(folder / "tiny.onnx")
+    with pytest.raises(FileNotFoundError):
+        tpn.VideoClassifier("none.onnx")
+    with pytest.raises(ValueError, match="tiny.onnx is an exported file.*original"):
+        tpn.create_model(folder / "tiny.onnx")
 
 
 def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
@@ -279,7 +300,7 @@ def test_other_files(folder, tmp_path):
     }.items():
         with pytest.raises(CheckpointError, match=f"{name}: {says}"):
             export.load(tmp_path / name)
-    done = run("predict", folder / "video.mp4", "--onnx", "half.onnx", cwd=tmp_path)
+    done = run("predict", folder / "video.mp4", "--model", "half.onnx", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     with pytest.raises(IsADirectoryError):
         export.load(tmp_path)
@@ -299,7 +320,7 @@ def test_without_the_packages(folder, model, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
     with pytest.raises(ImportError, match=r'^onnx and onnxscript missing: pip install "tpn\[export\]"$'):
         export.export_onnx(model, tmp_path / "x.onnx")
-    done = run("predict", "video.mp4", "--onnx", "tiny.onnx", cwd=folder)
+    done = run("predict", "video.mp4", "--model", "tiny.onnx", cwd=folder)
     assert done.stderr == 'error: onnxruntime missing: pip install "tpn[export]"\n'
     assert export.load(folder / "tiny.pt2").num_classes == 14
 

@@ -16,6 +16,8 @@ ORDER = (
     ["models"],
     ["video"],
     ["zoo"],
+    ["openvino_runtime"],
+    ["exported", "quantization"],
     ["optimization"],
     ["export"],
     ["predict"],

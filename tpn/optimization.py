@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tpn import openvino_runtime
 from tpn.config import ModelConfig
+from tpn.exported import ExportedClassifier, need_packages, prepare
 from tpn.models.backbones.resnet import ResidualBlock
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import class_probs
@@ -36,7 +38,7 @@ class OptimizationReport:
     Attributes:
         dtype: the model computes in it; the classifier keeps float32.
         compiled: whether the model is compiled, which happens in the first call for a shape of clips.
-        folded_norms: number of batch norms that became part of a convolution.
+        folded_norms: number of batch norms that became part of a convolution; 0 with OpenVINO, which does not count them.
         max_difference: largest difference of a probability from the original model's, on the sample; for a model without
             classifier, of a feature, relative to the largest one.
         same_top1: whether the most probable class of each clip of the sample is the same.
@@ -106,6 +108,7 @@ class OptimizedClassifier(TPNClassifier):
         return x.to(next(self.parameters()).dtype, copy=copy, memory_format=torch.channels_last_3d)
 
 
+@overload
 def optimize(
     model: TPNClassifier,
     dtype: torch.dtype | str | None = None,
@@ -113,7 +116,31 @@ def optimize(
     compile: bool = False,
     device: str | torch.device | None = None,
     sample: Tensor | None = None,
-) -> OptimizedClassifier:
+    backend: Literal["torch"] = "torch",
+) -> OptimizedClassifier: ...
+
+
+@overload
+def optimize(
+    model: TPNClassifier,
+    dtype: torch.dtype | str | None = None,
+    *,
+    compile: bool = False,
+    device: str | torch.device | None = None,
+    sample: Tensor | None = None,
+    backend: str,
+) -> OptimizedClassifier | ExportedClassifier: ...
+
+
+def optimize(
+    model: TPNClassifier,
+    dtype: torch.dtype | str | None = None,
+    *,
+    compile: bool = False,
+    device: str | torch.device | None = None,
+    sample: Tensor | None = None,
+    backend: str = "torch",
+) -> OptimizedClassifier | ExportedClassifier:
     """Return a faster copy of a trained model for inference. The original model stays unchanged.
 
     Args:
@@ -124,10 +151,12 @@ def optimize(
         device: where to run. Default: where the model is.
         sample: normalized clips (B, C, T, H, W) for the comparison with the original. Default: one random clip of the size in
             `model.input_spec`.
+        backend: "torch", or "openvino" for Intel and AMD CPUs, which is faster than PyTorch and needs no compiler; float16,
+            `compile` and other devices are not valid with it. `tpn.export.export_openvino` keeps the result, also in int8.
 
     Returns:
         A model that takes clips of any float dtype and layout and returns float32 logits, with a `report`. It cannot be trained,
-        changed, or saved.
+        changed, or saved. With OpenVINO an `ExportedClassifier`, for clips of the size of `sample`, or of the test views.
 
     Raises:
         TypeError: not a `TPNClassifier`.
@@ -142,7 +171,13 @@ def optimize(
         raise TypeError(f"only a TPNClassifier can be optimized, got {type(model).__name__}")
     if isinstance(model, OptimizedClassifier):
         raise ValueError("the model is already optimized; optimize the original model")
+    if backend not in ("torch", "openvino"):
+        raise ValueError(f"backend must be torch or openvino, got {backend!r}")
     where = reference_tensor(model).device if device is None else resolve_device(device)
+    if backend == "openvino":
+        if compile or where.type != "cpu":
+            raise ValueError(f"OpenVINO runs on the CPU and compiles nothing; got compile={compile}, device={str(where)!r}")
+        return _with_openvino(model, fastest_dtype(where) if dtype is None else _as_dtype(dtype), sample)
     wanted = fastest_dtype(where) if dtype is None else _as_dtype(dtype)
     given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
     clips = _random_clip(given) if sample is None else sample
@@ -173,6 +208,20 @@ def optimize(
     difference = _difference(given, expected, got)
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
+    return fast
+
+
+def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | None) -> ExportedClassifier:
+    need_packages("openvino", extra="openvino")
+    ready, clips, about = prepare(model, None if sample is None else sample.shape[-1])
+    sample = torch.randn(clips[:1].shape, generator=torch.Generator().manual_seed(0)) if sample is None else sample.cpu().float()
+    with torch.inference_mode():
+        expected = ready(sample)
+    run = openvino_runtime.runner(openvino_runtime.convert(ready, clips), str(dtype).removeprefix("torch."))
+    fast = ExportedClassifier(run, about)
+    got = fast(sample)
+    same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
+    fast.report = OptimizationReport(dtype, False, 0, _difference(model, expected, got), same)
     return fast
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tpn.config import InputSpec
-from tpn.export import ExportedClassifier
+from tpn.exported import ExportedClassifier, load
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.heads import class_probs
@@ -23,7 +23,7 @@ from tpn.optimization import DTYPES, OptimizedClassifier, optimize, resolve_devi
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
 from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
-from tpn.zoo.create import create_model, is_saved
+from tpn.zoo.create import create_model, is_exported, is_saved
 
 Progress = Callable[[int, int], None]
 Unreadable = VideoError | OSError
@@ -77,6 +77,17 @@ def _after_fork() -> None:
     torch.set_num_threads(1)
 
 
+def open_model(
+    name: Path, pretrained: bool = True, *, precision: str | None = None, **kwargs: Any
+) -> TPNClassifier | ExportedClassifier:
+    """Return the model of a name: an exported file in a precision, see `tpn.export.load`, or a result of `create_model`."""
+    if not is_exported(name):
+        return create_model(name, pretrained, **kwargs)
+    if given := [key for key, value in kwargs.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} not valid here: {name} is an exported file, which is fixed")
+    return load(name, precision=precision)
+
+
 @cache
 def _prepare_forks() -> None:
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
@@ -92,13 +103,14 @@ class VideoClassifier:
     with the start method "spawn".
 
     Args:
-        model: a name or folder for `create_model`, a model, a `FeatureModel`, or one that `tpn.export.load` read.
+        model: a name or folder for `create_model`, an exported file (`.onnx`, `.pt2`, or `.xml`), a model, or a `FeatureModel`.
         pretrained: for a name, load the published weights. Default: True, unless `checkpoint_path` is given. False warns: random
             weights give random classes.
         device: where to run. Default: for a name, a GPU if there is one; for a model, where it is.
         batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
-        precision: "float32", "float16", "bfloat16", or "auto" for the fastest on the device: run the result of `tpn.optimize`.
-            Default: "float32" for a name, which changes probabilities by less than 1e-5; a given model runs unchanged.
+        precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, else
+            float32): run the result of `tpn.optimize`. Default: "float32" for a name, which changes probabilities by less than
+            1e-5; a given model runs unchanged. For an OpenVINO file, see `tpn.export.load`.
         compile: compile it, too; see `tpn.optimize`.
         workers: videos that `predict_each` reads ahead, each in a thread. Default: 2 on a CPU; on a GPU one per core, at most 16.
         **kwargs: for `create_model`, with a name.
@@ -126,14 +138,17 @@ class VideoClassifier:
             device = resolve_device(device)  # before a model is fetched
         if isinstance(model, str | os.PathLike):
             name, has_weights = model, kwargs.get("checkpoint_path") is not None
-            saved = is_saved(name)
+            saved = is_saved(name) or is_exported(name)
             if pretrained is False and not has_weights and not saved:
                 warnings.warn(f"{name} has random weights, and its classes are random: pass pretrained=True", stacklevel=2)
-            model = create_model(name, not has_weights if pretrained is None else pretrained, **kwargs)
+            model = open_model(name, not has_weights if pretrained is None else pretrained, precision=precision, **kwargs)
             if kwargs.get("num_classes") and not has_weights and model.labels is None and not saved:
                 warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=2)
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            precision = precision or "float32"
+            if isinstance(model, ExportedClassifier):
+                precision = None
+            else:
+                device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+                precision = precision or "float32"
         elif pretrained or kwargs:
             given = ", ".join([*kwargs, *["pretrained"] * bool(pretrained)])
             raise ValueError(f"{given} not valid here: these are for a model's name, got a model")

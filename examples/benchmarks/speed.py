@@ -3,6 +3,7 @@
     python examples/benchmarks/speed.py                                         # tpn.optimize against the plain model
     python examples/benchmarks/speed.py --against mmaction2 --compile           # the reference implementation, same weights
     python examples/benchmarks/speed.py --against torchvision --only inference  # torchvision's video models
+    python examples/benchmarks/speed.py --against openvino --only latency loading end-to-end --threads 1  # exported, also in int8
     python examples/benchmarks/speed.py --only memory --model tpn_slowonly_r101_32x2_k400   # activation checkpointing
 
 docs/pages/performance.md has results. `--against mmaction2` requires the packages that mmaction2.py lists, and checks that both
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,27 @@ from timing import Bench, Run, fast_half, layer_work
 from torch import Tensor, nn
 
 import tpn
+from tpn import export
 from tpn.cli.script import positive_int, run_cli
 from tpn.models.layers import channels_last
 from tpn.optimization import resolve_device
 from tpn.video import containers, decode
 from tpn.video.encode import write_video
 
-PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end"]
+Files = dict[str, tuple[Path, str | None]]
+"""Exported files and precisions by name."""
+PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end", "loading"]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="tpn_slowonly_r50_k400")
-    add("--against", choices=["itself", "mmaction2", "torchvision"], default="itself")
+    add("--against", choices=["itself", "mmaction2", "torchvision", "openvino"], default="itself")
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}; with torchvision, inference")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive_int, help="for inference and training; default: 32 on a GPU, 2 on a CPU")
+    add("--threads", type=positive_int, help="on a CPU; default: PyTorch's")
     add("--compile", action="store_true", help="also time compiled models")
     add("--repeats", type=positive_int, default=7)
     add("--video", type=Path, help="for decode and end-to-end; default: a rendered one, 10 s of 340x256 pixels")
@@ -55,7 +61,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.against == "torchvision" and (args.only or ["inference"]) != ["inference"]:
         parser.error("--against torchvision supports only --only inference")
-    args.only = args.only or PARTS
+    args.only = args.only or [part for part in PARTS if part != "loading" or args.against == "openvino"]
+    if args.against == "openvino" and args.device != "cpu":
+        parser.error(f"--against openvino needs --device cpu, got {args.device}")
+    if "loading" in args.only and args.against != "openvino":
+        parser.error("--only loading needs --against openvino")
     return args
 
 
@@ -68,7 +78,9 @@ def autocast(model: nn.Module, dtype: str, device: torch.device) -> Callable[[Te
     return run
 
 
-def inference_variants(args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None) -> dict[str, Any]:
+def inference_variants(
+    args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None, files: Files
+) -> dict[str, Any]:
     """Return the compared models by name, as functions of clips."""
     half = fast_half(args.device)
     variants: dict[str, Any] = {}
@@ -80,6 +92,7 @@ def inference_variants(args: argparse.Namespace, model: tpn.TPNClassifier, refer
         variants[f"tpn.optimize {dtype}"] = tpn.optimize(model, dtype)
         if args.compile:
             variants[f"tpn.optimize {dtype} compiled"] = tpn.optimize(model, dtype, compile=True)
+    variants |= {name: export.load(path, precision=precision) for name, (path, precision) in files.items()}
     return variants
 
 
@@ -227,7 +240,7 @@ def time_reading(bench: Bench, args: argparse.Namespace, video: Path, spec: tpn.
         bench.compare(f"reading: {video.name}, {info.num_frames} frames of {info.width} x {info.height}", runs)
 
 
-def time_end_to_end(bench: Bench, args: argparse.Namespace, video: Path, model: tpn.TPNClassifier) -> None:
+def time_end_to_end(bench: Bench, args: argparse.Namespace, video: Path, model: tpn.TPNClassifier, files: Files) -> None:
     """Time the way from files to probabilities, with one view per video, so that reading takes a visible share."""
     videos = [video] * 8
     plain = tpn.VideoClassifier(model, device=args.device)
@@ -238,6 +251,9 @@ def time_end_to_end(bench: Bench, args: argparse.Namespace, video: Path, model: 
         "one by one, float32": lambda: [plain(path, **views) for path in videos],
         f"predict_each, {precision}": lambda: list(fast.predict_each(videos, **views)),
     }
+    for name, (path, precision) in files.items():
+        exported = tpn.VideoClassifier(path, precision=precision)
+        runs[f"predict_each, {name}"] = partial(lambda classifier: list(classifier.predict_each(videos, **views)), exported)
     bench.compare(f"end to end: {len(videos)} videos, 1 view each", runs, clips=len(videos))
 
 
@@ -279,6 +295,7 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
 def main() -> None:
     args = parse_args()
     args.device = resolve_device(args.device)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     args.batch_size = args.batch_size or (32 if args.device.type == "cuda" else 2)
     name = (
         torch.cuda.get_device_name()
@@ -304,19 +321,34 @@ def main() -> None:
     if args.against == "torchvision":
         time_torchvision(bench, args, model)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        run_parts(bench, args, model, reference, Path(folder))
+
+
+def run_parts(
+    bench: Bench, args: argparse.Namespace, model: tpn.TPNClassifier, reference: nn.Module | None, folder: Path
+) -> None:
+    """Run the parts of the benchmark; `folder` is for exported files and the video."""
+    files: Files = {}
+    if args.against == "openvino":
+        from exported import measure_loading, write_files
+
+        files = write_files(model, folder)
     if {"inference", "latency", "views"} & set(args.only):
-        time_inference(bench, args, inference_variants(args, model, reference), model)
+        time_inference(bench, args, inference_variants(args, model, reference, files), model)
     if "training" in args.only:
         time_training(bench, args, model, reference)
     if "memory" in args.only:
         measure_memory(bench, args, model.input_spec)
-    with tempfile.TemporaryDirectory() as folder:
-        if {"decode", "end-to-end"} & set(args.only):
-            video = args.video or sample_video(Path(folder))
-            if "decode" in args.only:
-                time_reading(bench, args, video, model.input_spec)
-            if "end-to-end" in args.only:
-                time_end_to_end(bench, args, video, model)
+    if "loading" in args.only:
+        tpn.save_pretrained(model, folder / "saved")
+        measure_loading(bench, {"tpn float32": (folder / "saved", "float32")} | files)
+    if {"decode", "end-to-end"} & set(args.only):
+        video = args.video or sample_video(folder)
+        if "decode" in args.only:
+            time_reading(bench, args, video, model.input_spec)
+        if "end-to-end" in args.only:
+            time_end_to_end(bench, args, video, model, files)
 
 
 if __name__ == "__main__":

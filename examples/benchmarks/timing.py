@@ -84,13 +84,16 @@ class Bench:
             size, images = (8192, 64) if self.device.type == "cuda" else (2048, 4)
             like: dict[str, Any] = {"device": self.device, "dtype": dtype, "memory_format": torch.channels_last}
             matrix = torch.randn(size, size).to(self.device, dtype)
+            multiply: Any = torch._int_mm if dtype == torch.int8 else torch.mm
             x, weight = torch.randn(images, 512, 28, 28).to(**like), torch.randn(512, 512, 3, 3).to(**like)
             data = torch.zeros(2**28, dtype=torch.uint8, device=self.device)
             copy = torch.empty_like(data)
-            product = min(self.seconds(lambda: matrix @ matrix) for _ in range(10))
-            conv = min(self.seconds(lambda: F.conv2d(x, weight, padding=1)) for _ in range(10))
+            rates = [2 * size**3 / min(self.seconds(lambda: multiply(matrix, matrix)) for _ in range(10))]
+            if dtype != torch.int8:  # PyTorch has no such convolution
+                conv = min(self.seconds(lambda: F.conv2d(x, weight, padding=1)) for _ in range(10))
+                rates.append(2 * x.numel() * 512 * 9 / conv)
             seconds = min(self.seconds(lambda: copy.copy_(data)) for _ in range(10))
-            self._limits[dtype] = max(2 * size**3 / product, 2 * x.numel() * 512 * 9 / conv), 2 * len(data) / seconds
+            self._limits[dtype] = max(rates), 2 * len(data) / seconds
         return self._limits[dtype]
 
     def seconds(self, run: Run) -> float:
@@ -120,7 +123,7 @@ class Bench:
     def _show(self, title: str, rows: list[dict[str, Any]]) -> None:
         table = Table(title=title, title_justify="left", box=None)
         heads = {"what": "", "ms": "ms", "ratio": "ratio", "spread": "max/min", "clips_per_s": "clips/s"}
-        heads |= {"percent_of_floor": "floor %", "memory_gib": "GiB"}
+        heads |= {"percent_of_floor": "floor %", "memory_gib": "GiB", "file_mb": "file MB"}
         shown = [key for key in heads if key in rows[0]]
         for key in shown:
             table.add_column(heads[key], justify="left" if key == "what" else "right", no_wrap=True)
@@ -158,7 +161,8 @@ def layer_work(model: nn.Module, clips: Tensor) -> list[Work]:
 
 def dtype_in(name: str) -> torch.dtype:
     """Return the precision that a function's name contains."""
-    return next(DTYPES[word] for word in name.replace(",", " ").split() if word in DTYPES)
+    dtypes = DTYPES | {"int8": torch.int8}
+    return next(dtypes[word] for word in name.replace(",", " ").split() if word in dtypes)
 
 
 def fast_half(device: torch.device) -> str | None:

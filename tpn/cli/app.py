@@ -26,9 +26,8 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 
 DEFAULT_MODEL = "tpn_slowonly_r50_k400"
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")
-]
+MODEL_HELP = "Model name (see tpn list), folder of a saved model, hf-hub:OWNER/NAME, or file of tpn export."
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(help="Weights file, .safetensors or .pth, saved by tpn, MMAction2, or the original TPN code."),
@@ -36,7 +35,11 @@ CheckpointOption = Annotated[
 ViewsOption = Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu.")]
 PrecisionOption = Annotated[
-    str, typer.Option(help="float32, float16, bfloat16, or auto, the fastest one that the device supports.")
+    str | None,
+    typer.Option(
+        help="float32, float16, bfloat16, or auto: float16 on CUDA, bfloat16 on CPUs that compute in it, otherwise float32. "
+        "Default: float32; for an int8 file auto."
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpn.cli.app import (
+    MODEL_HELP,
     CheckpointOption,
     DeviceOption,
     PrecisionOption,
@@ -33,7 +34,7 @@ MAX_PRINTED_CLASSES = 30
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
     checkpoint: CheckpointOption = None,
     views: ViewsOption = None,
@@ -57,7 +58,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Views per forward pass. Default: 30 on a GPU, 1 on a CPU.")
     ] = None,
-    precision: PrecisionOption = "float32",
+    precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model, which takes up to a minute.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -80,7 +80,7 @@ def timeline(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum probability of a reported class.")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to draw.")] = 5,
     device: DeviceOption = None,
-    precision: PrecisionOption = "float32",
+    precision: PrecisionOption = None,
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write every clip and segment to this file.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-timeline.png"),
 ) -> None:

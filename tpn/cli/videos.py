@@ -74,16 +74,11 @@ def predict(
         typer.Option(min=1, help="Number of classes to print. With a multi-label model, those above 50% are in the video."),
     ] = 5,
     device: DeviceOption = None,
-    exported: Annotated[
-        Path | None,
-        typer.Option("--onnx", "--exported", help="Run this .onnx or .pt2 file from tpn export instead of --model."),
-    ] = None,
-    precision: PrecisionOption = "float32",
+    precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model first. Pays off for many videos.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video.")] = False,
 ) -> None:
     """Classify videos. Unreadable files are reported and skipped."""
-    from tpn.export import load as load_exported
     from tpn.predict import Prediction, VideoClassifier
 
     num_clips, num_crops = parse_views_option(views)
@@ -91,23 +86,14 @@ def predict(
         for video in videos:
             _print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
         raise typer.Exit(1)
-    if exported is not None:
-        if checkpoint is not None or precision != "float32" or compile:
-            raise typer.BadParameter(
-                "cannot be combined with --checkpoint, --precision, or --compile: an exported file is fixed", param_hint="--onnx"
-            )
-        if model != DEFAULT_MODEL:
-            err.print(f"--model {model} is ignored: {exported} is used instead")
-        classifier = VideoClassifier(load_exported(exported), device=device)
-    else:
-        classifier = VideoClassifier(
-            model,
-            pretrained=checkpoint is None,
-            checkpoint_path=checkpoint,
-            device=device,
-            precision=precision,
-            compile=compile,
-        )
+    classifier = VideoClassifier(
+        model,
+        pretrained=checkpoint is None,
+        checkpoint_path=checkpoint,
+        device=device,
+        precision=precision,
+        compile=compile,
+    )
     if not classifier.model.num_classes:
         raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
     failed = False

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from tpn.config import InputSpec, parse_views
-from tpn.files import atomic_write
+from tpn.exported import ExportedClassifier
+from tpn.files import atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import evaluating, reference_tensor
-from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier
+from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, write_results
@@ -29,15 +30,15 @@ from tpn.training.state import weights_hash
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
 from tpn.video.decode import VideoError
-from tpn.zoo.create import create_model
 
 PathLike = str | os.PathLike[str]
+Network = TPNClassifier | ExportedClassifier
 Result = NDArray[np.float32] | str
 """Probabilities (K,) of a video, or the reason why it cannot be read."""
 
 
 def evaluate(
-    model: PathLike | TPNClassifier,
+    model: PathLike | Network,
     data: PathLike,
     *,
     output: PathLike | None = None,
@@ -60,7 +61,8 @@ def evaluate(
     classifies a share of the videos, and all of them return the whole result.
 
     Args:
-        model: a name, whose published weights are loaded; the folder of a saved model; or a model, whose mode does not change.
+        model: a name, whose published weights are loaded; the folder of a saved model; an exported file; or a model, whose mode
+            does not change.
         data: a folder of class folders, a table, or a list of videos, with the classes of the model. Of data with a split, the
             validation part is evaluated.
         output: folder for `report.html`, `summary.json` and `per_class.csv`; created if necessary. The same call resumes an
@@ -87,8 +89,10 @@ def evaluate(
         raise ValueError(f"workers must be at least 1, got {workers}")
     if frames is not None and target_fps is not None:
         raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {target_fps}")
-    name, network, spec = _open_model(model, checkpoint, views, target_fps)
-    if isinstance(model, str | os.PathLike):
+    name, network, spec = _open_model(model, checkpoint, views, target_fps, precision)
+    if isinstance(network, ExportedClassifier):
+        precision = None if isinstance(model, str | os.PathLike) else precision
+    elif isinstance(model, str | os.PathLike):
         device, precision = device or ("cuda" if torch.cuda.is_available() else "cpu"), precision or "float32"
     _, _, place = join_processes(device or str(reference_tensor(network).device), "gloo")  # processes exchange only results
     dataset = open_validation(data, spec, classes=network.labels, root=root, template=frames, first=first_frame)
@@ -218,18 +222,19 @@ class Journal:
 
 
 def _open_model(
-    model: PathLike | TPNClassifier, checkpoint: PathLike | None, views: str | None, target_fps: float | None
-) -> tuple[str, TPNClassifier, InputSpec]:
+    model: PathLike | Network, checkpoint: PathLike | None, views: str | None, target_fps: float | None, precision: str | None
+) -> tuple[str, Network, InputSpec]:
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):
-        name, network = os.fspath(model), create_model(model, checkpoint is None, checkpoint_path=checkpoint)
+        name = os.fspath(model)
+        network = open_model(model, checkpoint is None, precision=precision, checkpoint_path=checkpoint)
     elif checkpoint is not None:
         raise ValueError("checkpoint is not valid here: it is for a model's name, got a model")
     else:
         network = unwrapped(model)
-        if not isinstance(network, TPNClassifier):
+        if not isinstance(network, Network):
             raise TypeError(f"model must be a name, a folder, or a TPNClassifier, got {type(network).__name__}")
-        name = network.architecture
+        name = str(network.path) if isinstance(network, ExportedClassifier) else network.architecture
     spec = network.input_spec
     if spec is None:
         raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
@@ -242,7 +247,7 @@ def _open_model(
     return name, network, spec
 
 
-def _check_classes(model: TPNClassifier, data: VideoDataset, source: PathLike) -> None:
+def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
     """Raise ValueError if the labels of the videos are not those of the model."""
     if len(data.classes) != model.num_classes:
         raise ValueError(f"{source} has {len(data.classes)} classes, but the model has {model.num_classes}")
@@ -252,8 +257,10 @@ def _check_classes(model: TPNClassifier, data: VideoDataset, source: PathLike) -
         )
 
 
-def _identity(model: TPNClassifier, data: VideoDataset) -> dict[str, Any]:
+def _identity(model: Network, data: VideoDataset) -> dict[str, Any]:
     videos = hashlib.sha256(repr(data.items).encode(errors="backslashreplace"))
+    if isinstance(model, ExportedClassifier):  # an OpenVINO file contains the SHA-256 of its weights
+        return {"weights": model.path and file_sha256(model.path), "videos": videos.hexdigest(), "model": "exported"}
     config = None
     with suppress(ValueError):  # models put together by hand have no config
         config = repr(model.config)

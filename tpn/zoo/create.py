@@ -76,6 +76,8 @@ def create_model(
         >>> model = tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, num_classes=12)
         >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
     """
+    if is_exported(name):
+        raise ValueError(f"{name} is an exported file, which is for VideoClassifier and evaluate only; pass the original model")
     overlay = pretrained_cfg_overlay or {}
     elsewhere = checkpoint_path is not None or any(overlay.get(key) for key in ("state_dict", "file", "hf_hub_id"))
     config, source = _find(name, backbone, kwargs, cache_dir, with_weights=not elsewhere)
@@ -213,6 +215,11 @@ def local_folder(name: str | PathLike[str]) -> Path | None:
 def is_saved(name: str | PathLike[str]) -> bool:
     """Return whether a name stands for a saved model, whose weights are always loaded."""
     return local_folder(name) is not None or str(name).startswith("hf-hub:")
+
+
+def is_exported(name: str | PathLike[str]) -> bool:
+    """Return whether a name is that of a file of `tpn.export`, which `VideoClassifier` and `evaluate` take."""
+    return os.fspath(name).endswith((".onnx", ".pt2", ".xml")) and not os.path.isdir(name)
 
 
 def _find(

@@ -1,0 +1,279 @@
+"""OpenVINO: the same logits as PyTorch, damaged files, int8 on real clips, `tpn.optimize(backend="openvino")`."""
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from test_cli import run
+from test_export import MODELS, SPEC, TINY, build, differences
+from test_models import relative_error
+from torch import nn
+from videos import write_video
+
+import tpn
+from tpn import export, openvino_runtime, quantization
+from tpn.errors import CheckpointError
+from tpn.models.backbones.tsm import ResNetTSM
+from tpn.video import encode, motion
+
+openvino = pytest.importorskip("openvino")
+
+SHOWN = ("turning clockwise", "blinking", "growing")
+
+
+class Own(nn.Module):
+    """A backbone of one's own: two maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv3d(3, 8, 3, (1, 4, 4), 1)
+        self.second = nn.Conv3d(8, 16, 3, (1, 2, 2), 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return x, self.second(x).relu()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tpn.create_model(TINY, pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The model that ships with tpn, exported, and a video."""
+    folder = tmp_path_factory.mktemp("openvino")
+    write_video(folder / "video.mp4", num_frames=40)
+    assert export.export_openvino(model, folder / "tiny.xml") is None
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny.bin", "tiny.xml", "video.mp4"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Rendered motions in class folders."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name in SHOWN:
+        for seed in range(3):
+            path = folder / name / f"{seed}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            encode.write_video(path, motion.render(motion.CLASSES.index(name), tempo=3.0, seed=seed), fps=motion.FPS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        "tiny",
+        "TSM",
+        "TSM in place",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(MODELS.keys() - {"tiny"})),
+        "own",
+    ],
+)
+def test_same_logits(which, tmp_path):
+    torch.manual_seed(0)
+    model = tpn.build(Own(), num_classes=5, input_spec=SPEC) if which == "own" else build(which)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export.export_openvino(model, tmp_path / "model.xml", size=64)
+    assert export.max_difference(model, tmp_path / "model.xml") < 1e-4
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert getattr(model.backbone, "folded", True)
+    assert max(differences(model, export.load(tmp_path / "model.xml"), 64)) < 1e-4
+
+
+def test_tsm_runs_unfolded(monkeypatch, tmp_path):
+    """With 3D layers, whose shifts are convolutions."""
+    unfolded = []
+    monkeypatch.setattr(ResNetTSM, "unfolded", lambda network: unfolded.append(network) or network)
+    export.export_openvino(build("TSM"), tmp_path / "model.xml", size=64)
+    assert len(unfolded) == 1
+
+
+def test_metadata(folder, model):
+    exported = export.load(folder / "tiny.xml")
+    for name in ("num_classes", "num_features", "in_chans", "labels", "input_spec"):
+        assert getattr(exported, name) == getattr(model, name), name
+    about = json.loads(openvino.Core().read_model(folder / "tiny.xml").get_rt_info("tpn").value)  # readable without tpn
+    assert about == json.loads(json.dumps(exported.about))
+    read = openvino.Core().read_model(folder / "tiny.xml")
+    assert [port.get_any_name() for port in (*read.inputs, *read.outputs)] == ["clips", "logits"]
+    assert read.inputs[0].get_partial_shape()[0].is_dynamic
+
+
+def test_the_file_is_a_name(folder, model, tmp_path):
+    expected = tpn.VideoClassifier(model)(folder / "video.mp4")
+    for options in ({}, {"batch_size": 2}, {"precision": "float32"}):
+        got = tpn.VideoClassifier(folder / "tiny.xml", **options)(folder / "video.mp4")
+        torch.testing.assert_close(got.view_logits, expected.view_logits, rtol=0, atol=1e-4)
+    half = tpn.VideoClassifier(str(folder / "tiny.xml"), precision="bfloat16")(folder / "video.mp4")
+    torch.testing.assert_close(half.probs, expected.probs, rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="precision.*float32, bfloat16, auto.*'float16'"):
+        tpn.VideoClassifier(folder / "tiny.xml", precision="float16")
+    done = run("predict", "video.mp4", "-m", "tiny.xml", "--json", cwd=folder)
+    assert json.loads(done.stdout)["top"][0]["label"] == expected.top(1)[0][0]
+    (tmp_path / "list.txt").write_text(f"{folder / 'video.mp4'} 3\n")
+    np.testing.assert_allclose(tpn.evaluate(folder / "tiny.xml", tmp_path / "list.txt").probs[0], expected.probs, atol=1e-5)
+
+
+def test_several_threads_may_call_one_model(folder):
+    exported = export.load(folder / "tiny.xml")
+    x = torch.randn(8, 3, 16, 64, 64)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(exported, x.split(1)))
+    assert torch.equal(torch.cat(rows), exported(x))
+
+
+def test_damaged_files(folder, tmp_path):
+    def copy(name):
+        for suffix in ("xml", "bin"):
+            shutil.copy(folder / f"tiny.{suffix}", tmp_path / f"{name}.{suffix}")
+        return tmp_path / f"{name}.xml"
+
+    copy("alone").with_suffix(".bin").unlink()
+    with pytest.raises(CheckpointError, match=r"alone.xml: its weights, alone.bin, are missing"):
+        export.load(tmp_path / "alone.xml")
+    data = bytearray(copy("changed").with_suffix(".bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"changed.xml: changed.bin is damaged, or belongs to another model"):
+        export.load(tmp_path / "changed.xml")
+    half = copy("half").with_suffix(".bin")
+    half.write_bytes(half.read_bytes()[: len(data) // 2])
+    for name, content in {"cut": copy("cut").read_bytes()[:5000], "empty": b"", "text": b"no model\n" * 9, "zip": b"PK"}.items():
+        copy(name).write_bytes(content)
+    for name in ("half", "cut", "empty", "text", "zip"):
+        with pytest.raises(CheckpointError, match=rf"{name}.xml: .*damaged[^\n]*$"):
+            export.load(tmp_path / f"{name}.xml")
+    foreign = openvino.Core().read_model(copy("foreign"))
+    foreign.set_rt_info("{", "tpn")
+    openvino.save_model(foreign, tmp_path / "broken.xml", compress_to_fp16=False)
+    with pytest.raises(CheckpointError, match="broken.xml: the metadata is damaged"):
+        export.load(tmp_path / "broken.xml")
+    relu = openvino.opset13.relu(p := openvino.opset13.parameter([1, 3], np.float32))
+    openvino.save_model(openvino.Model([relu], [p]), tmp_path / "foreign.xml")
+    (tmp_path / "foreign.bin").touch()
+    with pytest.raises(CheckpointError, match="foreign.xml: not a model that tpn exported"):
+        export.load(tmp_path / "foreign.xml")
+    done = run("predict", folder / "video.mp4", "-m", "changed.xml", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_nothing_is_half_written(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"\.xml, got .*model\.onnx"):
+        export.export_openvino(model, tmp_path / "model.onnx")
+    save = openvino_runtime.save
+
+    def save_once(*args):
+        save(*args)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(openvino_runtime, "save", save_once)
+    with pytest.raises(OSError, match="disk full"):
+        export.export_openvino(model, tmp_path / "model.xml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_optimize(model):
+    x = torch.randn(2, 3, 16, 64, 64)
+    fast = tpn.optimize(model, "float32", backend="openvino", sample=x)
+    assert fast.report.max_difference < 1e-5
+    assert fast.report.same_top1
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-5
+    half = tpn.optimize(model, "bfloat16", backend="openvino")
+    assert half.report.dtype == torch.bfloat16
+    frames = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8)
+    expected, got = (tpn.VideoClassifier(each)(frames).probs for each in (model, fast))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="backend must be torch or openvino, got 'tensorrt'"):
+        tpn.optimize(model, backend="tensorrt")
+    with pytest.raises(ValueError, match="compile=True"):
+        tpn.optimize(model, backend="openvino", compile=True)
+    with pytest.raises(ValueError, match="precision.*'float16'"):
+        tpn.optimize(model, "float16", backend="openvino")
+
+
+def test_int8(model, clips, tmp_path, monkeypatch):
+    pytest.importorskip("nncf")
+    done = run("export", TINY, "-o", "tiny.xml", "--int8", "--calibrate", clips, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"tiny.xml  0.\d MB, int8, calibrated on 6 clips, top-1 as in float32 on 100.0% of 3 held-back clips, 0 layers left out\n",
+        done.stdout,
+    )
+    exported = export.load(tmp_path / "tiny.xml")
+    assert exported.about["precision"] == "int8"
+    assert exported.about["quantization"]["agreement"] == 1
+    assert exported.input_spec == model.input_spec
+    x = torch.randn(3, 3, 16, 64, 64)
+    with torch.no_grad():
+        difference = (exported(x).softmax(1) - model(x).softmax(1)).abs().max()
+    assert 1e-5 < difference < 0.2
+    assert tpn.evaluate(tmp_path / "tiny.xml", write_table(clips, tmp_path / "table.csv")).metrics["top1"] > 80
+    monkeypatch.setattr(quantization, "_equal", lambda first, second: 0.97)
+    before = (tmp_path / "tiny.bin").read_bytes()
+    done = run("export", TINY, "-o", "tiny.xml", "--int8", "--calibrate", clips, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search("error: in int8, only 97.0% of 3 held-back clips.*98%", done.stderr)
+    assert (tmp_path / "tiny.bin").read_bytes() == before
+
+
+def write_table(clips, path):
+    """Write a table with labels, in which the last video of each class is for validation."""
+    rows = [(file, file.parent.name, "val" if file.stem == "2" else "train") for file in sorted(clips.rglob("*.mp4"))]
+    path.write_text("path,label,split\n" + "".join(f"{','.join(map(str, row))}\n" for row in rows))
+    return path
+
+
+def test_layers_that_cost_too_much_are_left_out(model, clips, tmp_path, monkeypatch):
+    """A hit is counted only where the logits are nearly those of float32, which int8 cannot reach: every layer is restored."""
+    pytest.importorskip("nncf")
+    monkeypatch.setattr(quantization, "_share_of_hits", exacting(model))
+    report = export.export_openvino(model, tmp_path / "tiny.xml", calibrate=clips)
+    assert report.left_out
+    assert f"{len(report.left_out)} layers left out ({report.left_out[0]}" in str(report)
+
+
+def exacting(model):
+    def share(compiled, pairs):
+        rows = [(compiled(clip)[0], model(torch.from_numpy(clip)).detach().numpy()) for clip, _ in pairs]
+        hits = [float(np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()) for got, expected in rows]
+        return sum(hits) / len(hits), hits
+
+    return share
+
+
+def test_labels_and_their_split(model, clips, tmp_path):
+    pytest.importorskip("nncf")
+    table = write_table(clips, tmp_path / "table.csv")
+    calibration, held_back = quantization.open_data(table, model.input_spec, model.labels)
+    assert {item.split for item in calibration.items} == {"train"}
+    assert {item.split for item in held_back.items} == {"val"}
+    assert calibration.classes == held_back.classes == model.labels
+    report = export.export_openvino(model, tmp_path / "tiny.xml", calibrate=table, max_drop=0.01)
+    assert (report.calibration, report.held_back) == (6, 3)
+    assert report.accuracy == report.accuracy_float32 == 1
+    assert "accuracy 100.0%, in float32 100.0%" in str(report)
+
+
+def test_options_of_int8(clips, tmp_path):
+    for options in (["--int8"], ["--calibrate", clips], ["--int8", "--calibrate", clips, "-f", "onnx"], ["--max-drop", 0.1]):
+        done = run("export", TINY, *options, cwd=tmp_path)
+        assert done.returncode == 2, options
+        assert "--int8" in done.stderr
+    with pytest.raises(ValueError, match="max_drop=0.1"):
+        export.export_openvino(build("tiny"), tmp_path / "x.xml", max_drop=0.1)
+    other = tpn.create_model(TINY, num_classes=7)
+    with pytest.raises(ValueError, match=r"3 classes.*7"):
+        export.export_openvino(other, tmp_path / "x.xml", calibrate=clips, max_drop=0.1)
+    single = tmp_path / "one" / "a"
+    single.mkdir(parents=True)
+    shutil.copy(next(clips.rglob("*.mp4")), single)
+    with pytest.raises(ValueError, match="1 video.*at least 2"):
+        quantization.open_data(tmp_path / "one", SPEC, None)

@@ -1,0 +1,224 @@
+"""Run exported models: ONNX, PyTorch's exported programs (`.pt2`), and OpenVINO (`.xml` with `.bin`).
+
+A file holds one network for clips of one size, with classes, sampling and transform as JSON under "tpn" in its metadata.
+`tpn.export` writes them; `VideoClassifier`, `tpn.evaluate` and the commands take such a file in place of a model's name.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpn import openvino_runtime
+from tpn.config import InputSpec
+from tpn.errors import CheckpointError
+from tpn.files import file_sha256
+from tpn.models.classifier import TPNClassifier
+from tpn.validation import check_int
+from tpn.version import __version__
+
+METADATA = "tpn"
+"""Key of `metadata_props` in ONNX and of `rt_info` in OpenVINO, name of the extra file in `.pt2`."""
+
+
+class ExportedClassifier(nn.Module):
+    """A model for inference that `load` read; `VideoClassifier` takes it like a `TPNClassifier`.
+
+    Attributes:
+        num_classes, num_features, in_chans, multi_label, labels, input_spec: those of the `TPNClassifier`.
+        about: the metadata of the file, which also has "model", the config, "precision", and "tpn_version".
+        path: the file; None for a result of `tpn.optimize`.
+        report: for a result of `tpn.optimize`, the `OptimizationReport`.
+
+    Shape:
+        (B, C, T, S, S) float of the size that was exported → logits (B, K) float32, on the same device
+    """
+
+    report: Any = None
+
+    def __init__(self, run: Callable[[Tensor], Tensor], about: dict[str, Any], path: Path | None = None) -> None:
+        super().__init__()
+        self.run = run
+        for part in self.modules():  # an exported program has no eval()
+            part.training = False
+        self.about = about
+        self.path = path
+        self.num_classes: int = about["num_classes"]
+        self.num_features: int = about["num_features"]
+        self.in_chans: int = about["in_chans"]
+        self.multi_label: bool = about.get("multi_label", False)  # absent from files of earlier versions
+        self.labels: tuple[str, ...] | None = None if about["labels"] is None else tuple(about["labels"])
+        self.input_spec = InputSpec.from_dict(about["input_spec"], self.labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = clip_shape(self.in_chans, self.input_spec)
+        if x.shape[1:] != wanted or not x.is_floating_point():
+            raise ValueError(
+                f"the file was exported for float clips (B, {', '.join(map(str, wanted))}), got {x.dtype} {tuple(x.shape)}; "
+                "export the model with another size"
+            )
+        return self.run(x)
+
+    def train(self, mode: bool = True) -> "ExportedClassifier":
+        if mode:
+            raise RuntimeError("an exported model is for inference only; train the original model")
+        return self
+
+
+def load(
+    path: str | os.PathLike[str], *, providers: Sequence[str] = ("CPUExecutionProvider",), precision: str | None = None
+) -> ExportedClassifier:
+    """Read an exported file.
+
+    ONNX and OpenVINO files hold data only. `torch.export.load` reads a `.pt2` file and may execute its contents: load files that
+    you trust.
+
+    Args:
+        path: of the file; for OpenVINO, of the `.xml` file, which needs the `.bin` file beside it.
+        providers: execution providers of onnxruntime for an ONNX file, see its documentation.
+        precision: of an OpenVINO file: "float32", "bfloat16", or "auto" for bfloat16 on CPUs with instructions for it, otherwise
+            float32. In an int8 file, it applies to layers that are not quantized. Default: "auto" for an int8 file, otherwise
+            "float32", in which other files always compute.
+
+    Raises:
+        CheckpointError: the file is damaged, or not one that tpn exported.
+        FileNotFoundError, IsADirectoryError, PermissionError: it cannot be read.
+        ImportError: onnxruntime or OpenVINO is missing.
+        ValueError: this file does not compute in this precision.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if path.suffix == ".xml":
+        return _load_openvino(path, precision)
+    if precision not in (None, "float32"):
+        raise ValueError(f"precision is for OpenVINO files, and {path} computes in float32; got {precision!r}")
+    return _load_pt2(path) if zipped else _load_onnx(path, providers)
+
+
+def prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, dict[str, Any]]:
+    """Return a copy of a model for inference on a CPU, zeros (2, C, T, size, size) to trace it with, and the metadata."""
+    if not isinstance(model, TPNClassifier):
+        raise TypeError(f"only a TPNClassifier can be exported, got {type(model).__name__}")
+    if model.input_spec is None:
+        raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+    spec = _resized(model.input_spec, size)
+    # Two clips: PyTorch treats a batch of one as a constant.
+    clips = torch.zeros(2, *clip_shape(model.in_chans, spec))
+    config = None
+    with suppress(ValueError):  # models put together by hand have none
+        config = model.config.to_dict()
+    about = {
+        "tpn_version": __version__,
+        "model": config,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "in_chans": model.in_chans,
+        "multi_label": model.multi_label,
+        "labels": model.labels,
+        "input_spec": spec.to_dict(),
+    }
+    return for_inference(model), clips, about
+
+
+def for_inference(model: TPNClassifier) -> TPNClassifier:
+    ready = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
+    ready.aux_head = None
+    return ready
+
+
+def _resized(spec: InputSpec, size: int | None) -> InputSpec:
+    size = spec.view_size if size is None else size
+    check_int("size", size, minimum=1)
+    short_side = max(round(spec.short_side * size / spec.view_size), size)
+    return replace(spec, crop_size=size, three_crop_size=size, short_side=short_side)
+
+
+def to_json(about: dict[str, Any]) -> str:
+    return json.dumps(about, ensure_ascii=False)
+
+
+def clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
+    return in_chans, spec.num_frames, spec.crop_size, spec.crop_size
+
+
+def need_packages(*packages: str, extra: str = "export") -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'{" and ".join(missing)} missing: pip install "tpn[{extra}]"')
+
+
+def _load_onnx(path: Path, providers: Sequence[str]) -> ExportedClassifier:
+    need_packages("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised as well
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's own errors have no narrower base
+        raise CheckpointError(f"{path}: damaged, or neither ONNX nor .pt2 ({str(error).strip()})") from error
+    about = _parse(path, session.get_modelmeta().custom_metadata_map.get(METADATA))
+
+    def run(x: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"clips": x.detach().float().cpu().numpy()})
+        return torch.from_numpy(logits).to(x.device)
+
+    return _classifier(path, run, about)
+
+
+def _load_pt2(path: Path) -> ExportedClassifier:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch itself does not look at the checksums
+            name = next((name for name in archive.namelist() if name.endswith(f"/{METADATA}")), None)
+            text = archive.read(name).decode() if name and not damaged else None
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: the file is damaged ({error})") from error
+    if damaged:
+        raise CheckpointError(f"{path}: the file is damaged (checksum of {damaged})")
+    about = _parse(path, text)
+    return _classifier(path, torch.export.load(path).module(), about)
+
+
+def _load_openvino(path: Path, precision: str | None) -> ExportedClassifier:
+    need_packages("openvino", extra="openvino")
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise CheckpointError(f"{path}: its weights, {weights.name}, are missing; copy both files")
+    try:
+        model = openvino_runtime.read(path)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: damaged, or not an OpenVINO model ({str(error).splitlines()[-1].strip()})") from error
+    about = _parse(path, openvino_runtime.get_metadata(model, METADATA))
+    if about.get("weights_sha256") != file_sha256(weights):
+        raise CheckpointError(f"{path}: {weights.name} is damaged, or belongs to another model; export the model again")
+    default = "auto" if about.get("precision") == "int8" else "float32"
+    return _classifier(path, openvino_runtime.runner(model, precision or default), about)
+
+
+def _parse(path: Path, text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(f"{path}: not a model that tpn exported; it has no tpn metadata. Export one with tpn export")
+    try:
+        about = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the metadata is damaged: {error}") from error
+    return about if isinstance(about, dict) else {}
+
+
+def _classifier(path: Path, run: Callable[[Tensor], Tensor], about: dict[str, Any]) -> ExportedClassifier:
+    try:
+        return ExportedClassifier(run, about, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the metadata does not fit tpn {__version__}: {error}") from error

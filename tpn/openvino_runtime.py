@@ -1,0 +1,77 @@
+"""Convert models to OpenVINO, and run them on a CPU."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tpn.files import file_sha256
+
+PRECISIONS = {"float32": {"INFERENCE_PRECISION_HINT": "f32"}, "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16"}, "auto": {}}
+"""OpenVINO's own choice on a CPU is bfloat16 where there are instructions for it."""
+
+
+def convert(model: nn.Module, clips: Tensor) -> Any:
+    """Return an `openvino.Model` with the input "clips", of any batch size, and the output "logits"."""
+    import openvino
+
+    backbone: Any = model.backbone
+    if hasattr(backbone, "unfolded"):
+        model.backbone = backbone.unfolded()
+    program = torch.export.export(model, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    converted = openvino.convert_model(program)
+    converted.inputs[0].set_names({"clips"})
+    converted.outputs[0].set_names({"logits"})
+    return converted
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """Read an `openvino.Model`. Raises RuntimeError."""
+    import openvino
+
+    return openvino.Core().read_model(path)
+
+
+def get_metadata(model: Any, key: str) -> str | None:
+    return str(model.get_rt_info(key).value) if model.has_rt_info(key) else None
+
+
+def save(model: Any, path: Path, key: str, about: dict[str, Any]) -> None:
+    """Write a model as `path`, which ends in `.xml`, and a `.bin` file, with metadata and the SHA-256 of the `.bin` file."""
+    import openvino
+
+    write = partial(openvino.save_model, model, path, compress_to_fp16=False)
+    write()
+    about = about | {"weights_sha256": file_sha256(path.with_suffix(".bin"))}
+    model.set_rt_info(json.dumps(about, ensure_ascii=False), key)
+    write()
+
+
+def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
+    """Return a function of clips (B, C, T, H, W) that runs a model one clip at a time, with as many threads as PyTorch.
+
+    More clips at once are not faster on a CPU. Calls from several threads wait for each other.
+    """
+    import openvino
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} with OpenVINO, got {precision!r}")
+    model.reshape({0: [1, *list(model.inputs[0].get_partial_shape())[1:]]})
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = openvino.Core().compile_model(model, "CPU", options | PRECISIONS[precision]).create_infer_request()
+    lock = threading.Lock()
+
+    def run(x: Tensor) -> Tensor:
+        clips = x.detach().float().cpu().numpy()
+        with lock:
+            logits = [request.infer({0: clip[None]})[0].copy() for clip in clips]
+        return torch.from_numpy(np.concatenate(logits)).to(x.device)
+
+    return run
