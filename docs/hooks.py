@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from tpn import model_info
-from tpn.cli.app import app
+from tpn.cli.commands import app
 from tpn.zoo.checkpoints import CHECKPOINTS
 
 ATTRIBUTES = re.compile(r"<b><code>(<span[^>]*>)(\w+,)</span></code></b>\s*\(<code>(.*?)</code>\)", re.DOTALL)

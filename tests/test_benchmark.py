@@ -55,6 +55,14 @@ def test_loader(tmp_path):
     assert done.stdout.splitlines()[1].endswith(" 1.00x")
 
 
+def test_startup(tmp_path):
+    done = run_example("benchmarks/startup", "--repeats", 1, "--output", tmp_path / "results.json")
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["what"] for row in rows][0::8] == ["python -c pass", "import torch"]
+    assert all(row["what"] in done.stdout and row["ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1
+
+
 def test_results_before_an_error_are_kept(tmp_path):
     small = ["--model", "tpn_slowonly_tiny_motion", "--batch-size", 2, "--repeats", 1, "--device", "cpu"]
     parts = ["--only", "latency", "decode", "--video", tmp_path / "none.mp4"]

@@ -8,6 +8,7 @@ import torch
 import tpn
 from tpn.models.registry import BACKBONES, NECKS
 from tpn.zoo.checkpoints import CHECKPOINTS, Embedded, HubFiles, Link, Page, get_checkpoint
+from tpn.zoo.create import count
 
 
 @pytest.mark.parametrize("entry", CHECKPOINTS.values(), ids=CHECKPOINTS)
@@ -43,11 +44,17 @@ def test_entry(entry):
 def test_model_of_the_table(name):
     info = tpn.model_info(name)
     assert info.checkpoint is get_checkpoint(name)
-    assert info.params > 0
-    assert info.gmacs > 0
+    assert (info.params, info.gmacs) == (info.checkpoint.params, info.checkpoint.gmacs)
     with torch.device("meta"):
         model = getattr(tpn, name)()
     assert model.config == info.checkpoint.config
+
+
+@pytest.mark.parametrize("entry", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_recorded_size(entry):
+    with torch.device("meta"):
+        params, gmacs = count(tpn.TPNClassifier.from_config(entry.config))
+    assert (entry.params, entry.gmacs) == (params, round(gmacs, 2)), "the entry must have the numbers on the right"
 
 
 def test_published_protocols():

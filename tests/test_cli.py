@@ -13,6 +13,7 @@ from videos import write_video
 
 import tpn
 from tpn import cli
+from tpn.cli import models
 from tpn.zoo import saved
 from tpn.zoo.checkpoints import get_checkpoint
 
@@ -205,7 +206,7 @@ def test_list_never_truncates(folder, columns):
 
 
 def test_unexpected_errors_are_one_line(folder, monkeypatch):
-    monkeypatch.setattr(cli.models, "_facts", lambda name: 1 / 0)
+    monkeypatch.setattr(models, "_facts", lambda name: 1 / 0)
     assert re.fullmatch(r"error: ZeroDivisionError: division by zero .*TPN_DEBUG=1.*\n", run("info", "x", cwd=folder).stderr)
     with pytest.raises(ZeroDivisionError):
         run("info", "x", cwd=folder, TPN_DEBUG="1")

@@ -24,7 +24,7 @@ from terminal import run_in_terminal, screen
 
 import tpn
 from tpn import cli
-from tpn.cli.app import app
+from tpn.cli.commands import app
 from tpn.cli.script import run_cli
 from tpn.training import loop, wording
 from tpn.training.console import MAX_LINES, TrainingConsole

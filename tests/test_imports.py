@@ -10,7 +10,7 @@ import tpn
 
 ROOT = Path(tpn.__file__).parent
 ORDER = (
-    ["version", "errors", "files", "transfer", "validation", "video.sampling", "video.transforms"],
+    ["version", "lazy", "errors", "files", "transfer", "validation", "video.sampling", "video.transforms"],
     ["video.augment"],
     ["config", "hub"],
     ["models"],

@@ -1,15 +1,18 @@
-"""The description of a model: what `from_config` builds, `model.config` returns, and `config.json` stores."""
+"""The description of a model: what `from_config` builds, `model.config` returns, and `config.json` stores.
+
+The methods that need PyTorch import it: the command line reads the table of checkpoints without it.
+"""
+
+from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from tpn.validation import (
     check_bool,
@@ -22,7 +25,12 @@ from tpn.validation import (
     is_text,
     shown,
 )
-from tpn.video import augment, sampling, transforms
+from tpn.video import sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tpn.video import augment
 
 _logger = logging.getLogger(__name__)
 
@@ -116,10 +124,14 @@ class InputSpec:
 
     def crops(self, frames: Tensor) -> Tensor:
         """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), with `flip` the mirrored crops last."""
+        import torch
+
         return torch.stack(self.crop_views(frames))
 
     def crop_views(self, frames: Tensor) -> list[Tensor]:
         """Return the crops of `crops` one by one; those that are not mirrored are views of the resized frames."""
+        from tpn.video import transforms
+
         frames = transforms.resize_short_side(frames, self.short_side)
         if self.num_crops == 3:
             size = self.three_crop_size
@@ -130,6 +142,8 @@ class InputSpec:
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 RGB frames (..., T, 3, H, W) → float32 model input (..., 3, T, H, W)."""
+        from tpn.video import transforms
+
         return transforms.normalize(frames, self.mean, self.std)
 
     def train_transform(
@@ -153,6 +167,8 @@ class InputSpec:
             crop_area, color_jitter, rand_augment, random_erasing: see `TrainTransform`.
             normalize: return the model's input; otherwise uint8 (T, 3, S, S), for `normalize` on the device.
         """
+        from tpn.video import augment
+
         self._check_rgb()
         return augment.TrainTransform(
             self.crop_size,
@@ -168,6 +184,8 @@ class InputSpec:
 
     def eval_transform(self, crops: int = 1, *, normalize: bool = True) -> augment.EvalTransform:
         """Return the test transform, clip uint8 (T, 3, H, W) → model input, with one center crop or three crops."""
+        from tpn.video import augment
+
         self._check_rgb()
         spec = replace(self, num_crops=crops, flip=False)
         return augment.EvalTransform(spec.crops, normalize=spec.normalize if normalize else None)
@@ -176,14 +194,14 @@ class InputSpec:
         if self.in_chans != 3:
             raise ValueError(f"the transforms take RGB clips; mean and std are for {self.in_chans} channels")
 
-    def with_views(self, num_clips: int | None = None, num_crops: int | None = None) -> "InputSpec":
+    def with_views(self, num_clips: int | None = None, num_crops: int | None = None) -> InputSpec:
         """Return the spec with other views, without mirrored ones; a number that is not given stays. See `parse_views`."""
         if num_clips is None and num_crops is None:
             return self
         clips = self.num_clips if num_clips is None else num_clips
         return replace(self, num_clips=clips, num_crops=self.num_crops if num_crops is None else num_crops, flip=False)
 
-    def for_channels(self, in_chans: int) -> "InputSpec":
+    def for_channels(self, in_chans: int) -> InputSpec:
         """Return the spec for clips of another number of channels, each with the average mean and std."""
         check_int("in_chans", in_chans, minimum=1, maximum=1024)
         if in_chans == self.in_chans:
@@ -196,7 +214,7 @@ class InputSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], labels: Sequence[str] | None = None) -> "InputSpec":
+    def from_dict(cls, values: Mapping[str, Any], labels: Sequence[str] | None = None) -> InputSpec:
         """Read the result of `to_dict`; fields of a later version are skipped with a warning.
 
         Earlier versions stored `flip_label_pairs` as class indices: `labels`, the class names, convert them. Without labels they
@@ -253,7 +271,7 @@ class PartConfig:
         object.__setattr__(self, "args", args)
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> "PartConfig":
+    def of_module(cls, module: nn.Module) -> PartConfig:
         """Describe a module that no registered name builds."""
         return cls(f"{MODULE}{type(module).__module__}.{type(module).__qualname__}")
 
@@ -348,7 +366,7 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Read the result of `to_dict`; fields of a later version are skipped with a warning.
 
         Raises TypeError or ValueError: a field is missing or not valid; the message names it.

@@ -1,4 +1,4 @@
-"""Write files that are complete or absent, and notice files that have changed."""
+"""Write files that are complete or absent, notice files that have changed, and find the folder for downloads."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
+
+CacheDir = str | os.PathLike[str] | None
 
 ABANDONED = 3600.0
 """Seconds after which an unfinished file belongs to a process that was killed."""
@@ -108,3 +110,9 @@ def _write_record(record: Path, facts: dict[str, object]) -> None:
         _UNWRITTEN.pop(record, None)
     except OSError:
         _UNWRITTEN[record] = facts
+
+
+def cache_folder(cache_dir: CacheDir = None) -> Path | None:
+    """Return the folder for downloads: `cache_dir`, else $TPN_CACHE, else None for that of the library that downloads."""
+    folder = cache_dir or os.environ.get("TPN_CACHE")
+    return Path(folder).expanduser() if folder else None

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 from safetensors import SafetensorError, safe_open
 
 from tpn.errors import HubUnreachableError, NoRepositoryError, WeightsUnavailableError
-from tpn.files import atomic_write, file_sha256, is_intact, remember_sha256
+from tpn.files import CacheDir, atomic_write, cache_folder, file_sha256, is_intact, remember_sha256
 from tpn.transfer import MAX_WAIT, TRANSIENT_STATUS, TransferError, download, longer_pause, within
-
-CacheDir = str | PathLike[str] | None
 
 PAUSES = (1.0, 2.0)
 """Seconds before the second and the third try."""
@@ -47,12 +44,6 @@ _FILE_NAME = re.compile(r"(?!\.)[^\s/\\:*?\"<>|\x00-\x1f\x7f]{1,200}")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 _logger = logging.getLogger(__name__)
-
-
-def cache_folder(cache_dir: CacheDir = None) -> Path | None:
-    """Return the folder for downloads: `cache_dir`, else $TPN_CACHE, else None for that of the library that downloads."""
-    folder = cache_dir or os.environ.get("TPN_CACHE")
-    return Path(folder).expanduser() if folder else None
 
 
 def snapshot(repo: str, *files: str, cache_dir: CacheDir = None, prefer_cached: bool = False, verify: bool = False) -> Path:

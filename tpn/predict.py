@@ -23,7 +23,8 @@ from tpn.optimization import DTYPES, OptimizedClassifier, optimize, resolve_devi
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
 from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
-from tpn.zoo.create import create_model, is_exported, is_saved
+from tpn.zoo.create import create_model
+from tpn.zoo.names import is_exported, is_saved
 
 Progress = Callable[[int, int], None]
 Unreadable = VideoError | OSError

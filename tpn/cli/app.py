@@ -12,22 +12,29 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from tpn.cli.script import run_cli
 from tpn.version import __version__
 
 app = typer.Typer(
     name="tpn",
     help="Temporal Pyramid Networks for action recognition.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 DEFAULT_MODEL = "tpn_slowonly_r50_k400"
 
-MODEL_HELP = "Model name (see tpn list), folder of a saved model, hf-hub:OWNER/NAME, or file of tpn export."
-ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the published models whose names begin with a text, with their tags once it has a dot, for shells to complete."""
+    from tpn.zoo.names import list_models
+
+    return [name for name in list_models(pretrained="." in incomplete) if name.startswith(incomplete)]
+
+
+_MODEL_HELP = "Model name (see tpn list), folder of a saved model, hf-hub:OWNER/NAME, or file of tpn export."
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, autocompletion=complete_model)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, autocompletion=complete_model)]
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(help="Weights file, .safetensors or .pth, saved by tpn, MMAction2, or the original TPN code."),
@@ -48,11 +55,6 @@ def _app(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print_result(f"tpn {__version__}")
         raise typer.Exit
-
-
-def main() -> None:
-    """Run the command line. Report an error as one line on standard error."""
-    run_cli(app)
 
 
 def print_result(text: str) -> None:

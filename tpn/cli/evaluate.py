@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpn.cli.app import (
-    MODEL_HELP,
     CheckpointOption,
     DeviceOption,
+    ModelArgument,
     PrecisionOption,
     ViewsOption,
     app,
@@ -34,7 +34,7 @@ MAX_PRINTED_CLASSES = 30
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
     checkpoint: CheckpointOption = None,
     views: ViewsOption = None,

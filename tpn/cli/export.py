@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tpn.cli.app import CheckpointOption, ViewsOption, app, err, parse_views_option, print_result, require_parent_folder
+from tpn.cli.app import (
+    CheckpointOption,
+    ModelArgument,
+    ViewsOption,
+    app,
+    err,
+    parse_views_option,
+    print_result,
+    require_parent_folder,
+)
 from tpn.files import atomic_write
 
 Format = Literal["onnx", "pt2", "openvino"]
@@ -15,7 +24,7 @@ SUFFIX_OF_FORMAT = {format: suffix for suffix, format in FORMAT_OF_SUFFIX.items(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME.")],
+    model: ModelArgument,
     format: Annotated[
         Format | None,
         typer.Option(
@@ -59,7 +68,8 @@ def export(
     evaluate. OpenVINO keeps the weights in a second file, .bin.
     """
     from tpn import export as exporting
-    from tpn.zoo.create import create_model, is_saved
+    from tpn.zoo.create import create_model
+    from tpn.zoo.names import is_saved
 
     if output is not None and output.suffix not in FORMAT_OF_SUFFIX:
         raise typer.BadParameter(f"must end in .onnx, .pt2, or .xml, got {str(output)!r}", param_hint="--output")

@@ -8,14 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tpn.cli.app import app, err, print_result
-from tpn.files import file_sha256
-from tpn.zoo import fetch
-from tpn.zoo import publish as publishing
-from tpn.zoo.checkpoints import CHECKPOINTS, Embedded, HubFiles, get_checkpoint
-from tpn.zoo.create import count, create_model, is_saved, list_models, model_info, saved_folder
-from tpn.zoo.load import read_weights
-from tpn.zoo.saved import WEIGHTS_FILE, open_saved, saved_sha256
+from tpn.cli.app import app, complete_model, err, print_result
 
 
 @app.command("list")
@@ -27,10 +20,12 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """List models with their size and reported accuracy."""
+    from tpn.zoo.names import list_models
+
     names = list_models(pattern, pretrained=weights)
     if not names:
         raise ValueError(f"no model matches {pattern!r}; tpn list shows all models")
-    rows = [_facts(name) for name in names]
+    rows = [_facts(name, with_cache=weights or as_json) for name in names]
     if as_json:
         for row in rows:
             print_result(json.dumps(row))
@@ -54,12 +49,15 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="Model name, also with a tag (tpn_slowonly_r50_k400.scratch), folder of a saved model, or hf-hub:OWNER/NAME."
+            help="Model name, also with a tag (tpn_slowonly_r50_k400.scratch), folder of a saved model, or hf-hub:OWNER/NAME.",
+            autocompletion=complete_model,
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the properties of a model and its weights."""
+    from tpn.zoo.names import is_saved
+
     if is_saved(name):
         facts = _saved_facts(name)
         shown = facts | {"labels": ", ".join(facts["labels"][:5]) + (", ..." if len(facts["labels"]) > 5 else "")}
@@ -75,12 +73,25 @@ def info(
 
 @app.command("check-model")
 def check_model(
-    name: Annotated[str, typer.Argument(help="Model name, also with a tag, folder of a saved model, or hf-hub:OWNER/NAME.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Model name, also with a tag, folder of a saved model, or hf-hub:OWNER/NAME.", autocompletion=complete_model
+        ),
+    ],
 ) -> None:
     """Verify the weights of a model against their SHA-256 in config.json or on the Hub.
 
     Damaged files in a cache are downloaded again. Hashing reads the whole file, at 300 to 1,500 MB/s on one core.
     """
+    from tpn.files import file_sha256
+    from tpn.zoo import fetch
+    from tpn.zoo.checkpoints import Embedded, get_checkpoint
+    from tpn.zoo.create import saved_folder
+    from tpn.zoo.load import read_weights
+    from tpn.zoo.names import WEIGHTS_FILE
+    from tpn.zoo.saved import open_saved, saved_sha256
+
     if saved := saved_folder(name, verify=True):
         open_saved(saved)
         path, known = saved / WEIGHTS_FILE, saved_sha256(saved) is not None
@@ -96,7 +107,12 @@ def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="Weights file, .pth or .safetensors, saved by tpn, MMAction2, or the original TPN code.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model name, with the checkpoint tag if the model has several.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Model name, with the checkpoint tag if the model has several.", autocompletion=complete_model
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. Default: the cache, for pretrained=True.")
     ] = None,
@@ -105,6 +121,10 @@ def convert(
 
     Load the result as local-dir:FOLDER, or with pretrained=True if it is in the cache.
     """
+    from tpn.zoo import fetch
+    from tpn.zoo.checkpoints import get_checkpoint
+    from tpn.zoo.load import read_weights
+
     entry = get_checkpoint(model)
     path = fetch.store(entry, read_weights(checkpoint), output) if output else fetch.convert(entry, checkpoint)
     how = f'"local-dir:{path.parent}"' if output else f'"{entry.name}", pretrained=True'
@@ -121,6 +141,8 @@ def publish(
 
     Checkpoints that need a manual download are listed with instructions. Set HF_TOKEN or run hf auth login first.
     """
+    from tpn.zoo import publish as publishing
+
     failed = False
     for done in publishing.publish(namespace, dry_run=dry_run, private=private):
         print_result(f"{done.state:<20} {done.repo_id}" + (f"  {done.detail}" if done.detail else ""))
@@ -131,6 +153,8 @@ def publish(
 
 def _saved_facts(name: str) -> dict[str, Any]:
     """Return the properties of a saved model for `info`."""
+    from tpn.zoo.create import count, create_model
+
     model = create_model(name)
     config, spec = model.config, model.config.input_spec
     params, gmacs = count(model)
@@ -150,11 +174,14 @@ def _saved_facts(name: str) -> dict[str, Any]:
     }
 
 
-def _facts(name: str) -> dict[str, Any]:
-    """Return the properties of "model" or "model.tag" for `list` and `info`."""
+def _facts(name: str, *, with_cache: bool = True) -> dict[str, Any]:
+    """Return the properties of "model" or "model.tag" for `list` and `info`, `with_cache` also whether its weights are there."""
+    from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles
+    from tpn.zoo.names import WEIGHTS_FILE, cache_folder, model_info
+
     about = model_info(name)
     entry, source, spec = about.checkpoint, about.checkpoint.source, about.checkpoint.config.input_spec
-    here = (fetch.cache_folder(entry) / "model.safetensors").is_file()
+    here = with_cache and (cache_folder(entry) / WEIGHTS_FILE).is_file()
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
     measured = "not yet" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
     top1 = f"{measured}*" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}"

@@ -1,17 +1,19 @@
-"""What commands and scripts share: errors as one line, and exits that do not wait for other processes."""
+"""What commands and scripts share: errors as one line, and exits that do not wait for other processes.
+
+Nothing here imports PyTorch or PyAV: an error of theirs cannot arise before somebody else imports them.
+"""
 
 import argparse
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-
 from tpn.errors import WeightsUnavailableError, printable
+
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, WeightsUnavailableError)
+"""Errors that users can cause."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -23,14 +25,12 @@ def run_cli(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `tpn/__init__.py`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     except SystemExit as stop:  # how typer and argparse end every program
-        if stop.code and dist.is_initialized():
+        if stop.code and _in_process_group():
             _exit(stop.code if isinstance(stop.code, int) else 1, "" if isinstance(stop.code, int) else str(stop.code))
         if not stop.code:
             _leave_processes()
@@ -45,15 +45,16 @@ def run_cli(main: Callable[[], None]) -> None:
 def error_message(error: Exception) -> str:
     """Return what a user should read about an error. For unexpected errors, it starts with their class."""
     message = one_line_message(error)
-    if _is_too_many_bad_files(error):
+    if _is_a(error, "tpn.video.datasets", "TooManyBadFilesError"):
         return _from_worker(error)  # it lists the files
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_a(error, "torch", "OutOfMemoryError"):
         return f"{'. '.join(message.split('. ')[:2])}. Try a smaller batch size"
     if "DefaultCPUAllocator: can't allocate memory" in message:
         return "out of memory. Try a smaller batch size"
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)):
+    lost = _is_a(error, "torch.distributed", "DistError") or "Connection closed by peer" in str(error)
+    if lost and _in_process_group():
         return "another process failed; see its message"
-    if isinstance(error, _expected_errors()):
+    if isinstance(error, _EXPECTED) or _is_a(error, "tpn.video.decode", "VideoError"):
         return message
     return f"{type(error).__name__}: {message} (set TPN_DEBUG=1 for the traceback)"
 
@@ -77,16 +78,9 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that users can cause."""
-    decode = sys.modules.get("tpn.video.decode")  # importing it here could fail: it needs PyAV
-    video_errors = (decode.VideoError,) if decode is not None else ()
-    return ValueError, TypeError, OSError, ImportError, FloatingPointError, WeightsUnavailableError, *video_errors
-
-
-def _is_too_many_bad_files(error: BaseException) -> bool:
-    datasets = sys.modules.get("tpn.video.datasets")
-    return datasets is not None and isinstance(error, datasets.TooManyBadFilesError)
+def _is_a(error: BaseException, module: str, name: str) -> bool:
+    """Return whether an error is of a class in a module, which is not imported for this."""
+    return isinstance(error, getattr(sys.modules.get(module), name, ()))
 
 
 def _from_worker(error: BaseException) -> str:
@@ -97,9 +91,14 @@ def _from_worker(error: BaseException) -> str:
     return message
 
 
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def _leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if _in_process_group():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _exit(code: int, message: str = "") -> NoReturn:
@@ -107,6 +106,6 @@ def _exit(code: int, message: str = "") -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():
+    if _in_process_group():
         os._exit(code)
     sys.exit(code)

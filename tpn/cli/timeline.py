@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from tpn.cli.app import (
@@ -36,6 +34,9 @@ from tpn.cli.script import one_line_message
 from tpn.files import atomic_write
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tpn.tempo import Clip, Segment
 
 MAX_POINTS = 2000
@@ -309,13 +310,15 @@ class _Curves:
     """
 
     def __init__(self, labels: tuple[str, ...]) -> None:
+        import numpy as np
+
         self.labels = labels
         self.num_clips, self.duration = 0, 0.0
         self._clips_per_point = 1
         # Sums over the clips of each point.
         self._probs, self._times, self._counts = np.zeros((MAX_POINTS, len(labels))), np.zeros(MAX_POINTS), np.zeros(MAX_POINTS)
 
-    def add(self, time: float, probs: NDArray[np.float32], end: float) -> None:
+    def add(self, time: float, probs: "NDArray[np.float32]", end: float) -> None:
         """Add a clip with its middle and its end in seconds, and its probabilities (K,)."""
         if self.num_clips == MAX_POINTS * self._clips_per_point:
             for sums in (self._probs, self._times, self._counts):
@@ -329,9 +332,9 @@ class _Curves:
         self.num_clips += 1
         self.duration = end
 
-    def means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def means(self) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
         """Return times in seconds (N,) and probabilities (N, K)."""
-        used = np.count_nonzero(self._counts)
+        used = int((self._counts > 0).sum())
         return self._times[:used] / self._counts[:used], self._probs[:used] / self._counts[:used, None]
 
 
@@ -342,7 +345,7 @@ def _draw(curves: _Curves, top: int, path: Path) -> None:
     times, probs = curves.means()
     figure = Figure(figsize=(14, 4), layout="constrained")
     axes = figure.add_subplot()
-    for k in np.argsort(-probs.mean(axis=0), kind="stable")[:top].tolist():
+    for k in (-probs.mean(axis=0)).argsort(kind="stable")[:top].tolist():
         axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, label=curves.labels[k])
     axes.set(xlim=(0, curves.duration), ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel="probability", xlabel="time, s")
     axes.spines[["top", "right"]].set_visible(False)

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import FrameType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn
 
-import torch
 import typer
 
-from tpn.cli.app import app, err, require_exists
+from tpn.cli.app import app, complete_model, err, require_exists
 from tpn.cli.script import error_message, is_first_process, one_line_message
 from tpn.training.config import TrainConfig
 
 SHORT = {"model": "-m"}
+COMPLETE = {"model": complete_model}
 NEGATED = "no_"
 
 
@@ -55,15 +55,17 @@ def train(
     if not is_first_process():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    with advice():
-        from tpn.training import loop
+    from tpn.training import loop  # takes seconds; Ctrl-C has nothing to continue yet
 
+    with advice():
         loop.train(data, output=output, resume=resume, dry_run=dry_run, **given)
 
 
 @contextmanager
 def advice() -> Iterator[None]:
     """Say what to do about faults that do not come from the settings, with the command that continues the run."""
+    import torch
+
     from tpn.training.observer import Interrupted
 
     again = shlex.join(["tpn", *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
@@ -102,12 +104,11 @@ def _stop(code: int, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
-def options_of(field: "Field[Any]") -> list[inspect.Parameter]:
-    """Return a field of `TrainConfig` as an option of the command. Its default is None: the option is not given.
+def options_of(field: "Field[Any]", kind: Any) -> list[inspect.Parameter]:
+    """Return a field of `TrainConfig` of some type as an option of the command. Its default is None: the option is not given.
 
     The --no- form of a switch is an option of its own, so that it takes no column in the help.
     """
-    kind = typing.get_type_hints(TrainConfig)[field.name]
     if typing.get_origin(kind) in (UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not NoneType)
     about: dict[str, Any] = {"help": field.metadata["help"] + _default(field), "metavar": field.metadata.get("metavar")}
@@ -125,6 +126,7 @@ def options_of(field: "Field[Any]") -> list[inspect.Parameter]:
         about["metavar"] = " "  # room for the help
     flag = field.name.replace("_", "-")
     names = [f"--{flag}", *([SHORT[field.name]] if field.name in SHORT else [])]
+    about["autocompletion"] = COMPLETE.get(field.name)
     option = typer.Option(*names, rich_help_panel=field.metadata["group"], show_default=False, **about)
     options = [_parameter(field.name, kind, option)]
     if kind is bool:
@@ -165,9 +167,9 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def _with_options() -> None:
     """Put the fields of `TrainConfig` in the place of `**options` in the signature of `train`."""
-    own = inspect.signature(train)
+    own, kinds = inspect.signature(train), typing.get_type_hints(TrainConfig)
     parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters += [option for field in fields(TrainConfig) for option in options_of(field)]
+    parameters += [option for field in fields(TrainConfig) for option in options_of(field, kinds[field.name])]
     train.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command()(train)

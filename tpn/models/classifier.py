@@ -11,6 +11,7 @@ from tpn.models.feature_maps import FeatureList, feature_shapes, layer_names, sp
 from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.layers import reference_tensor
 from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
+from tpn.models.timm_cfg import input_cfg
 from tpn.validation import check_labels
 
 
@@ -310,17 +311,3 @@ def _head_config(name: str, head: nn.Module) -> HeadConfig:
             f"model.{name}.fc instead, or put the module into a neck"
         )
     return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)), head.multi_label)
-
-
-def input_cfg(spec: InputSpec) -> dict[str, Any]:
-    """Return the part of an input spec that timm's configs have fields for."""
-    return {
-        "input_size": (spec.in_chans, spec.crop_size, spec.crop_size),
-        "test_input_size": (spec.in_chans, spec.three_crop_size, spec.three_crop_size),
-        "interpolation": "bilinear",
-        "crop_pct": spec.crop_size / spec.short_side,
-        "mean": tuple(round(v / 255, 6) for v in spec.mean),
-        "std": tuple(round(v / 255, 6) for v in spec.std),
-        "paper_name": "Temporal Pyramid Network for Action Recognition",
-        "paper_ids": "arXiv:2004.03548",
-    }

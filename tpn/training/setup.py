@@ -17,7 +17,8 @@ from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import channels_last
 from tpn.training.config import TrainConfig
 from tpn.training.data import TrainData, open_data
-from tpn.zoo.create import create_model, is_saved
+from tpn.zoo.create import create_model
+from tpn.zoo.names import is_saved
 
 T = TypeVar("T")
 

@@ -1,1 +1,5 @@
 """Video files to tensors."""
+
+from tpn.lazy import submodules
+
+__getattr__ = submodules(__name__)

@@ -14,12 +14,14 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig
 from tpn.errors import UnknownModelError
 from tpn.video import motion
-from tpn.zoo.convert import Layout
+
+if TYPE_CHECKING:
+    from tpn.zoo.convert import Layout
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Page:
 
 
 Source = Embedded | HubFiles | Link | Page
+Size = tuple[int, float]
+"""`Checkpoint.params` and `gmacs`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Checkpoint:
         source: where the weights are.
         layout: the code base that wrote the file; see `tpn.zoo.convert`.
         dataset: title of the training data.
+        params, gmacs: parameters, and 10**9 operations per clip to two decimals, as `tpn.zoo.create.count` counts them.
         reported_top1, reported_top5: accuracy in percent that the publisher reports.
         measured_top1, measured_top5: accuracy in percent that this project measured.
         initialized_from: weights that training started from.
@@ -97,8 +102,10 @@ class Checkpoint:
     name: str
     config: ModelConfig
     source: Source
-    layout: Layout
+    layout: "Layout"
     dataset: str
+    params: int
+    gmacs: float
     reported_top1: float | None = None
     reported_top5: float | None = None
     measured_top1: float | None = None
@@ -141,7 +148,7 @@ def read_labels(file: str) -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def _config(model: str, layout: Layout) -> ModelConfig:
+def _config(model: str, layout: "Layout") -> ModelConfig:
     """Return the config of a published network, "[tpn_]slowonly_r50[_16x4]_k400" or "[tpn_]tsm_r50_sthv1"."""
     family, depth, *tempo, data = model.removeprefix("tpn_").split("_")
     labels, neck = read_labels(data), PartConfig("tpn")
@@ -160,23 +167,23 @@ def _config(model: str, layout: Layout) -> ModelConfig:
     return ModelConfig(backbone, neck, head, spec, head, labels, model)
 
 
-def _published(name: str, layout: Layout, source: Source, **about: Any) -> Checkpoint:
+def _published(name: str, layout: "Layout", source: Source, size: Size, **about: Any) -> Checkpoint:
     model = name.partition(".")[0]
-    return Checkpoint(name, _config(model, layout), source, layout, _DATASETS[model.rpartition("_")[2]], **about)
+    return Checkpoint(name, _config(model, layout), source, layout, _DATASETS[model.rpartition("_")[2]], *size, **about)
 
 
-def _mmaction2(name: str, file: str, top1: float, top5: float, note: str, start: str = "ImageNet") -> Checkpoint:
+def _mmaction2(name: str, size: Size, file: str, top1: float, top5: float, note: str, start: str = "ImageNet") -> Checkpoint:
     folder, _, date_and_hash = file.rpartition("_")
     url = f"https://download.openmmlab.com/mmaction/v1.0/recognition/tpn/{folder}/{file}.pth"
     about = {"reported_top1": top1, "reported_top5": top5, "note": note, "initialized_from": start}
-    return _published(name, "mmaction2", Link(url, date_and_hash.partition("-")[2]), **about)
+    return _published(name, "mmaction2", Link(url, date_and_hash.partition("-")[2]), size, **about)
 
 
-def _original(model: str, file_id: str, top1: float, *, hires: bool = False) -> Checkpoint:
+def _original(model: str, size: Size, file_id: str, top1: float, *, hires: bool = False) -> Checkpoint:
     page = Page(f"https://drive.google.com/open?id={file_id}")
     lowres = "240x320 source videos, 19,769 validation videos" if model.endswith("k400") else ""
     note, tag = ("raw-resolution source videos", "original_hires") if hires else (lowres, "original")
-    return _published(f"{model}.{tag}", "original", page, reported_top1=top1, note=note, initialized_from="ImageNet")
+    return _published(f"{model}.{tag}", "original", page, size, reported_top1=top1, note=note, initialized_from="ImageNet")
 
 
 _DATASETS = {"k400": "Kinetics-400", "sthv1": "Something-Something v1", "sthv2": "Something-Something v2"}
@@ -190,12 +197,14 @@ _FLIP_LABEL_PAIRS = (
 _TABLE = (
     _mmaction2(
         "tpn_slowonly_r50_k400.in1k",
+        (91_498_336, 50.28),
         "tpn-slowonly_imagenet-pretrained-r50_8xb8-8x8x1-150e_kinetics400-rgb_20220913-fed3f4c1",
         *(76.74, 92.57),
         "source videos of short side 320, 19,796 validation videos",
     ),
     _mmaction2(
         "tpn_slowonly_r50_k400.scratch",
+        (91_498_336, 50.28),
         "tpn-slowonly_r50_8xb8-8x8x1-150e_kinetics400-rgb_20220913-97d0835d",
         *(74.2, 91.48),
         "trained from random initialization",
@@ -203,28 +212,29 @@ _TABLE = (
     ),
     _mmaction2(
         "tpn_tsm_r50_sthv1.in1k",
+        (82_445_724, 41.23),
         "tpn-tsm_imagenet-pretrained-r50_8xb8-1x1x8-150e_sthv1-rgb_20230221-940a3615",
         *(51.87, 79.67),
         "the publisher's table says 8 clips x 3 crops; the configuration samples twice: 2 clips",
     ),
-    _original("slowonly_r50_k400", "1uKHvZsY_heFHTBl6RXo02I7-W_aLBhFI", 74.9),
-    _original("tpn_slowonly_r50_k400", "1KoISwdKDlfzZdEsLItygcvPGkKNwWyR-", 76.1),
-    _original("slowonly_r50_16x4_k400", "1Qgck89mUVs9gyUzalbYJPfJPwQEPbyI9", 76.1),
-    _original("tpn_slowonly_r50_16x4_k400", "1TY39uBR-ckUw3aiabeFLNpR9uPSxt--H", 77.3),
-    _original("slowonly_r50_32x2_k400", "1oJ1sTzMeLPXHtnutJAAD8gWfm0b3NYpi", 75.7),
-    _original("tpn_slowonly_r50_32x2_k400", "1TjeqcTJ2tReDz4VnLR8ajSHySre9sZDd", 77.7),
-    _original("slowonly_r101_k400", "1dqLWiI3DFHAPIzGtEY_jfI66nthw2GEX", 76.0),
-    _original("tpn_slowonly_r101_k400", "1B4Vsld-JzQe4QmXeZHd0TolMPNyZypXI", 77.2),
-    _original("slowonly_r101_16x4_k400", "1tj2Y0OChKW7RoElXXmBeU63dph40kEyJ", 77.0),
-    _original("tpn_slowonly_r101_16x4_k400", "1mT4kuaYuAGA-Zjagc56vByMQdvx0bE-H", 78.1),
-    _original("slowonly_r101_32x2_k400", "1IAobiYS3PhXC1sA_MCdudGCdHRWcWc9J", 77.4),
-    _original("tpn_slowonly_r101_32x2_k400", "1OPudI7CzJzpdeI0YpwLgZB59VCzcoidp", 78.9),
-    _original("tpn_slowonly_r50_k400", "1pCY4oiWK3hs6MwaPZ8QVPMb-qDCV56w5", 76.7, hires=True),
-    _original("tpn_slowonly_r101_k400", "1DeVp7cf-dk-x6Um4NouLq5tFniTge0Bd", 78.2, hires=True),
-    _original("tsm_r50_sthv1", "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2),
-    _original("tpn_tsm_r50_sthv1", "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7),
-    _original("tsm_r50_sthv2", "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3),
-    _original("tpn_tsm_r50_sthv2", "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7),
+    _original("slowonly_r50_k400", (32_454_096, 41.74), "1uKHvZsY_heFHTBl6RXo02I7-W_aLBhFI", 74.9),
+    _original("tpn_slowonly_r50_k400", (91_498_336, 50.28), "1KoISwdKDlfzZdEsLItygcvPGkKNwWyR-", 76.1),
+    _original("slowonly_r50_16x4_k400", (32_454_096, 83.48), "1Qgck89mUVs9gyUzalbYJPfJPwQEPbyI9", 76.1),
+    _original("tpn_slowonly_r50_16x4_k400", (91_498_336, 99.57), "1TY39uBR-ckUw3aiabeFLNpR9uPSxt--H", 77.3),
+    _original("slowonly_r50_32x2_k400", (32_454_096, 166.96), "1oJ1sTzMeLPXHtnutJAAD8gWfm0b3NYpi", 75.7),
+    _original("tpn_slowonly_r50_32x2_k400", (91_498_336, 198.16), "1TjeqcTJ2tReDz4VnLR8ajSHySre9sZDd", 77.7),
+    _original("slowonly_r101_k400", (60_359_120, 85.41), "1dqLWiI3DFHAPIzGtEY_jfI66nthw2GEX", 76.0),
+    _original("tpn_slowonly_r101_k400", (119_403_360, 94.1), "1B4Vsld-JzQe4QmXeZHd0TolMPNyZypXI", 77.2),
+    _original("slowonly_r101_16x4_k400", (60_359_120, 170.83), "1tj2Y0OChKW7RoElXXmBeU63dph40kEyJ", 77.0),
+    _original("tpn_slowonly_r101_16x4_k400", (119_403_360, 187.07), "1mT4kuaYuAGA-Zjagc56vByMQdvx0bE-H", 78.1),
+    _original("slowonly_r101_32x2_k400", (60_359_120, 341.65), "1IAobiYS3PhXC1sA_MCdudGCdHRWcWc9J", 77.4),
+    _original("tpn_slowonly_r101_32x2_k400", (119_403_360, 373.0), "1OPudI7CzJzpdeI0YpwLgZB59VCzcoidp", 78.9),
+    _original("tpn_slowonly_r50_k400", (91_498_336, 50.28), "1pCY4oiWK3hs6MwaPZ8QVPMb-qDCV56w5", 76.7, hires=True),
+    _original("tpn_slowonly_r101_k400", (119_403_360, 94.1), "1DeVp7cf-dk-x6Um4NouLq5tFniTge0Bd", 78.2, hires=True),
+    _original("tsm_r50_sthv1", (23_864_558, 32.7), "1x7iwL2Op0qxaUluyQCPOVVEEH53cavhL", 48.2),
+    _original("tpn_tsm_r50_sthv1", (82_445_724, 41.23), "1NVjsCYgNXKUKAn33XCxV2YEIaWXlEnLS", 50.7),
+    _original("tsm_r50_sthv2", (23_864_558, 32.7), "1fU1b9WySld5knJ8E2bMXfuyRenoViSEX", 62.3),
+    _original("tpn_tsm_r50_sthv2", (82_445_724, 41.23), "15HHKGIhksTf0dSmgxrTsoHzZxF6n7eRa", 64.7),
     Checkpoint(
         "tpn_slowonly_tiny_motion.scratch",
         ModelConfig(
@@ -239,6 +249,8 @@ _TABLE = (
         Embedded("tpn_slowonly_tiny_motion.scratch.safetensors"),
         "tpn",
         "rendered motion",
+        params=1_487_788,
+        gmacs=0.24,
         measured_top1=99.14,
         measured_top5=100.0,
         note="a small model for the motions that tpn.video.motion renders, for demonstrations and tests",

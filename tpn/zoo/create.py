@@ -1,18 +1,14 @@
 """From a name to a model: name → config → model → weights."""
 
 import copy
-import fnmatch
 import logging
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.utils import natural_key
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,10 +18,11 @@ from tpn.errors import UnknownModelError
 from tpn.models.classifier import TPNClassifier, build_backbone, unwrapped
 from tpn.models.feature_maps import feature_shapes
 from tpn.models.registry import BACKBONES
-from tpn.zoo import checkpoints, fetch, load
+from tpn.zoo import fetch, load
 from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
+from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE, is_exported, local_folder
 from tpn.zoo.overrides import custom_config, override, part_of
-from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, open_saved, read_config
+from tpn.zoo.saved import open_saved, read_config
 
 _logger = logging.getLogger(__name__)
 
@@ -118,43 +115,8 @@ def build(backbone: nn.Module, *, num_classes: int, **kwargs: Any) -> TPNClassif
     return create_model("tpn", backbone=backbone, num_classes=num_classes, **kwargs)
 
 
-def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
-    """Return the names of the models that match a wildcard such as `"tpn_*r101*"`; all by default.
-
-    Args:
-        filter: a pattern of `fnmatch`.
-        pretrained: return every checkpoint, as "model.tag", instead.
-    """
-    names = {entry.name if pretrained else entry.model for entry in checkpoints.CHECKPOINTS.values()}
-    return sorted(fnmatch.filter(names, filter or "*"), key=natural_key)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model of the zoo with one of its checkpoints.
-
-    Attributes:
-        checkpoint: the entry of the table.
-        params: number of parameters, auxiliary head included.
-        gmacs: 10**9 multiply-accumulate operations for one clip at crop_size, without the auxiliary head.
-    """
-
-    checkpoint: Checkpoint
-    params: int
-    gmacs: float
-
-
-@cache
-def model_info(name: str) -> ModelInfo:
-    """Describe "model" or "model.tag": its entry, parameters and operations (counted on PyTorch's meta device)."""
-    entry = get_checkpoint(name)
-    with torch.device("meta"):
-        model = TPNClassifier.from_config(entry.config)
-    return ModelInfo(entry, *count(model))
-
-
 def count(model: TPNClassifier) -> tuple[int, float]:
-    """Return the parameters of a model and its GMACs; see `ModelInfo`."""
+    """Return the parameters of a model and its GMACs, counted on PyTorch's meta device; see `ModelInfo`."""
     spec = model.input_spec
     shapes = copy.deepcopy(model).to("meta").eval()
     clip = torch.empty(1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size, device="meta")
@@ -192,34 +154,6 @@ def saved_folder(
     if set(name) & set(":/"):
         raise UnknownModelError(f"unknown model {name!r}; there is no such folder, and a model on the Hub is 'hf-hub:owner/name'")
     return None
-
-
-def local_folder(name: str | PathLike[str]) -> Path | None:
-    """Return the folder that "local-dir:folder" or a path names; None for other names.
-
-    A string without "/" is a path if the folder has a `config.json`, and no published model has this name.
-    """
-    if isinstance(name, PathLike):
-        return Path(name)
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string such as 'tpn_slowonly_r50_k400', or the path of a folder, got {name!r}")
-    scheme, _, place = name.partition(":")
-    if scheme == "local-dir" and place:
-        return Path(place)
-    if {"/", os.sep} & set(name):
-        return Path(name) if os.path.isdir(name) else None
-    published = any(name in (entry.model, entry.name) for entry in checkpoints.CHECKPOINTS.values())
-    return Path(name) if Path(name, CONFIG_FILE).is_file() and not published else None
-
-
-def is_saved(name: str | PathLike[str]) -> bool:
-    """Return whether a name stands for a saved model, whose weights are always loaded."""
-    return local_folder(name) is not None or str(name).startswith("hf-hub:")
-
-
-def is_exported(name: str | PathLike[str]) -> bool:
-    """Return whether a name is that of a file of `tpn.export`, which `VideoClassifier` and `evaluate` take."""
-    return os.fspath(name).endswith((".onnx", ".pt2", ".xml")) and not os.path.isdir(name)
 
 
 def _find(

@@ -14,11 +14,9 @@ from typing import Any, cast
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import nn
 
-from tpn.models.classifier import TPNClassifier, input_cfg
+from tpn.models.timm_cfg import input_cfg
 from tpn.zoo.checkpoints import CHECKPOINTS, Checkpoint, Embedded, get_checkpoint
-from tpn.zoo.create import create_model, saved_folder
-from tpn.zoo.overrides import override
-from tpn.zoo.saved import CONFIG_FILE, open_saved
+from tpn.zoo.names import CONFIG_FILE
 
 
 def _timm_cfg(entry: Checkpoint) -> dict[str, Any]:
@@ -59,6 +57,12 @@ def _create(
     **kwargs: Any,
 ) -> nn.Module:
     """Call `create_model` for timm, which has resolved a tag, a folder, or a Hub repository to `pretrained_cfg`."""
+    # Not at the top: timm's import is followed by that of this module, and may come from a backbone that these import.
+    from tpn.models.classifier import TPNClassifier
+    from tpn.zoo.create import create_model, saved_folder
+    from tpn.zoo.overrides import override
+    from tpn.zoo.saved import open_saved
+
     if features_only:
         raise ValueError("features_only is timm's wrapper for images and not valid here; model.backbone(x) returns feature maps")
     if isinstance(pretrained_cfg, str):

@@ -29,8 +29,9 @@ from tpn.files import file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
+from tpn.zoo.names import WEIGHTS_FILE, cache_folder
 from tpn.zoo.overrides import override
-from tpn.zoo.saved import WEIGHTS_FILE, save_pretrained, saved_sha256
+from tpn.zoo.saved import save_pretrained, saved_sha256
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
@@ -103,11 +104,6 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
             return path
     except OSError as error:
         raise WeightsUnavailableError(f"cannot store {file} in {folder}: {error.strerror or error}; {_OTHER_FOLDER}") from error
-
-
-def cache_folder(entry: Checkpoint, cache_dir: hub.CacheDir = None) -> Path:
-    """Return the folder that holds, or will hold, an entry's converted weights."""
-    return (hub.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
 
 
 def cached(folder: Path, *, verify: bool = False) -> Path | None:

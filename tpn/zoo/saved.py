@@ -29,10 +29,9 @@ from tpn.validation import shown
 from tpn.version import __version__
 from tpn.zoo.checkpoints import get_checkpoint
 from tpn.zoo.convert import check_fit
+from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE
 from tpn.zoo.overrides import custom_config, override
 from tpn.zoo.reader import read_header, without_wrappers
-
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # What `_config_of` raises for values that no version saved.
 _CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError)

@@ -1,0 +1,137 @@
+"""What starts at once: `import tpn`, help, completion, and `tpn list` import neither PyTorch nor what imports it."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import ROOT, call
+from servers import run_python
+
+import tpn
+from tpn import cli
+from tpn.cli.commands import app
+
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+HEAVY = {"torch", "timm", "torchvision", "av", "matplotlib"}
+WITHOUT_PYTORCH = f"""
+import os, sys
+from scripts import call
+heavy = {HEAVY | {"huggingface_hub"}}
+def check(what):
+    assert not heavy & sys.modules.keys(), (what, heavy & sys.modules.keys())
+import tpn
+check("import tpn")
+from tpn.cli import main
+def run(*args, code=0):
+    done = call(main, "tpn", *args)
+    assert done.returncode == code, done
+    check(args)
+    return done.stdout
+for args in [["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS!r})]:
+    run(*args)
+os.environ["_TPN_COMPLETE"] = "complete_bash"
+for words in (["tr"], ["train", "--la"], ["predict", "--model", "tpn_"], ["info", "tsm_r50_sthv1."]):
+    os.environ |= {{"COMP_WORDS": " ".join(["tpn", *words]), "COMP_CWORD": str(len(words))}}
+    assert run(), words
+del os.environ["_TPN_COMPLETE"]
+run("list")
+run("list", "zzz*", code=1)
+run("info", "tpn_slowonly_r50_k4000", code=1)
+heavy.remove("huggingface_hub")  # its settings name the folder of the cache
+run("list", "--weights")
+run("info", "tpn_slowonly_r50_k400")
+"""
+
+
+def test_help_completion_and_list_do_not_import_pytorch(tmp_path):
+    run_python(WITHOUT_PYTORCH, tmp_path)
+
+
+def complete(monkeypatch, *words):
+    """The completions of the last word after `tpn`."""
+    monkeypatch.setenv("_TPN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(["tpn", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    return call(cli.main, "tpn").stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tr"], ["train"]),
+        (["predict", "--prec"], ["--precision"]),
+        (["train", "--layer"], ["--layer-decay"]),
+        (["explain", "v.mp4", "--method", "grad"], ["grad-cam"]),
+        (["info", "tsm_r50_sthv1."], ["tsm_r50_sthv1.original"]),
+        *(
+            ([*command, "tpn_tsm_r50"], ["tpn_tsm_r50_sthv1", "tpn_tsm_r50_sthv2"])
+            for command in (
+                *([name, "--model"] for name in ("demo", "predict", "features", "timeline", "explain", "train", "convert")),
+                *([name] for name in ("evaluate", "export", "info", "check-model")),
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_completion(monkeypatch, words, expected):
+    assert complete(monkeypatch, *words) == expected
+
+
+def test_completion_in_bash(tmp_path):
+    program = tmp_path / "tpn"
+    program.write_text(f"#!{sys.executable}\nfrom tpn.cli import main\nmain()\n")
+    program.chmod(0o755)
+    script = """
+eval "$(tpn --show-completion)"
+COMP_WORDS=(tpn predict --model tpn_tsm_r50_) COMP_CWORD=3
+_tpn_completion tpn
+echo "${COMPREPLY[@]}"
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "tpn_tsm_r50_sthv1 tpn_tsm_r50_sthv2\n", done.stderr
+
+
+def test_public_names_are_where_the_table_says():
+    """`__all__`, the table, and the imports that type checkers read are the same names."""
+    statements = ast.parse(Path(tpn.__file__).read_text(encoding="utf-8")).body
+    checked = next(node for node in statements if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert imports == tpn._MODULES
+    assert sorted([*imports, "__version__"]) == tpn.__all__
+    names = {}
+    exec("from tpn import *", names)
+    assert names.keys() - {"__builtins__"} == set(tpn.__all__)
+    for name, module in imports.items():
+        assert names[name] is getattr(sys.modules[module], name)
+    assert set(tpn.__all__) < set(dir(tpn))
+
+
+def test_modules_are_attributes(tmp_path):
+    script = """
+import tpn
+assert list(tpn.video.sampling.dense_indices(8, num_frames=2, frame_interval=4)[0]) == [1, 5]
+assert tpn.InputSpec(8).clip_span == 8
+assert "slowonly_r50_k400" in tpn.zoo.names.list_models()
+import sys
+assert "torch" not in sys.modules
+assert not any(hasattr(module, "nothing") for module in (tpn, tpn.models, tpn.video, tpn.zoo))
+assert tpn.models.neck.TemporalPyramid is tpn.TemporalPyramid
+"""
+    run_python(script, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tpn, timm",
+        "import timm, tpn",
+        "import tpn\nfrom importlib.util import find_spec\nassert find_spec('timm')\nfrom tpn.models.backbones import ResNetTSM\nimport timm",
+    ],
+    ids=["tpn first", "timm first", "timm from a backbone"],
+)
+def test_timm_knows_the_models_in_any_order(tmp_path, imports):
+    run_python(f"{imports}\nassert timm.create_model('tsm_r50_sthv1', base_channels=4).num_classes == 174", tmp_path)
