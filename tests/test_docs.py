@@ -38,7 +38,7 @@ def machine(tmp_path_factory):
     work = root / "work"
     weights = get_checkpoint(small.SLOWONLY)
     narrow = tpn.create_model(weights.name, base_channels=4)
-    tpn.save_pretrained(narrow, fetch.cache_folder(weights, root / "cache"))
+    tpn.save_pretrained(narrow, fetch.weights_folder(weights, root / "cache"))
     shutil.copytree(ROOT / "examples", work / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (work / "mine.pth").write_bytes(small.upstream_file(small.SLOWONLY)[0])
     (work / "FILE").write_bytes(small.upstream_file(BY_HAND)[0])

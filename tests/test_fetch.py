@@ -289,11 +289,11 @@ def test_convert_refuses_embedded_models():
 
 def test_cache_folder(tmp_path, monkeypatch):
     entry = get_checkpoint(SLOWONLY)
-    assert fetch.cache_folder(entry, tmp_path) == tmp_path / SLOWONLY
+    assert fetch.weights_folder(entry, tmp_path) == tmp_path / SLOWONLY
     monkeypatch.setenv("TPN_CACHE", "~/x")
-    assert fetch.cache_folder(entry) == Path.home() / "x" / SLOWONLY
+    assert fetch.weights_folder(entry) == Path.home() / "x" / SLOWONLY
     monkeypatch.delenv("TPN_CACHE")
-    assert fetch.cache_folder(entry) == Path(constants.HF_HOME, "assets", "tpn", SLOWONLY)
+    assert fetch.weights_folder(entry) == Path(constants.HF_HOME, "assets", "tpn", SLOWONLY)
 
 
 def test_offline_without_a_copy(server, published, monkeypatch, cache):
@@ -347,7 +347,7 @@ def test_read_only_cache(published, hub):
             path.chmod(0o555 if path.is_dir() else 0o444)
         os.chmod(folder, 0o755)
         script = small.script_of(published) + (
-            "import encodings.idna, os, tpn\n"  # a folder that only root may read can hold Python
+            "import encodings.idna, os, tpn, timm\n"  # a folder that only root may read can hold Python
             "if os.getuid() == 0: os.setuid(65534)  # permissions do not apply to root\n"
             f"for name, place in ({SLOWONLY!r}, {str(filled)!r}), ('hf-hub:me/x', {str(filled)!r}), ({SLOWONLY!r}, {str(empty)!r}):\n"
             "    try: print(tpn.create_model(name, True, cache_dir=place).num_classes)\n"

@@ -153,7 +153,7 @@ def test_states(hub, server, cache, monkeypatch):
     small.change_entry(SCRATCH, monkeypatch.setattr, source=entries[TSM].source)  # not its file
     small.change_entry(SLOWONLY, monkeypatch.setattr, name="tpn_slowonly_r50_k400.hub", source=HubFiles("us/any"))
     cached = small.change_entry(BY_HAND, monkeypatch.setattr)
-    tpn.save_pretrained(small.random_model(BY_HAND), fetch.cache_folder(cached))
+    tpn.save_pretrained(small.random_model(BY_HAND), fetch.weights_folder(cached))
     manual = {e.name for e in checkpoints.CHECKPOINTS.values() if isinstance(e.source, Page)} - {BY_HAND}
 
     dry = {done.repo_id[3:]: done for done in publish.publish("us", dry_run=True)}

@@ -177,11 +177,11 @@ def _saved_facts(name: str) -> dict[str, Any]:
 def _facts(name: str, *, with_cache: bool = True) -> dict[str, Any]:
     """Return the properties of "model" or "model.tag" for `list` and `info`, `with_cache` also whether its weights are there."""
     from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles
-    from tpn.zoo.names import WEIGHTS_FILE, cache_folder, model_info
+    from tpn.zoo.names import WEIGHTS_FILE, model_info, weights_folder
 
     about = model_info(name)
     entry, source, spec = about.checkpoint, about.checkpoint.source, about.checkpoint.config.input_spec
-    here = with_cache and (cache_folder(entry) / WEIGHTS_FILE).is_file()
+    here = with_cache and (weights_folder(entry) / WEIGHTS_FILE).is_file()
     interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
     measured = "not yet" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
     top1 = f"{measured}*" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}"

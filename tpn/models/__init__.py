@@ -1,7 +1,10 @@
 """Networks and blocks: plain nn.Modules on torch alone. The backbones and the neck are registered by this import."""
 
-from tpn.lazy import submodules
-from tpn.models import backbones, neck
+from pkgutil import iter_modules
 
-__all__ = ["backbones", "neck"]
-__getattr__ = submodules(__name__)
+import lazy_loader
+
+from tpn.models import backbones as backbones
+from tpn.models import neck as neck
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, [module.name for module in iter_modules(__path__)])

@@ -1,5 +1,7 @@
 """Video files to tensors."""
 
-from tpn.lazy import submodules
+from pkgutil import iter_modules
 
-__getattr__ = submodules(__name__)
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, [module.name for module in iter_modules(__path__)])

@@ -29,7 +29,7 @@ from tpn.files import file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
-from tpn.zoo.names import WEIGHTS_FILE, cache_folder
+from tpn.zoo.names import WEIGHTS_FILE, weights_folder
 from tpn.zoo.overrides import override
 from tpn.zoo.saved import save_pretrained, saved_sha256
 
@@ -53,7 +53,7 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
         WeightsUnavailableError: they cannot be fetched, or only by hand; the message says what to do.
         CheckpointError: the file does not fit the entry's model.
     """
-    source, folder = entry.source, cache_folder(entry, cache_dir)
+    source, folder = entry.source, weights_folder(entry, cache_dir)
     if url not in (None, source.url):
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlsplit(url).path)
         if digits is None:
@@ -148,7 +148,7 @@ def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
         raise CheckpointError(
             f"{checkpoint} is not the published checkpoint of {entry.name}: {problem} (tpn convert --output FOLDER stores others)"
         )
-    folder = cache_folder(entry)
+    folder = weights_folder(entry)
     with _locked(folder):
         return store(entry, weights, folder)
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from tpn import files
-from tpn.files import CacheDir
+from tpn.files import CacheDir, cache_folder
 from tpn.zoo import checkpoints
 from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
 
@@ -76,11 +75,11 @@ def is_exported(name: str | PathLike[str]) -> bool:
     return os.fspath(name).endswith((".onnx", ".pt2", ".xml")) and not os.path.isdir(name)
 
 
-def cache_folder(entry: Checkpoint, cache_dir: CacheDir = None) -> Path:
+def weights_folder(entry: Checkpoint, cache_dir: CacheDir = None) -> Path:
     """Return the folder that holds, or will hold, an entry's converted weights."""
     from huggingface_hub import constants
 
-    return (files.cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
+    return (cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
 
 
 def _natural_key(name: str) -> list[str | int]:

@@ -118,7 +118,7 @@ def publish(
     for entry in checkpoints.CHECKPOINTS.values():
         if isinstance(entry.source, Embedded | HubFiles):
             continue
-        repo_id, folder = f"{namespace}/{entry.name}", fetch.cache_folder(entry, cache_dir)
+        repo_id, folder = f"{namespace}/{entry.name}", fetch.weights_folder(entry, cache_dir)
         try:
             path = fetch.cached(folder)
             if path is None and isinstance(entry.source, Page):

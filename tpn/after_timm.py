@@ -1,4 +1,4 @@
-"""Imports at first use: `import tpn` and the command line do not wait for PyTorch."""
+"""Import a module right after timm, whose registry the models join: importing tpn alone does not wait for timm and PyTorch."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,17 +8,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-
-
-def submodules(package: str) -> Callable[[str], ModuleType]:
-    """Return the `__getattr__` of a package whose modules are imported at first use, as in `tpn.video.sampling`."""
-
-    def __getattr__(name: str) -> ModuleType:  # noqa: N807
-        if find_spec(f"{package}.{name}") is None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return import_module(f"{package}.{name}")
-
-    return __getattr__
 
 
 class AfterTimm(MetaPathFinder):
