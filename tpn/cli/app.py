@@ -32,7 +32,10 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in list_models(pretrained="." in incomplete) if name.startswith(incomplete)]
 
 
-_MODEL_HELP = "Model name (see tpn list), folder of a saved model, hf-hub:OWNER/NAME, or file of tpn export."
+_MODEL_HELP = (
+    "Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME. "
+    "predict, timeline, and evaluate also take a file of tpn export."
+)
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, autocompletion=complete_model)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, autocompletion=complete_model)]
 CheckpointOption = Annotated[
