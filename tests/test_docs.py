@@ -1,6 +1,7 @@
 """The documentation: everything that it shows runs, tables and figures are what the package says, and nothing is left out."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -196,7 +197,7 @@ def test_reference_has_every_public_name():
     documented = re.findall(r"^::: tpn\.(?:\w+\.)*(\w+)$", text, re.MULTILINE)
     documented.append("__version__")
     documented += re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*)\]", text)))
-    assert set(tpn.__all__) <= set(documented)
+    assert {name for name in tpn.__all__ if not inspect.ismodule(getattr(tpn, name))} <= set(documented)
 
 
 def load(path):

@@ -204,7 +204,7 @@ def test_int8(model, clips, tmp_path, monkeypatch):
     done = run("export", TINY, "-o", "tiny.xml", "--int8", "--calibrate", clips, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
-        r"tiny.xml  0.\d MB, int8, calibrated on 6 clips, top-1 as in float32 on 100.0% of 3 held-back clips, 0 layers left out\n",
+        r"tiny.xml  1.\d MB, int8, calibrated on 6 clips, top-1 as in float32 on 100.0% of 3 held-back clips, 0 layers left out\n",
         done.stdout,
     )
     exported = export.load(tmp_path / "tiny.xml")

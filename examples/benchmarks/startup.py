@@ -25,14 +25,13 @@ from tpn.cli.script import positive_int, run_cli
 from tpn.files import atomic_write
 
 TPN = ["-m", "tpn"]
-PROGRAM = ["-c", "import sys; sys.argv[0] = 'tpn'; from tpn.cli import main; main()"]  # shells complete the installed program
 COMMANDS: dict[str, list[str]] = {
     "python -c pass": ["-c", "pass"],
     "import tpn": ["-c", "import tpn"],
     "tpn --version": [*TPN, "--version"],
     "tpn --help": [*TPN, "--help"],
     "tpn train --help": [*TPN, "train", "--help"],
-    "completion": PROGRAM,
+    "completion": TPN,
     "tpn list": [*TPN, "list"],
     "tpn info": [*TPN, "info", "tpn_slowonly_r50_k400"],
     "import torch": ["-c", "import torch"],

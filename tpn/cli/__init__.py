@@ -23,7 +23,7 @@ def _run() -> None:
     try:
         from tpn.cli.commands import app
 
-        app()
+        app(prog_name="tpn")
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
