@@ -71,7 +71,7 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         clips = x.detach().float().cpu().numpy()
         with lock:
-            logits = [request.infer({0: clip[None]})[0].copy() for clip in clips]
+            logits = [request.infer({0: clip[None]}, share_inputs=True)[0].copy() for clip in clips]
         return torch.from_numpy(np.concatenate(logits)).to(x.device)
 
     return run

@@ -1,7 +1,6 @@
 """Compare exported files with the model: for `speed.py --against openvino`."""
 
 import multiprocessing
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,20 @@ from typing import Any
 import nncf
 import numpy as np
 import torch
-from timing import Bench
+from timing import Bench, peak_memory
 
 import tpn
 from tpn import export, exported, openvino_runtime
 
 
 def write_files(model: tpn.TPNClassifier, folder: Path) -> dict[str, tuple[Path, str | None]]:
-    """Write a model in float32 and in int8. Return (file, precision) by name.
+    """Write a model in float32 and in int8, for clips of `crop_size`. Return (file, precision) by name.
 
     Random clips calibrate int8, and nothing checks its accuracy: `tpn export --int8` does both with real clips.
     """
-    export.export_openvino(model, folder / "float32.xml")
-    ready, clips, about = exported.prepare(model, None)
+    size = model.input_spec.crop_size
+    export.export_openvino(model, folder / "float32.xml", size=size)
+    ready, clips, about = exported.prepare(model, size)
     converted = openvino_runtime.convert(ready, clips)
     converted.reshape({0: [1, *clips.shape[1:]]})
     data = [torch.randn(1, *clips.shape[1:], generator=torch.Generator().manual_seed(i)).numpy() for i in range(4)]
@@ -43,7 +43,7 @@ def first_result(source: str | Path, precision: str | None, threads: int) -> tup
     spec = classifier.spec
     size = spec.view_size
     classifier(np.zeros((spec.num_frames, size, size, 3), np.uint8), num_clips=1, num_crops=1)
-    return loaded - start, time.perf_counter() - loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return loaded - start, time.perf_counter() - loaded, peak_memory(torch.device("cpu"))
 
 
 def measure_loading(bench: Bench, files: dict[str, tuple[Any, str | None]]) -> None:

@@ -13,7 +13,6 @@ The videos are written to FOLDER and used again by the next run.
 import argparse
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
+from timing import peak_memory
 
 import tpn
 from tpn.video import decode, motion
@@ -32,7 +33,7 @@ MINUTES, FPS, WIDTH, HEIGHT = 10, 30, 1280, 720
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def write_long_video(path: Path, frames: int) -> None:

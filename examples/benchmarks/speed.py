@@ -14,7 +14,6 @@ import argparse
 import copy
 import multiprocessing
 import platform
-import resource
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from numpy.typing import NDArray
-from timing import Bench, Run, fast_half, layer_work
+from timing import Bench, Run, fast_half, layer_work, peak_memory
 from torch import Tensor, nn
 
 import tpn
@@ -42,15 +41,21 @@ from tpn.video.encode import write_video
 
 Files = dict[str, tuple[Path, str | None]]
 """Exported files and precisions by name."""
-PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end", "loading"]
+PARTS = ["inference", "latency", "views", "training", "memory", "decode", "end-to-end"]
+PARTS_AGAINST = {
+    "itself": PARTS,
+    "mmaction2": PARTS,
+    "torchvision": ["inference"],
+    "openvino": ["inference", "latency", "end-to-end", "loading"],
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="tpn_slowonly_r50_k400")
-    add("--against", choices=["itself", "mmaction2", "torchvision", "openvino"], default="itself")
-    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}; with torchvision, inference")
+    add("--against", choices=list(PARTS_AGAINST), default="itself")
+    add("--only", nargs="+", metavar="PART", help="; ".join(f"{key}: {', '.join(parts)}" for key, parts in PARTS_AGAINST.items()))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive_int, help="for inference and training; default: 32 on a GPU, 2 on a CPU")
     add("--threads", type=positive_int, help="on a CPU; default: PyTorch's")
@@ -59,13 +64,12 @@ def parse_args() -> argparse.Namespace:
     add("--video", type=Path, help="for decode and end-to-end; default: a rendered one, 10 s of 340x256 pixels")
     add("--output", type=Path, help="JSON file for the results, updated after each part")
     args = parser.parse_args()
-    if args.against == "torchvision" and (args.only or ["inference"]) != ["inference"]:
-        parser.error("--against torchvision supports only --only inference")
-    args.only = args.only or [part for part in PARTS if part != "loading" or args.against == "openvino"]
+    parts = PARTS_AGAINST[args.against]
+    args.only = args.only or parts
+    if not set(args.only) <= set(parts):
+        parser.error(f"--against {args.against} takes --only {', '.join(parts)}, got {', '.join(args.only)}")
     if args.against == "openvino" and args.device != "cpu":
         parser.error(f"--against openvino needs --device cpu, got {args.device}")
-    if "loading" in args.only and args.against != "openvino":
-        parser.error("--only loading needs --against openvino")
     return args
 
 
@@ -170,13 +174,6 @@ def measure_step(name: str, device: torch.device, batch_size: int, dtype: str, c
     step()
     seconds = Bench(device, 1).seconds(step)
     return peak_memory(device) - before, seconds
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: tensors on a GPU, otherwise the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_memory(bench: Bench, args: argparse.Namespace, spec: tpn.InputSpec) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,20 @@ from tpn.files import atomic_write
 from tpn.optimization import DTYPES, fastest_dtype
 
 Run = Callable[[], Any]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory so far in bytes: tensors on a GPU, otherwise the whole process.
+
+    `ru_maxrss`, used where Linux's VmHWM is missing, is not less than what the parent process had.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 class Bench:
