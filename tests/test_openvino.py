@@ -70,8 +70,7 @@ def clips(tmp_path_factory):
     [
         "tiny",
         "TSM",
-        "TSM in place",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(MODELS.keys() - {"tiny"})),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(MODELS.keys() - {"tiny", "TSM"})),
         "own",
     ],
 )
@@ -231,6 +230,7 @@ def write_table(clips, path):
     return path
 
 
+@pytest.mark.slow
 def test_layers_that_cost_too_much_are_left_out(model, clips, tmp_path, monkeypatch):
     """A hit is counted only where the logits are nearly those of float32, which int8 cannot reach: every layer is restored."""
     pytest.importorskip("nncf")

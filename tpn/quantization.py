@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -57,18 +58,22 @@ class QuantizationReport:
 
 
 class Clips:
-    """The middle clip of each video of a dataset, as (1, C, T, S, S) float32; read again in each pass."""
+    """The middle clip of each video of a dataset, as (1, C, T, S, S) float32; read once, into a temporary file."""
 
     def __init__(self, data: VideoDataset) -> None:
-        self.data = data
+        self.spec = data.spec
+        shape = (len(data), self.spec.num_frames, self.spec.in_chans, self.spec.crop_size, self.spec.crop_size)
+        with tempfile.TemporaryFile() as file:
+            self.frames = np.memmap(file, np.uint8, "w+", shape=shape)
+        for index in range(len(data)):
+            self.frames[index] = data[index][0].numpy()
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.frames)
 
     def __iter__(self) -> Iterator[Clip]:
-        for index in range(len(self.data)):
-            clip, _ = self.data[index]
-            yield self.data.spec.normalize(clip).unsqueeze(0).numpy()
+        for frames in self.frames:
+            yield self.spec.normalize(torch.from_numpy(np.asarray(frames))).unsqueeze(0).numpy()
 
 
 class Pairs:
