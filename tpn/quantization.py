@@ -128,6 +128,8 @@ def quantize(
     Raises ValueError: fewer than `MIN_AGREEMENT` of the held-back clips agree with float32.
     """
     import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level(logging.ERROR)
     shape = list(model.inputs[0].get_partial_shape())
@@ -143,6 +145,10 @@ def quantize(
             max_drop=1 - MIN_AGREEMENT if max_drop is None else max_drop,
             drop_type=nncf.DropType.ABSOLUTE,
             subset_size=len(calibration),
+            fast_bias_correction=False,
+            advanced_quantization_parameters=AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM
+            ),
         )
     got = _top1(openvino_runtime.runner(quantized, "auto"), clips)
     report = QuantizationReport(

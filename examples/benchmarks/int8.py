@@ -1,7 +1,7 @@
 """Compare accuracy and probabilities in bfloat16 and int8 with those in float32.
 
     python examples/benchmarks/int8.py fights --models runs/fold0 runs/fold1 runs/fold2 --output exported
-    python examples/benchmarks/int8.py motion --models tpn_slowonly_tiny_motion --views 1x1 --output exported
+    python examples/benchmarks/int8.py motion --models tpn_slowonly_tiny_motion --output exported
 
 A dataset is a folder with the lists fold0_train.txt and fold0_test.txt, fold1_train.txt, ... The first model is calibrated with
 the first training list and tested with the first test list, and so on. If the folder motion does not exist, it is rendered, 20
@@ -11,24 +11,19 @@ videos of each class in each list.
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 import tpn
 from tpn import export
 from tpn.cli.script import run_cli
-from tpn.training.metrics import Evaluation
+from tpn.quantization import Clips
 from tpn.video import motion
-
-COMPARED: dict[str, dict[str, Any]] = {
-    "float32": {"precision": "float32"},
-    "bfloat16, tpn.optimize": {"precision": "bfloat16"},
-    "bfloat16, OpenVINO": {"file": "float32.xml", "precision": "bfloat16"},
-    "int8, OpenVINO": {"file": "int8.xml"},
-}
+from tpn.video.datasets import open_dataset
 
 
 def render(folder: Path) -> None:
@@ -39,45 +34,50 @@ def render(folder: Path) -> None:
         (folder / f"fold0_{part}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def evaluate_fold(model: str, data: Path, fold: int, folder: Path, views: str | None) -> dict[str, Evaluation]:
+def run_fold(model: str, data: Path, fold: int, folder: Path) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]:
+    """Return the labels (N,) of the test videos, and by precision the probabilities (N, K) of the middle clip of each."""
     folder.mkdir(parents=True, exist_ok=True)
     network = tpn.create_model(model, pretrained=True).eval()
+    network.input_spec = network.input_spec.with_views(1, 1)
     export.export_openvino(network, folder / "float32.xml")
     report = export.export_openvino(network, folder / "int8.xml", calibrate=data / f"fold{fold}_train.txt")
     print(f"{model}: {report}")
-    test = data / f"fold{fold}_test.txt"
-    return {
-        name: tpn.evaluate(folder / how["file"] if "file" in how else model, test, views=views, precision=how.get("precision"))
-        for name, how in COMPARED.items()
+    compared = {
+        "float32": network,
+        "bfloat16, tpn.optimize": tpn.optimize(network, "bfloat16"),
+        "bfloat16, OpenVINO": export.load(folder / "float32.xml", precision="bfloat16"),
+        "int8, OpenVINO": export.load(folder / "int8.xml"),
     }
+    test = open_dataset(data / f"fold{fold}_test.txt", network.input_spec, train=False, classes=network.labels)
+    clips = [torch.from_numpy(clip) for clip in Clips(test)]
+    with torch.inference_mode():
+        probs = {name: torch.cat([each(clip) for clip in clips]).softmax(dim=1).numpy() for name, each in compared.items()}
+    return np.array(test.labels), probs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", required=True, help="names or folders of saved models, one for each fold")
-    parser.add_argument("--views", help="CLIPSxCROPS; default: those of the model")
     parser.add_argument("--output", type=Path, required=True, help="folder for the exported files")
     args = parser.parse_args()
 
     if args.data.name == "motion" and not args.data.exists():
         render(args.data)
-    folds = [
-        evaluate_fold(model, args.data, fold, args.output / f"fold{fold}", args.views) for fold, model in enumerate(args.models)
-    ]
+    folds = [run_fold(model, args.data, fold, args.output / f"fold{fold}") for fold, model in enumerate(args.models)]
     table = Table(box=None)
     for column in ("", "top-1 %, by fold", "mean", "same top-1 %", "largest change of a probability"):
         table.add_column(column, justify="left" if not column else "right")
-    expected = np.concatenate([fold["float32"].probs for fold in folds])
-    for name in COMPARED:
-        top1 = [fold[name].metrics["top1"] for fold in folds]
+    expected = np.concatenate([probs["float32"] for _, probs in folds])
+    for name in folds[0][1]:
+        top1 = [100 * float((probs[name].argmax(axis=1) == labels).mean()) for labels, probs in folds]
         by_fold = " ".join(f"{each:.1f}" for each in top1)
-        probs = np.concatenate([fold[name].probs for fold in folds])
-        same = 100 * (probs.argmax(axis=1) == expected.argmax(axis=1)).mean()
-        change = abs(probs - expected).max()
+        got = np.concatenate([probs[name] for _, probs in folds])
+        same = 100 * (got.argmax(axis=1) == expected.argmax(axis=1)).mean()
+        change = abs(got - expected).max()
         table.add_row(name, by_fold, f"{statistics.mean(top1):.1f}", f"{same:.1f}", f"{change:.3f}")
     Console(width=110).print(table, highlight=False)
-    print(f"{len(expected)} videos")
+    print(f"{len(expected)} videos, one clip each")
 
 
 if __name__ == "__main__":
