@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from servers import run_python
 from test_cli import run
 from test_export import MODELS, SPEC, TINY, build, differences
 from test_models import relative_error
@@ -17,9 +19,9 @@ from videos import write_video
 import tpn
 from tpn import export, openvino_runtime, quantization
 from tpn.errors import CheckpointError
-from tpn.models.backbones.tsm import ResNetTSM
 from tpn.video import encode, motion
 
+sys.modules.setdefault("openvino_telemetry", None)
 openvino = pytest.importorskip("openvino")
 
 SHOWN = ("turning clockwise", "blinking", "growing")
@@ -86,12 +88,18 @@ def test_same_logits(which, tmp_path):
     assert max(differences(model, export.load(tmp_path / "model.xml"), 64)) < 1e-4
 
 
-def test_tsm_runs_unfolded(monkeypatch, tmp_path):
+def test_tsm_runs_unfolded(monkeypatch):
     """With 3D layers, whose shifts are convolutions."""
-    unfolded = []
-    monkeypatch.setattr(ResNetTSM, "unfolded", lambda network: unfolded.append(network) or network)
-    export.export_openvino(build("TSM"), tmp_path / "model.xml", size=64)
-    assert len(unfolded) == 1
+    traced = []
+
+    def trace(model, *args, **kwargs):
+        traced.append(model.backbone.folded)
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.export, "export", trace)
+    with pytest.raises(RuntimeError):
+        tpn.optimize(build("TSM"), backend="openvino")
+    assert traced == [False]
 
 
 def test_metadata(folder, model):
@@ -118,6 +126,19 @@ def test_the_file_is_a_name(folder, model, tmp_path):
     assert json.loads(done.stdout)["top"][0]["label"] == expected.top(1)[0][0]
     (tmp_path / "list.txt").write_text(f"{folder / 'video.mp4'} 3\n")
     np.testing.assert_allclose(tpn.evaluate(folder / "tiny.xml", tmp_path / "list.txt").probs[0], expected.probs, atol=1e-5)
+
+
+def test_no_statistics_are_sent(folder):
+    run_python(
+        f"""
+import sys
+from tpn import export, openvino_runtime
+export.load({str(folder / "tiny.xml")!r})
+assert 'openvino' in sys.modules
+assert sys.modules['openvino_telemetry'] is None
+""",
+        folder,
+    )
 
 
 def test_several_threads_may_call_one_model(folder):
@@ -185,7 +206,7 @@ def test_optimize(model):
     assert fast.report.same_top1
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-5
-    half = tpn.optimize(model, "bfloat16", backend="openvino")
+    half = tpn.optimize(model, "bfloat16", backend="openvino", sample=x)
     assert half.report.dtype == torch.bfloat16
     frames = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8)
     expected, got = (tpn.VideoClassifier(each)(frames).probs for each in (model, fast))

@@ -1,12 +1,14 @@
 """Convert models to OpenVINO, and run them on a CPU."""
 
+import importlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +22,7 @@ PRECISIONS = {"float32": {"INFERENCE_PRECISION_HINT": "f32"}, "bfloat16": {"INFE
 
 def convert(model: nn.Module, clips: Tensor) -> Any:
     """Return an `openvino.Model` with the input "clips", of any batch size, and the output "logits"."""
-    import openvino
-
+    openvino = _import_openvino()
     backbone: Any = model.backbone
     if hasattr(backbone, "unfolded"):
         model.backbone = backbone.unfolded()
@@ -34,9 +35,7 @@ def convert(model: nn.Module, clips: Tensor) -> Any:
 
 def read(path: str | os.PathLike[str]) -> Any:
     """Read an `openvino.Model`. Raises RuntimeError."""
-    import openvino
-
-    return openvino.Core().read_model(path)
+    return _import_openvino().Core().read_model(path)
 
 
 def get_metadata(model: Any, key: str) -> str | None:
@@ -45,8 +44,7 @@ def get_metadata(model: Any, key: str) -> str | None:
 
 def save(model: Any, path: Path, key: str, about: dict[str, Any]) -> None:
     """Write a model as `path`, which ends in `.xml`, and a `.bin` file, with metadata and the SHA-256 of the `.bin` file."""
-    import openvino
-
+    openvino = _import_openvino()
     write = partial(openvino.save_model, model, path, compress_to_fp16=False)
     write()
     about = about | {"weights_sha256": file_sha256(path.with_suffix(".bin"))}
@@ -59,8 +57,7 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
 
     More clips at once are not faster on a CPU. Calls from several threads wait for each other.
     """
-    import openvino
-
+    openvino = _import_openvino()
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} with OpenVINO, got {precision!r}")
     model.reshape({0: [1, *list(model.inputs[0].get_partial_shape())[1:]]})
@@ -75,3 +72,9 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(np.concatenate(logits)).to(x.device)
 
     return run
+
+
+def _import_openvino() -> Any:
+    """Return OpenVINO without its usage statistics, for which it forks this process and connects to a server."""
+    sys.modules.setdefault("openvino_telemetry", cast("Any", None))
+    return importlib.import_module("openvino")
