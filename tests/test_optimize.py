@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tpn
-from tpn.optimization import OptimizedClassifier, fastest_dtype
+from tpn.optimization import OptimizedClassifier, fast_on_cuda, fastest_dtype
 
 SIZES = {"base_channels": 8, "num_classes": 7}
 NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]
@@ -246,3 +246,30 @@ def test_hooks_of_other_models_see_unchanged_results():
     with torch.no_grad():
         model(clips(model))
     assert torch.equal(seen["kept"], seen["copy"])
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "replaced"),
+    [
+        ((3, 8, (1, 7, 7), (1, 2, 2), (0, 3, 3)), {}, True),
+        ((3, 8, (1, 3, 3)), {"dilation": (1, 2, 2), "bias": False}, True),
+        ((64, 32, (3, 1, 1), 1, (1, 0, 0)), {"groups": 4}, True),
+        ((32, 64, (5, 1, 1)), {"groups": 2, "bias": False}, True),
+        ((64, 64, 1), {"groups": 4}, True),
+        ((3, 8, (3, 7, 7), (1, 2, 2), (1, 3, 3)), {}, False),
+        ((3, 8, (1, 7, 7), (2, 2, 2)), {}, False),
+        ((8, 8, (3, 1, 1), 1, (1, 0, 0)), {"groups": 8}, False),
+        ((32, 32, (3, 1, 1), (2, 1, 1)), {"groups": 2}, False),
+        ((32, 32, (1, 3, 3)), {"groups": 2}, False),
+        ((3, 8, (1, 3, 3)), {"padding": "same"}, False),
+    ],
+)
+def test_layers_for_cuda_compute_the_same(args, options, replaced):
+    conv = nn.Conv3d(*args, **options)
+    x = torch.randn(2, conv.in_channels, 6, 14, 14).contiguous(memory_format=torch.channels_last_3d)
+    expected = conv(x)
+    conv.__class__ = fast_on_cuda(conv)
+    assert (type(conv) is not nn.Conv3d) == replaced
+    got = conv(x)
+    assert not replaced or got.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(got, expected)

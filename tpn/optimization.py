@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
@@ -196,6 +197,8 @@ def optimize(
     for module in fast.modules():
         if isinstance(module, ResidualBlock):
             module.sum_in_place = True
+        elif where.type == "cuda" and wanted != torch.float32 and type(module) is nn.Conv3d:
+            module.__class__ = fast_on_cuda(module)
     channels_last(fast)
     fast.to(wanted).requires_grad_(False)
     fast.head.float()  # bfloat16 has steps of 1/16 at a logit of 8; the classifier is cheap
@@ -209,6 +212,38 @@ def optimize(
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
     return fast
+
+
+class FramesConv3d(nn.Conv3d):
+    """A (1, k, k) convolution in 2D: only there, cuDNN has a fast kernel for three channels, four times as fast on an H200."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1)
+        y = F.conv2d(frames, self.weight.squeeze(2), self.bias, self.stride[1:], self.padding[1:], self.dilation[1:])
+        return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class GroupedConv3d(nn.Conv3d):
+    """A (k, 1, 1) convolution of stride 1 in groups, as one batched matrix product: cuDNN runs one kernel per group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad, groups = cast("int", self.padding[0]), self.groups
+        taps = F.pad(x, (0, 0, 0, 0, pad, pad)).unflatten(1, (groups, -1)).unfold(3, self.kernel_size[0], 1)
+        y = torch.einsum("bgithwk,goik->bgothw", taps, self.weight.flatten(2).unflatten(0, (groups, -1))).flatten(1, 2)
+        y = y if self.bias is None else y + self.bias[:, None, None, None]
+        return y.contiguous(memory_format=torch.channels_last_3d)
+
+
+def fast_on_cuda(conv: nn.Conv3d) -> type[nn.Conv3d]:
+    """Return a class that computes the same as this convolution; measured in float16, on maps of ResNets."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return nn.Conv3d
+    time, *space = zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    if conv.groups == 1 and conv.in_channels <= 4 and time == (1, 1, 0, 1):
+        return FramesConv3d
+    if conv.groups > 1 and conv.weight.shape[1] >= 16 and time[1::2] == (1, 1) and set(space) == {(1, 1, 0, 1)}:
+        return GroupedConv3d
+    return nn.Conv3d
 
 
 def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | None) -> ExportedClassifier:
