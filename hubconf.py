@@ -2,4 +2,4 @@
 
 from tpn.zoo.entrypoints import *  # noqa: F403
 
-dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "einops", "numpy"]
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "einops", "numpy", "lazy_loader"]

@@ -1,6 +1,7 @@
 """Models as functions: of tpn, of timm's registry, and of torch.hub."""
 
 import importlib
+import re
 import sys
 import types
 import warnings
@@ -122,3 +123,10 @@ def test_torch_hub_without_an_installed_tpn(tmp_path):
     assert set(names.split()) == {*tpn.list_models(), "tpn"}
     assert shape == "torch.Size([1, 7])"
     assert "slowonly" in doc
+
+
+def test_torch_hub_asks_for_what_the_models_need():
+    hubconf = importlib.import_module("hubconf")
+    (listed,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    packages = set(re.findall(r'"(\w+)', listed))
+    assert set(hubconf.dependencies) == packages - {"av", "pillow", "typer", "rich"}  # video and commands

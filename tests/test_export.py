@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ import tpn
 from tpn import export
 from tpn.errors import CheckpointError
 from tpn.video import decode, encode, motion
+from tpn.zoo.names import is_exported
 
 TINY = "tpn_slowonly_tiny_motion"
 SPEC = tpn.InputSpec(4, 2, short_side=72, crop_size=64, three_crop_size=64)
@@ -151,6 +153,8 @@ def test_video_classifier_runs_it(folder, model, suffix):
         exported.train()
     with pytest.raises(ValueError, match=r"\(B, 3, 16, 64, 64\).*torch.float32 \(1, 3, 16, 32, 32\)"):
         exported(torch.zeros(1, 3, 16, 32, 32))
+    with pytest.raises(ValueError, match=r"one or more.*\(0, 3, 16, 64, 64\)"):
+        exported(torch.zeros(0, 3, 16, 64, 64))
 
 
 def test_predict_command(folder):
@@ -165,7 +169,7 @@ def test_predict_command(folder):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     done = run("predict", "video.mp4", "--model", "tiny.onnx", "--precision", "bfloat16", cwd=folder)
     assert done.returncode == 1
-    assert re.match("error: precision is for OpenVINO files.*tiny.onnx.*'bfloat16'", done.stderr)
+    assert re.match("error: tiny.onnx computes in float32.*'bfloat16'", done.stderr)
     done = run("predict", "video.mp4", "--model", "tiny.pt2", "--checkpoint", "weights.pth", cwd=folder)
     assert done.returncode == 1
     assert re.match("error: checkpoint_path.*tiny.pt2 is an exported file", done.stderr)
@@ -185,8 +189,17 @@ def test_an_exported_file_is_a_name(folder, model, tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["model"] == str(folder / "tiny.onnx")
     with pytest.raises(FileNotFoundError):
         tpn.VideoClassifier("none.onnx")
+    auto = tpn.VideoClassifier(folder / "tiny.onnx", precision="auto")
+    assert auto.model.precision == "float32"
     with pytest.raises(ValueError, match="tiny.onnx is an exported file.*original"):
         tpn.create_model(folder / "tiny.onnx")
+
+
+def test_names_of_exported_files(tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    names = {"x.onnx": True, "runs/x.pt2": True, Path("x.xml"): True, tmp_path / "folder.onnx": False}
+    names |= {"local-dir:runs/x.onnx": False, "hf-hub:me/x.onnx": False, TINY: False}
+    assert {name: is_exported(name) for name in names} == names
 
 
 def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):

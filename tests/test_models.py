@@ -280,6 +280,7 @@ def test_temporal_shift(num_frames, channels):
 def test_unfolded_tsm(shift_shortcut):
     """The same maps from 3D layers, without folding frames into the batch; the network itself stays as it is."""
     network = randomize_norms(ResNetTSM(50, base_channels=8, out_indices=(0, 3), shift_shortcut=shift_shortcut)).eval()
+    network.layer1[0].conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2).eval()  # of one's own, with a bias
     names = network.state_dict().keys()
     unfolded = network.unfolded()
     assert unfolded.state_dict().keys() == names

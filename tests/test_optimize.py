@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tpn
-from tpn.optimization import OptimizedClassifier, fast_on_cuda, fastest_dtype
+from tpn.devices import fastest_dtype
+from tpn.optimization import OptimizedClassifier, fast_on_cuda
 
 SIZES = {"base_channels": 8, "num_classes": 7}
 NAMES = ["tpn_slowonly_r50_k400", "tpn_tsm_r50_sthv1", "tpn_slowonly_r101_k400", "slowonly_r50_k400", "tpn_slowonly_tiny_motion"]

@@ -103,7 +103,7 @@ def export_openvino(
             model's sampling and transform.
         max_drop: leave layers out until the accuracy on the other videos is at most this much lower, from 0 to 1. The videos need
             the classes of the model. Default: labels do not matter, and layers are left out until `quantization.MIN_AGREEMENT`
-            of the clips have the same most probable class as in float32.
+            of the clips have the same result as in float32: most probable class, or classes above 0.5 of a multi-label model.
         **data_args: `root`, `template` and `first` of `tpn.video.datasets.open_dataset`.
 
     Returns:
@@ -112,8 +112,8 @@ def export_openvino(
     Raises:
         ImportError: openvino or nncf is missing.
         TypeError: not a `TPNClassifier`.
-        ValueError: see `export_onnx`; the name does not end in `.xml`; there are too few videos; or fewer clips than
-            `MIN_AGREEMENT` agree.
+        ValueError: see `export_onnx`; the name does not end in `.xml`; there are too few videos; the model has no classes; the
+            videos have other classes than the model, or several each, with `max_drop`; or no int8 network is good enough.
     """
     need_packages("openvino", *(["nncf"] if calibrate is not None else []), extra="openvino")
     path = Path(path)
@@ -124,13 +124,18 @@ def export_openvino(
     if max_drop is not None and (calibrate is None or model.multi_label):
         raise ValueError(f"max_drop needs calibrate and a model for one class per video, got max_drop={max_drop}")
     if calibrate is not None:  # before the conversion, which takes longer
+        if not model.num_classes:
+            raise ValueError("int8 is compared by its classes, and the model has none; export it without calibrate")
         spec = InputSpec.from_dict(about["input_spec"], model.labels)
         data = quantization.open_data(calibrate, spec, model.labels if max_drop is not None else None, **data_args)
-        if max_drop is not None and len(data[0].classes) != model.num_classes:
-            raise ValueError(f"{calibrate} has {len(data[0].classes)} classes, but the model has {model.num_classes}")
+        if max_drop is not None and (len(data[0].classes) != model.num_classes or data[0].multi_label):
+            raise ValueError(
+                f"max_drop needs videos of one of the model's {model.num_classes} classes each, and {calibrate} has "
+                f"{len(data[0].classes)} classes{', several for one video' if data[0].multi_label else ''}"
+            )
     converted = openvino_runtime.convert(ready, clips)
     if calibrate is not None:
-        converted, report = quantization.quantize(converted, *data, max_drop=max_drop)
+        converted, report = quantization.quantize(converted, ready, *data, max_drop=max_drop)
         about |= {"precision": "int8", "quantization": vars(report)}
     with atomic_write(path) as unfinished:
         openvino_runtime.save(converted, unfinished, METADATA, about)

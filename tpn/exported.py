@@ -35,23 +35,27 @@ class ExportedClassifier(nn.Module):
 
     Attributes:
         num_classes, num_features, in_chans, multi_label, labels, input_spec: those of the `TPNClassifier`.
-        about: the metadata of the file, which also has "model", the config, "precision", and "tpn_version".
+        about: the metadata of the file, which also has "model", the config, and "tpn_version"; "precision" of an int8 file.
+        precision: "float32" or "bfloat16", in which it computes; in an int8 file, those layers that are not quantized.
         path: the file; None for a result of `tpn.optimize`.
         report: for a result of `tpn.optimize`, the `OptimizationReport`.
 
     Shape:
-        (B, C, T, S, S) float of the size that was exported → logits (B, K) float32, on the same device
+        (B, C, T, S, S) float of the size that was exported, B >= 1 → logits (B, K) float32, on the same device
     """
 
     report: Any = None
 
-    def __init__(self, run: Callable[[Tensor], Tensor], about: dict[str, Any], path: Path | None = None) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], about: dict[str, Any], path: Path | None = None, precision: str = "float32"
+    ) -> None:
         super().__init__()
         self.run = run
         for part in self.modules():  # an exported program has no eval()
             part.training = False
         self.about = about
         self.path = path
+        self.precision = precision
         self.num_classes: int = about["num_classes"]
         self.num_features: int = about["num_features"]
         self.in_chans: int = about["in_chans"]
@@ -61,10 +65,10 @@ class ExportedClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = clip_shape(self.in_chans, self.input_spec)
-        if x.shape[1:] != wanted or not x.is_floating_point():
+        if x.shape[1:] != wanted or not len(x) or not x.is_floating_point():
             raise ValueError(
-                f"the file was exported for float clips (B, {', '.join(map(str, wanted))}), got {x.dtype} {tuple(x.shape)}; "
-                "export the model with another size"
+                f"the model takes one or more float clips (B, {', '.join(map(str, wanted))}), got {x.dtype} {tuple(x.shape)}; "
+                "for another size, export or optimize the original model again"
             )
         return self.run(x)
 
@@ -85,9 +89,9 @@ def load(
     Args:
         path: of the file; for OpenVINO, of the `.xml` file, which needs the `.bin` file beside it.
         providers: execution providers of onnxruntime for an ONNX file, see its documentation.
-        precision: of an OpenVINO file: "float32", "bfloat16", or "auto" for bfloat16 on CPUs with instructions for it, otherwise
-            float32. In an int8 file, it applies to layers that are not quantized. Default: "auto" for an int8 file, otherwise
-            "float32", in which other files always compute.
+        precision: "float32", or "auto" for the fastest. An OpenVINO file also computes in "bfloat16", and "auto" is bfloat16 on
+            CPUs with AMX or AVX512-BF16; in an int8 file, it applies to layers that are not quantized. Default: "auto" for an
+            int8 file, otherwise "float32".
 
     Raises:
         CheckpointError: the file is damaged, or not one that tpn exported.
@@ -100,8 +104,8 @@ def load(
         zipped = file.read(2) == b"PK"
     if path.suffix == ".xml":
         return _load_openvino(path, precision)
-    if precision not in (None, "float32"):
-        raise ValueError(f"precision is for OpenVINO files, and {path} computes in float32; got {precision!r}")
+    if precision not in (None, "auto", "float32"):
+        raise ValueError(f"{path} computes in float32, got precision={precision!r}; OpenVINO files have a choice")
     return _load_pt2(path) if zipped else _load_onnx(path, providers)
 
 
@@ -203,8 +207,10 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedClassifier:
     about = _parse(path, openvino_runtime.get_metadata(model, METADATA))
     if about.get("weights_sha256") != file_sha256(weights):
         raise CheckpointError(f"{path}: {weights.name} is damaged, or belongs to another model; export the model again")
-    default = "auto" if about.get("precision") == "int8" else "float32"
-    return _classifier(path, openvino_runtime.runner(model, precision or default), about)
+    precision = precision or ("auto" if about.get("precision") == "int8" else "float32")
+    if precision == "auto":
+        precision = openvino_runtime.fastest_precision()
+    return _classifier(path, openvino_runtime.runner(model, precision), about, precision)
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:
@@ -217,8 +223,10 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _classifier(path: Path, run: Callable[[Tensor], Tensor], about: dict[str, Any]) -> ExportedClassifier:
+def _classifier(
+    path: Path, run: Callable[[Tensor], Tensor], about: dict[str, Any], precision: str = "float32"
+) -> ExportedClassifier:
     try:
-        return ExportedClassifier(run, about, path)
+        return ExportedClassifier(run, about, path, precision)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the metadata does not fit tpn {__version__}: {error}") from error

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpn.devices import fastest_dtype
 from tpn.files import file_sha256
 
-PRECISIONS = {"float32": {"INFERENCE_PRECISION_HINT": "f32"}, "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16"}, "auto": {}}
-"""OpenVINO's own choice on a CPU is bfloat16 where there are instructions for it."""
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def convert(model: nn.Module, clips: Tensor) -> Any:
@@ -52,17 +52,31 @@ def save(model: Any, path: Path, key: str, about: dict[str, Any]) -> None:
     write()
 
 
+def fastest_precision() -> str:
+    """Return the key of `PRECISIONS` in which this computer's CPU is fastest."""
+    return str(fastest_dtype(torch.device("cpu"))).removeprefix("torch.")
+
+
 def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
     """Return a function of clips (B, C, T, H, W) that runs a model one clip at a time, with as many threads as PyTorch.
 
     More clips at once are not faster on a CPU. Calls from several threads wait for each other.
+
+    Args:
+        model: an `openvino.Model`.
+        precision: a key of `PRECISIONS`. In an int8 model, it applies to layers that are not quantized.
     """
     openvino = _import_openvino()
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} with OpenVINO, got {precision!r}")
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or auto with OpenVINO, got {precision!r}")
+    model = model.clone()
     model.reshape({0: [1, *list(model.inputs[0].get_partial_shape())[1:]]})
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = openvino.Core().compile_model(model, "CPU", options | PRECISIONS[precision]).create_infer_request()
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+    }
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     lock = threading.Lock()
 
     def run(x: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from tpn import openvino_runtime
 from tpn.config import ModelConfig
+from tpn.devices import as_dtype, fastest_dtype, resolve_device
 from tpn.exported import ExportedClassifier, need_packages, prepare
 from tpn.models.backbones.resnet import ResidualBlock
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import channels_last, reference_tensor
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALL_BATCH = 4
 """Largest batch for CUDA graphs: with few clips, a GPU waits for the launch of kernels, which a graph does at once."""
 
@@ -178,8 +178,8 @@ def optimize(
     if backend == "openvino":
         if compile or where.type != "cpu":
             raise ValueError(f"OpenVINO runs on the CPU and compiles nothing; got compile={compile}, device={str(where)!r}")
-        return _with_openvino(model, fastest_dtype(where) if dtype is None else _as_dtype(dtype), sample)
-    wanted = fastest_dtype(where) if dtype is None else _as_dtype(dtype)
+        return _with_openvino(model, fastest_dtype(where) if dtype is None else as_dtype(dtype), sample)
+    wanted = fastest_dtype(where) if dtype is None else as_dtype(dtype)
     given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
     clips = _random_clip(given) if sample is None else sample
     clips = clips.to(device=where, dtype=torch.float32)
@@ -252,8 +252,8 @@ def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | No
     sample = torch.randn(clips[:1].shape, generator=torch.Generator().manual_seed(0)) if sample is None else sample.cpu().float()
     with torch.inference_mode():
         expected = ready(sample)
-    run = openvino_runtime.runner(openvino_runtime.convert(ready, clips), str(dtype).removeprefix("torch."))
-    fast = ExportedClassifier(run, about)
+    precision = str(dtype).removeprefix("torch.")
+    fast = ExportedClassifier(openvino_runtime.runner(openvino_runtime.convert(ready, clips), precision), about, None, precision)
     got = fast(sample)
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     fast.report = OptimizationReport(dtype, False, 0, _difference(model, expected, got), same)
@@ -269,38 +269,6 @@ def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = importlib.import_module("torch._inductor.config").patch(freezing=True)
     return context
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device of a name. Raises ValueError if it is not available."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"cannot use device {str(device)!r}: {reason}") from error
-    return torch.device(device)
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, otherwise float32."""
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    cpu: Any = torch.cpu
-    if hasattr(cpu, "get_capabilities"):
-        has = cpu.get_capabilities()
-        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # in older versions of PyTorch
-
-
-def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted is None or wanted not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return wanted
 
 
 def _random_clip(model: TPNClassifier) -> Tensor:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tpn.config import InputSpec
+from tpn.devices import DTYPES, resolve_device
 from tpn.exported import ExportedClassifier, load
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.heads import class_probs
 from tpn.models.layers import reference_tensor
-from tpn.optimization import DTYPES, OptimizedClassifier, optimize, resolve_device
+from tpn.optimization import OptimizedClassifier, optimize
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
 from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
@@ -107,7 +108,7 @@ class VideoClassifier:
         model: a name or folder for `create_model`, an exported file (`.onnx`, `.pt2`, or `.xml`), a model, or a `FeatureModel`.
         pretrained: for a name, load the published weights. Default: True, unless `checkpoint_path` is given. False warns: random
             weights give random classes.
-        device: where to run. Default: for a name, a GPU if there is one; for a model, where it is.
+        device: where to run. Default: for a name, a GPU if there is one; for a model, where it is; for an exported file, the CPU.
         batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
         precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, else
             float32): run the result of `tpn.optimize`. Default: "float32" for a name, which changes probabilities by less than
@@ -146,6 +147,11 @@ class VideoClassifier:
             if kwargs.get("num_classes") and not has_weights and model.labels is None and not saved:
                 warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=2)
             if isinstance(model, ExportedClassifier):
+                if compile or (device is not None and device.type != "cpu" and not str(name).endswith(".pt2")):
+                    raise ValueError(
+                        f"{name} is an exported file, which runs uncompiled, and on a CPU but for .pt2; got compile={compile}, "
+                        f"device={None if device is None else str(device)!r}"
+                    )
                 precision = None
             else:
                 device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import tpn
 from tpn import export
 from tpn.cli.script import positive_int, run_cli
+from tpn.devices import resolve_device
 from tpn.models.layers import channels_last
-from tpn.optimization import resolve_device
 from tpn.video import containers, decode
 from tpn.video.encode import write_video
 

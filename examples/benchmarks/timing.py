@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tpn.devices import DTYPES, fastest_dtype
 from tpn.files import atomic_write
-from tpn.optimization import DTYPES, fastest_dtype
 
 Run = Callable[[], Any]
 

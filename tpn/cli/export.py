@@ -48,7 +48,8 @@ def export(
         bool, typer.Option("--int8", help="Compute in int8, the fastest on CPUs. Needs --format openvino and --calibrate.")
     ] = False,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Videos to calibrate int8 with, in any form that tpn train reads. 300 are enough.")
+        Path | None,
+        typer.Option(exists=True, help="Videos to calibrate int8 with, in any form that tpn train reads. 400 are enough."),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -77,8 +78,11 @@ def export(
     if format is not None and suffix_format is not None and format != suffix_format:
         raise typer.BadParameter(f"{format} does not match the suffix of --output {output}", param_hint="--format")
     format = format or suffix_format or "onnx"
-    if int8 != (calibrate is not None) or (int8 and format != "openvino") or (max_drop is not None and not int8):
-        raise typer.BadParameter("needs --format openvino and --calibrate, and these and --max-drop need it", param_hint="--int8")
+    if int8 and (format != "openvino" or calibrate is None):
+        raise typer.BadParameter("needs --format openvino, and videos to calibrate with: --calibrate FOLDER", param_hint="--int8")
+    given = {"--calibrate": calibrate, "--max-drop": max_drop, "--root": root, "--frames": frames}
+    if not int8 and (unused := [name for name, value in given.items() if value is not None]):
+        raise typer.BadParameter("needs --int8", param_hint=", ".join(unused))
     if format == "openvino":
         exporting.need_packages("openvino", *(["nncf"] if int8 else []), extra="openvino")
     elif format == "onnx":
@@ -107,5 +111,6 @@ def export(
             result = f"largest difference of a logit {difference:.1e} of the largest logit"
         else:
             result = str(report)
-    size_mb = sum(file.stat().st_size for file in {output, output.with_suffix(".bin")} if file.exists()) / 1e6
+    files = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
+    size_mb = sum(file.stat().st_size for file in files) / 1e6
     print_result(f"{output}  {size_mb:.1f} MB, {result}")

@@ -43,8 +43,8 @@ def features(
     """
     import torch
 
+    from tpn.devices import resolve_device
     from tpn.features import FeatureModel, check_path, extract
-    from tpn.optimization import resolve_device
     from tpn.predict import VideoClassifier
     from tpn.video.datasets import videos_below
     from tpn.zoo.create import create_model

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import nn
 
-from tpn.optimization import resolve_device
+from tpn.devices import resolve_device
 
 T = TypeVar("T")
 

@@ -260,7 +260,8 @@ def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None
 def _identity(model: Network, data: VideoDataset) -> dict[str, Any]:
     videos = hashlib.sha256(repr(data.items).encode(errors="backslashreplace"))
     if isinstance(model, ExportedClassifier):  # an OpenVINO file contains the SHA-256 of its weights
-        return {"weights": model.path and file_sha256(model.path), "videos": videos.hexdigest(), "model": "exported"}
+        weights = uuid.uuid4().hex if model.path is None else file_sha256(model.path)  # without a file, nothing to resume
+        return {"weights": weights, "videos": videos.hexdigest(), "model": f"exported, {model.precision}"}
     config = None
     with suppress(ValueError):  # models put together by hand have no config
         config = repr(model.config)

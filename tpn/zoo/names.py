@@ -72,7 +72,8 @@ def is_saved(name: str | PathLike[str]) -> bool:
 
 def is_exported(name: str | PathLike[str]) -> bool:
     """Return whether a name is that of a file of `tpn.export`, which `VideoClassifier` and `evaluate` take."""
-    return str(name).endswith((".onnx", ".pt2", ".xml")) and not os.path.isdir(name)
+    scheme = str(name).startswith(("local-dir:", "hf-hub:"))
+    return str(name).endswith((".onnx", ".pt2", ".xml")) and not scheme and not os.path.isdir(name)
 
 
 def weights_folder(entry: Checkpoint, cache_dir: CacheDir = None) -> Path:

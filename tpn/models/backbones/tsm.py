@@ -157,6 +157,8 @@ def _with_time(module: nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d) -> nn.Module:
     kernel, stride, padding = (
         (first, *pair) for first, pair in ((1, module.kernel_size), (1, module.stride), (0, module.padding))
     )
-    conv = nn.Conv3d(module.in_channels, module.out_channels, kernel, stride, padding, bias=False)
-    conv.weight = nn.Parameter(module.weight.detach().unsqueeze(2))
+    conv = nn.Conv3d(
+        module.in_channels, module.out_channels, kernel, stride, padding, groups=module.groups, bias=module.bias is not None
+    )
+    conv.load_state_dict({name: x.unsqueeze(2) if name == "weight" else x for name, x in module.state_dict().items()})
     return conv
