@@ -200,6 +200,8 @@ def test_names_of_exported_files(tmp_path):
     names = {"x.onnx": True, "runs/x.pt2": True, Path("x.xml"): True, tmp_path / "folder.onnx": False}
     names |= {"local-dir:runs/x.onnx": False, "hf-hub:me/x.onnx": False, TINY: False}
     assert {name: is_exported(name) for name in names} == names
+    with pytest.raises(tpn.UnknownModelError, match="runs/x.pt2 has the name of an exported file"):
+        tpn.model_info("runs/x.pt2")
 
 
 def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import tpn
 
 ROOT = Path(tpn.__file__).parent
 ORDER = (
-    ["version", "after_timm", "errors", "files", "transfer", "validation", "video.sampling", "video.transforms"],
+    ["version", "after_timm", "devices", "errors", "files", "transfer", "validation", "video.sampling", "video.transforms"],
     ["video.augment"],
     ["config", "hub"],
     ["models"],

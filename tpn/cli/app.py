@@ -34,7 +34,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 _MODEL_HELP = (
     "Model name (see tpn list), folder of a saved model, or hf-hub:OWNER/NAME. "
-    "predict, timeline, and evaluate also take a file of tpn export."
+    "predict, timeline, demo, and evaluate also take a file of tpn export."
 )
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, autocompletion=complete_model)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, autocompletion=complete_model)]
@@ -43,7 +43,9 @@ CheckpointOption = Annotated[
     typer.Option(help="Weights file, .safetensors or .pth, saved by tpn, MMAction2, or the original TPN code."),
 ]
 ViewsOption = Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu; cpu for exported files.")
+]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
