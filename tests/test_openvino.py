@@ -118,7 +118,7 @@ def test_metadata(folder, model):
     assert about == json.loads(json.dumps(exported.about))
     read = openvino.Core().read_model(folder / "tiny.xml")
     assert [port.get_any_name() for port in (*read.inputs, *read.outputs)] == ["clips", "logits"]
-    assert read.inputs[0].get_partial_shape()[0].is_dynamic
+    assert str(read.inputs[0].get_partial_shape()) == "[?,3,16,64,64]"
 
 
 def test_the_file_is_a_name(folder, model, tmp_path):
@@ -217,6 +217,22 @@ def test_nothing_is_half_written(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export.export_openvino(model, tmp_path / "model.xml")
     assert not list(tmp_path.iterdir())
+
+
+def test_small_convolutions_are_split():
+    """The same numbers from 1x1x1 convolutions; grouped ones and those of larger maps stay."""
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(4, 8, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(8, 8, (1, 3, 3), (1, 2, 2), (0, 1, 1))]  # to 16, to 8
+    layers += [nn.Conv3d(8, 4, (3, 1, 1), (2, 1, 1), (1, 0, 0)), nn.Conv3d(4, 4, (3, 1, 1), groups=2), nn.Conv3d(4, 6, 1)]
+    network = nn.Sequential(*layers)
+    x = torch.randn(1, 4, 6, 32, 31)
+    converted = openvino.convert_model(torch.export.export(network, (x,)))
+    converted.reshape({0: list(x.shape)})
+    assert [op.get_type_name() for op in converted.get_ordered_ops()].count("Convolution") == 4
+    openvino_runtime.split_small_convolutions(converted)
+    assert [op.get_type_name() for op in converted.get_ordered_ops()].count("Convolution") == 1 + 9 + 3 + 1
+    got = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    assert relative_error(torch.from_numpy(got), network(x).detach()) < 1e-5
 
 
 def test_optimize(model):

@@ -1,6 +1,7 @@
 """Devices by name, and the precision in which each is fastest."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 
@@ -21,15 +22,20 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     """Return float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, otherwise float32."""
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    half = device.type == "cpu" and any(_cpu_has().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if half else torch.float32
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_amx() -> bool:
+    """Return whether this computer's CPU multiplies matrices of bfloat16 in AMX."""
+    return bool(_cpu_has().get("amx_bf16"))
+
+
+def _cpu_has() -> Mapping[str, Any]:
     cpu: Any = torch.cpu
     if hasattr(cpu, "get_capabilities"):
-        has = cpu.get_capabilities()
-        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # in older versions of PyTorch
+        return cast("Mapping[str, Any]", cpu.get_capabilities())
+    return {"avx512_bf16": cpu._is_avx512_bf16_supported(), "amx_bf16": cpu._is_amx_tile_supported()}  # older versions of PyTorch
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
