@@ -23,14 +23,14 @@ BACKBONES = {
     "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
     "timm/xcit_nano_12_p8_224": {},
     "torchvision/r3d_18": {"num_frames": 4},
-    "torchvision/mc3_18": {"num_frames": 4},
-    "torchvision/r2plus1d_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
+    "torchvision/mc3_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
 }
 """One small network of each family, with arguments that make it cheap."""
 
 MORE_BACKBONES = {
     "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
     "timm/hrnet_w18_small": {},
+    "torchvision/r2plus1d_18": {"num_frames": 4},
     "torchvision/s3d": {"num_frames": 14, "out_indices": (2, 3, 4)},
     "torchvision/swin3d_t": {"num_frames": 4},
     "timm/resnest14d": {},

@@ -82,7 +82,8 @@ def wanted(server):
 
 
 def same(model, tensors):
-    return all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+    state = model.state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 
 def one_line(caplog):

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from backbones import Pyramid
 from scripts import ROOT, example
 from test_cli import run
 from test_models import randomize_norms, relative_error
@@ -240,8 +241,8 @@ def test_options_of_the_command(tmp_path):
 @pytest.mark.parametrize("num_crops", [1, 3])
 def test_sizes(num_crops, tmp_path):
     """Default: that of the published views; with another size, a clip shows the same part of the picture."""
-    model = build("one flow")
-    model.input_spec = tpn.InputSpec(7, num_crops=num_crops, short_side=48, crop_size=40, three_crop_size=48)
+    spec = tpn.InputSpec(8, num_crops=num_crops, short_side=48, crop_size=40, three_crop_size=48)
+    model = tpn.build(Pyramid(), num_classes=5, input_spec=spec)
     published = 48 if num_crops == 3 else 40
     spec = export.load(export.export_pt2(model, tmp_path / "a.pt2")).input_spec
     assert (spec.crop_size, spec.three_crop_size, spec.short_side) == (published, published, 48)

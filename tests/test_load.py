@@ -130,7 +130,7 @@ def test_stem_is_adapted_as_timm_does(name, in_chans, caplog):
         for i in range(in_chans):
             assert torch.allclose(adapted[:, i], rgb[:, i % 3] * 3 / in_chans)
     rest = {k: v for k, v in source.state_dict().items() if k != "backbone.conv1.weight"}
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in rest.items())
+    assert small.same(model, rest)
     (record,) = caplog.records
     assert re.search(f"RGB.* {in_chans} channels", record.getMessage())
 
@@ -159,9 +159,10 @@ def test_other_precisions_are_converted(dtype):
     source = small.random_model(TSM).to(dtype)
     model = tpn.create_model(TSM, base_channels=4)
     load_weights(model, read_weights(source.state_dict()))
+    expected = source.state_dict()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.int64 if name.endswith("batches_tracked") else torch.float32)
-        assert torch.equal(tensor, source.state_dict()[name].to(tensor.dtype))
+        assert torch.equal(tensor, expected[name].to(tensor.dtype))
 
 
 @pytest.mark.parametrize("classes", [174, 5])

@@ -168,6 +168,7 @@ def test_compile_and_export(name):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_training_step():
     model = randomize_norms(tpn.create_model("tpn_slowonly_tiny_motion", drop_rate=0.0, base_channels=4, num_frames=4))
     x = torch.randn(2, 3, 4, 32, 32)
@@ -175,8 +176,9 @@ def test_compiled_training_step():
     expected = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    parameters = dict(model.named_parameters())
     for name, gradient in expected.items():
-        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
     torch.compiler.reset()
 
 

@@ -102,8 +102,9 @@ def test_single_flows():
     levels = [m(y) for m, y in zip(parallel.temporal_modulation, levels, strict=True)]
     for flow_order in ("top_down", "bottom_up"):
         neck = TemporalPyramid((16, 32), 8, temporal_scales=(4, 8), flow_order=flow_order).eval()
-        state = {k: v for k, v in parallel.state_dict().items() if k in neck.state_dict() and "pyramid_fusion" not in k}
-        assert {k.split(".")[0] for k in neck.state_dict()} - {k.split(".")[0] for k in state} == {"pyramid_fusion"}
+        names = neck.state_dict().keys()
+        state = {k: v for k, v in parallel.state_dict().items() if k in names and "pyramid_fusion" not in k}
+        assert {k.split(".")[0] for k in names} - {k.split(".")[0] for k in state} == {"pyramid_fusion"}
         neck.load_state_dict(state, strict=False)
         fused = getattr(parallel, f"{flow_order}_fusion")(getattr(parallel, f"{flow_order}_flow")(levels))
         torch.testing.assert_close(neck(x), neck.pyramid_fusion(fused))

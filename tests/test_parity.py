@@ -1,6 +1,7 @@
 """Results equal those of the two reference code bases, with the same weights and clips; see `recipe`."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tpn.training.loss import TrainingLoss
 from tpn.zoo.load import load_weights, read_weights
 
 EVAL = sorted(path.stem for path in FIXTURES.glob("*.npz") if path.stem.startswith(("mmaction2_", "original_")))
+SLOW = re.compile("224x224|r101_(16x4|32x2)")
+"""Other sizes and lengths of networks that are compared anyway."""
 TRAIN = sorted(path.stem for path in FIXTURES.glob("*_train_s0.json"))
 
 # mmaction2's fully convolutional test mode classifies with another module, a 1x1x1 convolution. The recipe filled it under the
@@ -41,7 +44,7 @@ def test_number_of_fixtures():
     assert len(TRAIN) == 2
 
 
-@pytest.mark.parametrize("case", EVAL)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if SLOW.search(case) else case for case in EVAL])
 def test_eval(case):
     fixture = np.load(FIXTURES / f"{case}.npz")
     meta = json.loads(str(fixture["meta"]))

@@ -120,14 +120,22 @@ assert tpn.models.neck.TemporalPyramid is tpn.TemporalPyramid
     run_python(script, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import tpn, timm",
-        "import timm, tpn",
-        "import tpn\nfrom importlib.util import find_spec\nassert find_spec('timm')\nfrom tpn.models.backbones import ResNetTSM\nimport timm",
-    ],
-    ids=["tpn first", "timm first", "timm from a backbone"],
-)
-def test_timm_knows_the_models_in_any_order(tmp_path, imports):
-    run_python(f"{imports}\nassert timm.create_model('tsm_r50_sthv1', base_channels=4).num_classes == 174", tmp_path)
+IN_ANY_ORDER = """
+import os, sys
+import torch, torchvision
+for imports in (
+    "import tpn, timm",
+    "import timm, tpn",
+    "import tpn; from importlib.util import find_spec; assert find_spec('timm'); from tpn.models.backbones import ResNetTSM; import timm",
+):
+    assert not {"tpn", "timm"} & sys.modules.keys()
+    if os.fork() == 0:
+        exec(imports)
+        assert timm.create_model("tsm_r50_sthv1", base_channels=4).num_classes == 174
+        os._exit(0)
+    assert os.wait()[1] == 0, imports
+"""
+
+
+def test_timm_knows_the_models_in_any_order(tmp_path):
+    run_python(IN_ANY_ORDER, tmp_path)

@@ -35,7 +35,8 @@ def test_training_writes_metrics_and_models(videos, tmp_path):
         model = tpn.create_model(f"local-dir:{folder}")
         assert model.labels == tuple(sorted(CLASSES))
         assert model.input_spec.crop_size == 32
-    assert all(torch.equal(value, weights(tmp_path)[name]) for name, value in result.model.state_dict().items())
+    saved = weights(tmp_path)
+    assert all(torch.equal(value, saved[name]) for name, value in result.model.state_dict().items())
     video = next((videos / "val").rglob("*.mp4"))
     assert {name for name, _ in VideoClassifier(model)(video).top(5)} == set(CLASSES)
 
