@@ -147,17 +147,23 @@ def test_results_of_two_precisions_are_not_merged(folder, tmp_path):
     assert len(set(identities)) == 4
 
 
-def test_no_statistics_are_sent(folder):
-    run_python(
+def test_processes_are_left_as_they_were(folder):
+    """No statistics are sent, and the stack of signal handlers exists after the models are gone, in any order."""
+    out, _ = run_python(
         f"""
-import sys
-from tpn import export, openvino_runtime
-export.load({str(folder / "tiny.xml")!r})
-assert 'openvino' in sys.modules
+import gc, os, signal, sys
+from tpn import export
+models = [export.load({str(folder / "tiny.xml")!r}) for _ in range(2)]
 assert sys.modules['openvino_telemetry'] is None
+while models:
+    del models[0]
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *args: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
 """,
         folder,
     )
+    assert out == "handled\n"
 
 
 def test_several_threads_may_call_one_model(folder):

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def convert(model: nn.Module, clips: Tensor) -> Any:
 
 def read(path: str | os.PathLike[str]) -> Any:
     """Read an `openvino.Model`. Raises RuntimeError."""
-    return _import_openvino().Core().read_model(path)
+    return _core().read_model(path)
 
 
 def get_metadata(model: Any, key: str) -> str | None:
@@ -69,7 +69,6 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
         model: an `openvino.Model`.
         precision: a key of `PRECISIONS`. In an int8 model, it applies to layers that are not quantized.
     """
-    openvino = _import_openvino()
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or auto with OpenVINO, got {precision!r}")
     model = model.clone()
@@ -81,7 +80,7 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = _core().compile_model(model, "CPU", options).create_infer_request()
     lock = threading.Lock()
 
     def run(x: Tensor) -> Tensor:
@@ -121,3 +120,13 @@ def _import_openvino() -> Any:
     """Return OpenVINO without its usage statistics, for which it forks this process and connects to a server."""
     sys.modules.setdefault("openvino_telemetry", cast("Any", None))
     return importlib.import_module("openvino")
+
+
+@cache
+def _core() -> Any:
+    """Return the `openvino.Core` of this process.
+
+    A Core that compiles gives its thread a stack for signal handlers, and frees it in the end. Several of them may leave the
+    thread with a stack that was freed, and the next signal that is handled, such as Ctrl-C, ends the process.
+    """
+    return _import_openvino().Core()
