@@ -91,12 +91,13 @@ def test_larger_frames_are_resized_on_the_gpu(tmp_path):
     assert (on_cpu.probs - on_gpu.probs).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize(
-    "options", [{"amp": "float16"}, {"amp": "bfloat16", "compile": True}, {"amp": "float32", "checkpointing": True}]
-)
-def test_training_learns(motion, tmp_path, options):
-    small = {"epochs": 3, "batch_size": 8, "model_args": {"drop_rate": 0.0}, "device": DEVICE, "workers": 2}
-    train(motion, val=str(motion), output=tmp_path / "run", recipe="motion", **small, **options)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
+def test_training_in_other_precisions(motion, tmp_path):
+    """The losses are those of float32."""
+    losses = {}
+    options = {"compile": {"amp": "bfloat16", "compile": True}, "checkpointing": {"amp": "float32", "checkpointing": True}}
+    for name, changes in {"float32": {"amp": "float32"}, "float16": {"amp": "float16"}, **options}.items():
+        small = {"epochs": 3, "batch_size": 8, "model_args": {"drop_rate": 0.0}, "device": DEVICE, "workers": 2}
+        train(motion, val=str(motion), output=tmp_path / name, recipe="motion", **small, **changes)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+        assert losses[name] == pytest.approx(losses["float32"], abs=0.05)
