@@ -1,7 +1,6 @@
 """No test reaches the internet: the client's Hub is a loopback server, set before the client is imported."""
 
 import atexit
-import gc
 import os
 import tempfile
 
@@ -37,10 +36,6 @@ def pytest_xdist_make_scheduler(config, log):
 
         return WorkStealingScheduling(config, log)
     return None
-
-
-def pytest_collection_finish():
-    gc.freeze()  # full collections need not visit what was imported
 
 
 @pytest.fixture

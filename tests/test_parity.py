@@ -14,8 +14,8 @@ from tpn.training.loss import TrainingLoss
 from tpn.zoo.load import load_weights, read_weights
 
 EVAL = sorted(path.stem for path in FIXTURES.glob("*.npz") if path.stem.startswith(("mmaction2_", "original_")))
-SLOW = re.compile("224x224|r101_(16x4|32x2)")
-"""Other sizes and lengths of networks that are compared anyway."""
+SLOW = re.compile("224x224|16x4|r101_32x2|tsm_r50_sthv1_train")
+"""Other sizes and lengths of networks that are compared anyway, and a second training step."""
 TRAIN = sorted(path.stem for path in FIXTURES.glob("*_train_s0.json"))
 
 # mmaction2's fully convolutional test mode classifies with another module, a 1x1x1 convolution. The recipe filled it under the
@@ -24,6 +24,12 @@ CLASSIFIER = {
     "mmaction2_tpn_slowonly_r50_8x8_k400_s0_224x224": "cls_head.new_cls",
     "mmaction2_tpn_tsm_r50_sthv1_s0_224x224": "cls_head.new_cls",
 }
+
+
+def each(cases):
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=[pytest.mark.slow] if SLOW.search(case) else []) for case in cases]
+    )
 
 
 def load(name, state_dict, **kwargs):
@@ -44,7 +50,7 @@ def test_number_of_fixtures():
     assert len(TRAIN) == 2
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if SLOW.search(case) else case for case in EVAL])
+@each(EVAL)
 def test_eval(case):
     fixture = np.load(FIXTURES / f"{case}.npz")
     meta = json.loads(str(fixture["meta"]))
@@ -84,7 +90,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("case", TRAIN)
+@each(TRAIN)
 def test_train_step(case):
     expected = json.loads((FIXTURES / f"{case}.json").read_text())
     source = expected["model"]
