@@ -48,9 +48,10 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
     Raises:
         ImportError: onnx or onnxscript is missing.
         TypeError: not a `TPNClassifier`.
-        ValueError: the model is optimized or has no input_spec, or size is not positive.
+        ValueError: the model is optimized or has no input_spec; size is not positive; or the name does not end in `.onnx`.
     """
     need_packages("onnx", "onnxscript")
+    path = _checked(path, ".onnx")
     ready, clips, about = _prepare(model, size)
     program: Any = torch.onnx.export(
         ready,
@@ -64,7 +65,7 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
     program.model.metadata_props[METADATA] = to_json(about)
     with atomic_write(path) as unfinished:
         program.save(unfinished)
-    return Path(path)
+    return path
 
 
 def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
@@ -72,13 +73,14 @@ def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int 
 
     A `.pt2` file is for the version of PyTorch that wrote it, and for later ones within PyTorch's promises; ONNX lasts longer.
     """
+    path = _checked(path, ".pt2")
     ready, clips, about = _prepare(model, size)
     program = torch.export.export(ready, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with suppress(ValueError):  # PyTorch 2.6 does not allow it
         program.example_inputs = None  # saved with the program otherwise: 50 MB for 32 frames of 256 x 256
     with atomic_write(path) as unfinished:
         torch.export.save(program, unfinished, extra_files={METADATA: to_json(about)})
-    return Path(path)
+    return path
 
 
 def export_openvino(
@@ -116,9 +118,7 @@ def export_openvino(
             videos have other classes than the model, or several each, with `max_drop`; or no int8 network is good enough.
     """
     need_packages("openvino", *(["nncf"] if calibrate is not None else []), extra="openvino")
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise ValueError(f"the name of an OpenVINO file must end in .xml, got {str(path)!r}")
+    path = _checked(path, ".xml")
     ready, clips, about = _prepare(model, size)
     report = None
     if max_drop is not None and (calibrate is None or model.multi_label):
@@ -153,6 +153,12 @@ def max_difference(model: TPNClassifier, path: str | os.PathLike[str]) -> float:
         expected = for_inference(model)(clips)
         got = torch.stack((exported(clips), torch.cat((exported(clips[:1]), expected[1:]))))
     return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _checked(path: str | os.PathLike[str], suffix: str) -> Path:
+    if Path(path).suffix != suffix:  # the name says how to read it
+        raise ValueError(f"the name of this file must end in {suffix}, got {str(path)!r}")
+    return Path(path)
 
 
 def _prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, dict[str, Any]]:

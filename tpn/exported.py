@@ -72,6 +72,10 @@ class ExportedClassifier(nn.Module):
             )
         return self.run(x)
 
+    def extra_repr(self) -> str:
+        clips = ", ".join(map(str, clip_shape(self.in_chans, self.input_spec)))
+        return f"{self.path}, {self.precision}, clips (B, {clips}), {self.num_classes} classes"
+
     def train(self, mode: bool = True) -> "ExportedClassifier":
         if mode:
             raise RuntimeError("an exported model is for inference only; train the original model")
@@ -200,13 +204,14 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedClassifier:
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise CheckpointError(f"{path}: its weights, {weights.name}, are missing; copy both files")
+    remedy = "copy both files again, or export the model again"
     try:
         model = openvino_runtime.read(path)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: damaged, or not an OpenVINO model ({str(error).splitlines()[-1].strip()})") from error
+        raise CheckpointError(f"{path}: this file or {weights.name} is damaged, or not an OpenVINO model; {remedy}") from error
     about = _parse(path, openvino_runtime.get_metadata(model, METADATA))
     if about.get("weights_sha256") != file_sha256(weights):
-        raise CheckpointError(f"{path}: {weights.name} is damaged, or belongs to another model; export the model again")
+        raise CheckpointError(f"{path}: {weights.name} is damaged, or belongs to another model; {remedy}")
     precision = precision or ("auto" if about.get("precision") == "int8" else "float32")
     if precision == "auto":
         precision = openvino_runtime.fastest_precision()

@@ -70,7 +70,8 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
         precision: a key of `PRECISIONS`. In an int8 model, it applies to layers that are not quantized.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or auto with OpenVINO, got {precision!r}")
+        int8 = "; export the model to int8, which needs videos" if precision == "int8" else ""
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or auto with OpenVINO, got {precision!r}{int8}")
     model = model.clone()
     model.reshape({0: [1, *list(model.inputs[0].get_partial_shape())[1:]]})
     if precision == "bfloat16" and cpu_has_amx():

@@ -147,11 +147,10 @@ class VideoClassifier:
             if kwargs.get("num_classes") and not has_weights and model.labels is None and not saved:
                 warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=2)
             if isinstance(model, ExportedClassifier):
-                if compile or (device is not None and device.type != "cpu" and not str(name).endswith(".pt2")):
-                    raise ValueError(
-                        f"{name} is an exported file, which runs uncompiled, and on a CPU but for .pt2; got compile={compile}, "
-                        f"device={None if device is None else str(device)!r}"
-                    )
+                if compile:
+                    raise ValueError(f"{name} is an exported file, which is not compiled; leave compile out")
+                if device is not None and device.type != "cpu" and not str(name).endswith(".pt2"):
+                    raise ValueError(f"{name} runs on the CPU, got device {str(device)!r}; leave device out")
                 precision = None
             else:
                 device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,6 +21,8 @@ from tpn.video.datasets import VideoDataset, open_dataset
 
 MIN_AGREEMENT = 0.98
 """Share of the held-back clips that must have the same result as in float32, without labels."""
+FEW = 50
+"""Fewer held-back clips than this say little."""
 MAX_CALIBRATION = 300
 MAX_HELD_BACK = 100
 """Largest numbers of videos."""

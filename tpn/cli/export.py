@@ -78,8 +78,10 @@ def export(
     if format is not None and suffix_format is not None and format != suffix_format:
         raise typer.BadParameter(f"{format} does not match the suffix of --output {output}", param_hint="--format")
     format = format or suffix_format or "onnx"
-    if int8 and (format != "openvino" or calibrate is None):
-        raise typer.BadParameter("needs --format openvino, and videos to calibrate with: --calibrate FOLDER", param_hint="--int8")
+    if int8 and format != "openvino":
+        raise typer.BadParameter(f"is for OpenVINO, got {format}; add --format openvino", param_hint="--int8")
+    if int8 and calibrate is None:
+        raise typer.BadParameter("needs videos to calibrate with: --calibrate FOLDER", param_hint="--int8")
     given = {"--calibrate": calibrate, "--max-drop": max_drop, "--root": root, "--frames": frames}
     if not int8 and (unused := [name for name, value in given.items() if value is not None]):
         raise typer.BadParameter("needs --int8", param_hint=", ".join(unused))
@@ -111,6 +113,10 @@ def export(
             result = f"largest difference of a logit {difference:.1e} of the largest logit"
         else:
             result = str(report)
+            if report.held_back < exporting.quantization.FEW:
+                err.print(
+                    f"{report.held_back} held-back clips say little about int8; {report.calibration} calibrated it, 300 are better"
+                )
     files = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
     size_mb = sum(file.stat().st_size for file in files) / 1e6
     print_result(f"{output}  {size_mb:.1f} MB, {result}")

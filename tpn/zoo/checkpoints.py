@@ -279,6 +279,9 @@ def get_checkpoint(name: str) -> Checkpoint:
             "'tpn' has no published weights; create_model('tpn', backbone='timm/resnet50', num_classes=K) builds a model"
         )
     if name.endswith((".onnx", ".pt2", ".xml")):
-        raise UnknownModelError(f"{name} has the name of an exported file, which predict, timeline, demo and evaluate take")
+        raise UnknownModelError(
+            f"{name} is the name of an exported file, for predict, timeline, demo and evaluate only; "
+            "pass the model that it was made from"
+        )
     near = difflib.get_close_matches(model, {entry.model for entry in CHECKPOINTS.values()}, n=3, cutoff=0.0)
     raise UnknownModelError(f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn.list_models() returns all")

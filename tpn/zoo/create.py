@@ -74,7 +74,9 @@ def create_model(
         >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
     """
     if is_exported(name):
-        raise ValueError(f"{name} is an exported file, which is for VideoClassifier and evaluate only; pass the original model")
+        raise ValueError(
+            f"{name} is an exported file, for predict, timeline, demo and evaluate only; pass the model that it was made from"
+        )
     overlay = pretrained_cfg_overlay or {}
     elsewhere = checkpoint_path is not None or any(overlay.get(key) for key in ("state_dict", "file", "hf_hub_id"))
     config, source = _find(name, backbone, kwargs, cache_dir, with_weights=not elsewhere)
