@@ -44,7 +44,6 @@ def test_entry(entry):
 def test_model_of_the_table(name):
     info = tpn.model_info(name)
     assert info.checkpoint is get_checkpoint(name)
-    assert (info.params, info.gmacs) == (info.checkpoint.params, info.checkpoint.gmacs)
     with torch.device("meta"):
         model = getattr(tpn, name)()
     assert model.config == info.checkpoint.config

@@ -275,7 +275,7 @@ def test_temporal_shift(num_frames, channels):
     assert torch.equal(temporal_shift(x, num_frames), expected)
     assert torch.equal(x, copy)
     as_clips = [each.unflatten(0, (3, num_frames)).transpose(1, 2) for each in (x, expected)]
-    assert torch.equal(temporal_shift(as_clips[0], None), as_clips[1])
+    assert torch.equal(temporal_shift(as_clips[0]), as_clips[1])
 
 
 @pytest.mark.parametrize("shift_shortcut", [False, True])

@@ -90,7 +90,9 @@ def export_openvino(
     size: int | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     max_drop: float | None = None,
-    **data_args: Any,
+    root: str | os.PathLike[str] | None = None,
+    template: str | None = None,
+    first: int = 1,
 ) -> QuantizationReport | None:
     """Write a model for OpenVINO: `path`, which ends in `.xml`, and its weights beside it in a `.bin` file.
 
@@ -106,7 +108,7 @@ def export_openvino(
         max_drop: leave layers out until the accuracy on the other videos is at most this much lower, from 0 to 1. The videos need
             the classes of the model. Default: labels do not matter, and layers are left out until `quantization.MIN_AGREEMENT`
             of the clips have the same result as in float32: most probable class, or classes above 0.5 of a multi-label model.
-        **data_args: `root`, `template` and `first` of `tpn.video.datasets.open_dataset`.
+        root, template, first: see `tpn.video.datasets.open_dataset`.
 
     Returns:
         The measurements on the other videos; None without `calibrate`.
@@ -121,13 +123,15 @@ def export_openvino(
     path = _checked(path, ".xml")
     ready, clips, about = _prepare(model, size)
     report = None
-    if max_drop is not None and (calibrate is None or model.multi_label):
-        raise ValueError(f"max_drop needs calibrate and a model for one class per video, got max_drop={max_drop}")
+    if max_drop is not None and (calibrate is None or model.multi_label or not 0 <= max_drop <= 1):
+        raise ValueError(f"max_drop is from 0 to 1, with calibrate and a model for one class per video; got max_drop={max_drop}")
     if calibrate is not None:  # before the conversion, which takes longer
         if not model.num_classes:
             raise ValueError("int8 is compared by its classes, and the model has none; export it without calibrate")
         spec = InputSpec.from_dict(about["input_spec"], model.labels)
-        data = quantization.open_data(calibrate, spec, model.labels if max_drop is not None else None, **data_args)
+        data = quantization.open_data(
+            calibrate, spec, model.labels if max_drop is not None else None, root=root, template=template, first=first
+        )
         if max_drop is not None and (len(data[0].classes) != model.num_classes or data[0].multi_label):
             raise ValueError(
                 f"max_drop needs videos of one of the model's {model.num_classes} classes each, and {calibrate} has "

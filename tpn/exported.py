@@ -207,7 +207,7 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedClassifier:
     remedy = "copy both files again, or export the model again"
     try:
         model = openvino_runtime.read(path)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: this file or {weights.name} is damaged, or not an OpenVINO model; {remedy}") from error
     about = _parse(path, openvino_runtime.get_metadata(model, METADATA))
     if about.get("weights_sha256") != file_sha256(weights):

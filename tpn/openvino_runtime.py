@@ -18,6 +18,7 @@ from tpn.devices import cpu_has_amx, fastest_dtype
 from tpn.files import file_sha256
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_CORE_LOCK = threading.Lock()
 SMALL_ROW = 8
 """Largest number of pixels in a row for `split_small_convolutions`; splitting 14 x 14 was not faster."""
 
@@ -87,7 +88,7 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         clips = x.detach().float().cpu().numpy()
         with lock:
-            logits = [request.infer({0: clip[None]}, share_inputs=True)[0].copy() for clip in clips]
+            logits = [request.infer({0: clip[None]}, share_inputs=True)[0] for clip in clips]
         return torch.from_numpy(np.concatenate(logits)).to(x.device)
 
     return run
@@ -96,8 +97,8 @@ def runner(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
 def split_small_convolutions(model: Any) -> None:
     """Write convolutions with rows of few pixels as sums of 1x1x1 ones, one for each position of their kernel.
 
-    AMX multiplies 16 rows of a matrix at once. OpenVINO gives it one row of pixels at a time, of which 7 fill less than half; but
-    whole maps if the kernel is 1x1x1.
+    AMX multiplies 16 rows of a matrix at once. For larger kernels, OpenVINO passes one row of pixels at a time: 7 pixels use less
+    than half of the 16. For a kernel of 1x1x1, it passes the whole map.
     """
     ops: Any = importlib.import_module("openvino.opset13")
     for op in model.get_ordered_ops():
@@ -123,11 +124,16 @@ def _import_openvino() -> Any:
     return importlib.import_module("openvino")
 
 
-@cache
 def _core() -> Any:
-    """Return the `openvino.Core` of this process.
+    """Return the one `openvino.Core` of tpn.
 
     A Core that compiles gives its thread a stack for signal handlers, and frees it in the end. Several of them may leave the
     thread with a stack that was freed, and the next signal that is handled, such as Ctrl-C, ends the process.
     """
+    with _CORE_LOCK:
+        return _new_core()
+
+
+@cache
+def _new_core() -> Any:
     return _import_openvino().Core()

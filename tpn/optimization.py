@@ -6,6 +6,7 @@ device computes faster in it; and the model is compiled on request.
 
 import copy
 import importlib
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -153,7 +154,8 @@ def optimize(
         sample: normalized clips (B, C, T, H, W) for the comparison with the original. Default: one random clip of the size in
             `model.input_spec`.
         backend: "torch", or "openvino" for Intel and AMD CPUs, which is faster than PyTorch and needs no compiler; float16,
-            `compile` and other devices are not valid with it. `tpn.export.export_openvino` keeps the result, also in int8.
+            `compile` and other devices are not valid with it, and the model needs an `input_spec`.
+            `tpn.export.export_openvino` writes the same network to a file, also in int8.
 
     Returns:
         A model that takes clips of any float dtype and layout and returns float32 logits, with a `report`. It cannot be trained,
@@ -248,11 +250,16 @@ def fast_on_cuda(conv: nn.Conv3d) -> type[nn.Conv3d]:
 
 def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | None) -> ExportedClassifier:
     need_packages("openvino", extra="openvino")
+    precision = str(dtype).removeprefix("torch.")
+    if precision not in openvino_runtime.PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(openvino_runtime.PRECISIONS)} with OpenVINO, got {precision}")
     ready, clips, about = prepare(model, None if sample is None else sample.shape[-1])
+    if sample is not None and sample.shape[1:] != clips.shape[1:]:
+        raise ValueError(f"sample must be square clips (B, {', '.join(map(str, clips.shape[1:]))}), got {tuple(sample.shape)}")
     sample = torch.randn(clips[:1].shape, generator=torch.Generator().manual_seed(0)) if sample is None else sample.cpu().float()
     with torch.inference_mode():
         expected = ready(sample)
-    precision = str(dtype).removeprefix("torch.")
+    about["id"] = uuid.uuid4().hex  # in place of the hash of a file
     fast = ExportedClassifier(openvino_runtime.runner(openvino_runtime.convert(ready, clips), precision), about, None, precision)
     got = fast(sample)
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,6 @@ FEW = 50
 MAX_CALIBRATION = 300
 MAX_HELD_BACK = 100
 """Largest numbers of videos."""
-
-Clip = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -60,23 +58,6 @@ class QuantizationReport:
         return ", ".join(parts)
 
 
-class Clips:
-    """The middle clip of each video of a dataset, as (1, C, T, S, S) float32, with what is expected of the model: its label."""
-
-    def __init__(self, data: VideoDataset) -> None:
-        self.spec = data.spec
-        pairs = [data[index] for index in range(len(data))]
-        self.frames = [frames for frames, _ in pairs]
-        self.expected: list[Any] = [label for _, label in pairs]  # of the video that was read, where another is damaged
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __iter__(self) -> Iterator[tuple[Clip, Any]]:
-        for frames, expected in zip(self.frames, self.expected, strict=True):
-            yield self.spec.normalize(frames).unsqueeze(0).numpy(), expected
-
-
 def open_data(
     data: str | os.PathLike[str], spec: InputSpec, classes: Sequence[str] | None, **options: Any
 ) -> tuple[VideoDataset, VideoDataset]:
@@ -101,8 +82,10 @@ def open_data(
         whole_held_back = open_dataset(other, spec, train=False, classes=whole.classes, **options)
         held_back = [whole_held_back.items[i] for i in np.random.default_rng(0).permutation(len(whole_held_back))]
     if not held_back:
-        count = min(MAX_HELD_BACK, len(calibration) // 3 or 1)
-        held_back, calibration = calibration[:count], calibration[count:]
+        sources = list(dict.fromkeys(item.group or item.path for item in calibration))
+        chosen = {*sources[: min(MAX_HELD_BACK, len(sources) // 3 or 1)]}
+        held_back = [item for item in calibration if (item.group or item.path) in chosen]
+        calibration = [item for item in calibration if (item.group or item.path) not in chosen]
     if not calibration:
         raise ValueError(
             f"{data} has no video for calibration beside the {len(held_back)} for the comparison; at least 2 videos are needed, "
@@ -126,26 +109,32 @@ def quantize(
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level(logging.ERROR)
-    shape = list(converted.inputs[0].get_partial_shape())
-    converted.reshape({0: [1, *shape[1:]]})
-    clips = Clips(held_back)
-    labels = clips.expected
     decide = _classes_above_half if model.multi_label else _most_probable
-    original = _decisions(model, clips, decide)
-    if max_drop is None:
-        clips.expected = original
+
+    def to_clip(pair: tuple[Tensor, Any]) -> NDArray[np.float32]:
+        return np.asarray(held_back.spec.normalize(pair[0]).unsqueeze(0))
+
+    def decisions(run: Callable[[Tensor], Tensor]) -> list[Any]:
+        with torch.inference_mode():
+            return [decide(run(torch.from_numpy(to_clip(pair)))[0]) for pair in pairs]
+
+    # Each video is read once; where one is damaged, the label is that of the video in its place.
+    pairs = [held_back[i] for i in range(len(held_back))]
+    labels, original = [label for _, label in pairs], decisions(model)
+    expected = original if max_drop is None else labels
+    pairs = [(frames, each) for (frames, _), each in zip(pairs, expected, strict=True)]
     allowed = 1 - MIN_AGREEMENT if max_drop is None else max_drop
 
-    def share_of_hits(compiled: Any, pairs: Iterable[tuple[Clip, Any]]) -> tuple[float, list[float]]:
+    def share_of_hits(compiled: Any, pairs: Iterable[tuple[Tensor, Any]]) -> tuple[float, list[float]]:
         """Return the share of clips with the expected decision, and 1 or 0 for each clip."""
-        hits = [float(decide(compiled(clip)[0][0]) == expected) for clip, expected in pairs]
+        hits = [float(decide(compiled(to_clip(pair))[0][0]) == pair[1]) for pair in pairs]
         return sum(hits) / len(hits), hits
 
     with redirect_stdout(sys.stderr):  # progress bars
         quantized = nncf.quantize_with_accuracy_control(
             converted,
-            nncf.Dataset(Clips(calibration), _clip_of),
-            nncf.Dataset(clips, _clip_of),
+            nncf.Dataset([calibration[i] for i in range(len(calibration))], to_clip),
+            nncf.Dataset(pairs, to_clip),
             share_of_hits,
             max_drop=allowed,
             drop_type=nncf.DropType.ABSOLUTE,
@@ -155,7 +144,7 @@ def quantize(
                 activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM
             ),
         )
-    got = _decisions(openvino_runtime.runner(quantized, openvino_runtime.fastest_precision()), clips, decide)
+    got = decisions(openvino_runtime.runner(quantized, openvino_runtime.fastest_precision()))
     report = QuantizationReport(
         calibration=len(calibration),
         held_back=len(held_back),
@@ -164,12 +153,11 @@ def quantize(
         accuracy_float32=None if max_drop is None else _equal(original, labels),
         left_out=tuple(op.get_friendly_name() for op in quantized.get_ordered_ops() if _has_float_weights(op)),
     )
-    if _equal(original, clips.expected) - _equal(got, clips.expected) > allowed + 1e-9:
+    if _equal(original, expected) - _equal(got, expected) > allowed + 1e-9:
         raise ValueError(
             f"{report}; a drop of {allowed:.1%} is allowed. Calibrate with more videos of the classes of the model"
             + ("" if max_drop is None else ", or allow a larger drop")
         )
-    quantized.reshape({0: shape})
     return quantized, report
 
 
@@ -179,15 +167,6 @@ def _most_probable(logits: Any) -> int:
 
 def _classes_above_half(logits: Any) -> tuple[bool, ...]:
     return tuple((logits > 0).tolist())
-
-
-def _clip_of(pair: tuple[Clip, Any]) -> Clip:
-    return pair[0]
-
-
-def _decisions(run: Callable[[Tensor], Tensor], clips: Clips, decide: Callable[[Any], Any]) -> list[Any]:
-    with torch.inference_mode():
-        return [decide(run(torch.from_numpy(clip))[0]) for clip, _ in clips]
 
 
 def _equal(first: Sequence[Any], second: Sequence[Any]) -> float:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nncf
 import numpy as np
 import torch
 from timing import Bench, peak_memory
@@ -24,6 +23,8 @@ def write_files(model: tpn.TPNClassifier, folder: Path) -> dict[str, tuple[Path,
     ready, clips, about = exported.prepare(model, size)
     converted = openvino_runtime.convert(ready, clips)
     converted.reshape({0: [1, *clips.shape[1:]]})
+    import nncf  # after OpenVINO, whose statistics tpn switches off
+
     data = [torch.randn(1, *clips.shape[1:], generator=torch.Generator().manual_seed(i)).numpy() for i in range(4)]
     quantized = nncf.quantize(converted, nncf.Dataset(data), subset_size=len(data))
     openvino_runtime.save(quantized, folder / "int8.xml", exported.METADATA, about | {"precision": "int8"})

@@ -21,7 +21,6 @@ from rich.table import Table
 import tpn
 from tpn import export
 from tpn.cli.script import run_cli
-from tpn.quantization import Clips
 from tpn.video import motion
 from tpn.video.datasets import open_dataset
 
@@ -49,10 +48,11 @@ def run_fold(model: str, data: Path, fold: int, folder: Path) -> tuple[NDArray[n
         "int8, OpenVINO": export.load(folder / "int8.xml"),
     }
     test = open_dataset(data / f"fold{fold}_test.txt", network.input_spec, train=False, classes=network.labels)
-    clips = [torch.from_numpy(clip) for clip in Clips(test)]
+    pairs = [test[i] for i in range(len(test))]  # where a video is damaged, another one with its label
+    clips = [test.spec.normalize(frames).unsqueeze(0) for frames, _ in pairs]
     with torch.inference_mode():
         probs = {name: torch.cat([each(clip) for clip in clips]).softmax(dim=1).numpy() for name, each in compared.items()}
-    return np.array(test.labels), probs
+    return np.array([label for _, label in pairs]), probs
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ Commands import PyTorch and the rest of tpn when they run, so that help, complet
 """
 
 import signal
+import threading
 from types import FrameType
 
 from tpn.cli.script import run_cli
@@ -18,14 +19,15 @@ def main() -> None:
 
 
 def _run() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another one in the background
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # another one in the background
         signal.signal(signal.SIGINT, _interrupt)
     try:
         from tpn.cli.commands import app
 
         app(prog_name="tpn")
     finally:
-        if signal.getsignal(signal.SIGINT) is _interrupt:
+        if in_main_thread and signal.getsignal(signal.SIGINT) is _interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,7 +1,7 @@
 """The command export."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -96,10 +96,18 @@ def export(
     if num_classes and built.labels is None and pretrained and checkpoint is None and not is_saved(model):
         err.print(f"the weights have another number of classes, so the classifier for {num_classes} classes is untrained")
     built.input_spec = built.input_spec.with_views(num_clips, num_crops)
-    data_args: dict[str, Any] = {"root": root, "template": frames, "first": first_frame} if int8 else {}
     with atomic_write(output) as unchecked:
         if format == "openvino":
-            report = exporting.export_openvino(built, unchecked, size=size, calibrate=calibrate, max_drop=max_drop, **data_args)
+            report = exporting.export_openvino(
+                built,
+                unchecked,
+                size=size,
+                calibrate=calibrate,
+                max_drop=max_drop,
+                root=root,
+                template=frames,
+                first=first_frame,
+            )
         else:
             report = None
             (exporting.export_onnx if format == "onnx" else exporting.export_pt2)(built, unchecked, size=size)
@@ -114,9 +122,7 @@ def export(
         else:
             result = str(report)
             if report.held_back < exporting.quantization.FEW:
-                err.print(
-                    f"{report.held_back} held-back clips say little about int8; {report.calibration} calibrated it, 300 are better"
-                )
+                err.print(f"{report.held_back} held-back clips say little; {exporting.quantization.FEW} or more are better")
     files = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
     size_mb = sum(file.stat().st_size for file in files) / 1e6
     print_result(f"{output}  {size_mb:.1f} MB, {result}")

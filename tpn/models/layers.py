@@ -59,7 +59,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def checkpointed(module: nn.Module, *args: Tensor | int | None) -> Tensor:
+def checkpointed(module: nn.Module, *args: Tensor | int) -> Tensor:
     """Call `module(*args)` and recompute its activations in the backward pass instead of keeping them.
 
     The recomputation does not update the running statistics of batch norm: a step with checkpointing updates them once, like a

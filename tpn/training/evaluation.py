@@ -234,7 +234,7 @@ def _open_model(
         network = unwrapped(model)
         if not isinstance(network, Network):
             raise TypeError(f"model must be a name, a folder, or a TPNClassifier, got {type(network).__name__}")
-        name = str(network.path) if isinstance(network, ExportedClassifier) else network.architecture
+        name = str(network.path or "exported") if isinstance(network, ExportedClassifier) else network.architecture
     spec = network.input_spec
     if spec is None:
         raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
@@ -260,7 +260,7 @@ def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None
 def _identity(model: Network, data: VideoDataset) -> dict[str, Any]:
     videos = hashlib.sha256(repr(data.items).encode(errors="backslashreplace"))
     if isinstance(model, ExportedClassifier):  # an OpenVINO file contains the SHA-256 of its weights
-        weights = uuid.uuid4().hex if model.path is None else file_sha256(model.path)  # without a file, nothing to resume
+        weights = model.about["id"] if model.path is None else file_sha256(model.path)
         return {"weights": weights, "videos": videos.hexdigest(), "model": f"exported, {model.precision}"}
     config = None
     with suppress(ValueError):  # models put together by hand have no config

@@ -55,7 +55,7 @@ class ResidualBlock(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
-    def forward(self, x: Tensor, *args: int | None) -> Tensor:
+    def forward(self, x: Tensor, *args: int) -> Tensor:
         """`args` come from `ResNet.forward_stages`; a plain block takes none."""
         return self.sum(self.branch(x), self.shortcut(x))
 
@@ -183,7 +183,7 @@ class ResNet(nn.Module):
         """Recompute each residual block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def forward_stages(self, x: Tensor, *block_args: int | None) -> tuple[Tensor, ...]:
+    def forward_stages(self, x: Tensor, *block_args: int) -> tuple[Tensor, ...]:
         """Return the maps of `out_indices`; `block_args` are passed on to every block."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps = []

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from tpn.models.backbones.resnet import STAGES, Bottleneck, ResNet, check_depth
 from tpn.models.registry import register_backbone
@@ -15,6 +17,7 @@ SHIFT_DIV = 8
 """One channel in `SHIFT_DIV` comes from the next frame, one from the previous."""
 
 MANY_BLOCKS = 23
+LAYERS_3D: dict[type, type] = {nn.Conv2d: nn.Conv3d, nn.BatchNorm2d: nn.BatchNorm3d, nn.MaxPool2d: nn.MaxPool3d}
 
 
 def shift_every(num_blocks: Iterable[int]) -> int:
@@ -28,7 +31,7 @@ def shift_every(num_blocks: Iterable[int]) -> int:
     return 2 if max(num_blocks) >= MANY_BLOCKS else 1
 
 
-def temporal_shift(x: Tensor, num_frames: int | None) -> Tensor:
+def temporal_shift(x: Tensor, num_frames: int | None = None) -> Tensor:
     """Return a tensor in which 1/8 of the channels come from frame t+1, the next 1/8 from frame t-1, with zeros at the ends.
 
     Args:
@@ -69,9 +72,8 @@ class ShiftBottleneck(Bottleneck):
     def extra_repr(self) -> str:
         return f"shift={self.shift}, shift_shortcut={self.shift_shortcut}"
 
-    def forward(self, x: Tensor, *args: int | None) -> Tensor:
-        (num_frames,) = args
-        shifted = temporal_shift(x, num_frames) if self.shift else x
+    def forward(self, x: Tensor, *args: int) -> Tensor:
+        shifted = temporal_shift(x, *args) if self.shift else x
         return self.sum(self.branch(shifted), self.shortcut(shifted if self.shift_shortcut else x))
 
 
@@ -133,32 +135,26 @@ class ResNetTSM(ResNet):
         """
         network = copy.deepcopy(self)
         network.folded = False
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d):
-                network.set_submodule(name, _with_time(module).train(module.training))
+        for module in network.modules():
+            _add_time(module)
         return network
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.folded:
-            return self.forward_stages(x, None)
+            return self.forward_stages(x)
         num_frames = x.shape[2]
         maps = self.forward_stages(rearrange(x, "b c t h w -> (b t) c h w"), num_frames)
         return tuple(rearrange(m, "(b t) c h w -> b c t h w", t=num_frames) for m in maps)
 
 
-def _with_time(module: nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d) -> nn.Module:
-    """Return a layer that computes on (B, C, T, H, W) what `module`, one of this file's, computes on each frame."""
-    if isinstance(module, nn.MaxPool2d):
-        return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
-    if isinstance(module, nn.BatchNorm2d):
-        norm = nn.BatchNorm3d(module.num_features, module.eps, module.momentum)
-        norm.load_state_dict(module.state_dict())
-        return norm
-    kernel, stride, padding = (
-        (first, *pair) for first, pair in ((1, module.kernel_size), (1, module.stride), (0, module.padding))
-    )
-    conv = nn.Conv3d(
-        module.in_channels, module.out_channels, kernel, stride, padding, groups=module.groups, bias=module.bias is not None
-    )
-    conv.load_state_dict({name: x.unsqueeze(2) if name == "weight" else x for name, x in module.state_dict().items()})
-    return conv
+def _add_time(module: Any) -> None:
+    """Turn a 2D layer into a 3D one that computes the same on each frame of (B, C, T, H, W)."""
+    if type(module) not in LAYERS_3D:
+        return
+    if type(module) is not nn.BatchNorm2d:
+        for name, first in {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
+            setattr(module, name, (first, *_pair(getattr(module, name))))
+    if type(module) is nn.Conv2d:
+        module.weight.data = module.weight.data.unsqueeze(2)
+        module._reversed_padding_repeated_twice = [*module._reversed_padding_repeated_twice, 0, 0]
+    module.__class__ = LAYERS_3D[type(module)]
