@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any, cast
@@ -132,6 +133,20 @@ def _core() -> Any:
     """
     with _CORE_LOCK:
         return _new_core()
+
+
+def in_other_thread(run: Callable[[], Any]) -> Any:
+    """Return the result of a function that makes Cores of its own, as NNCF does; see `_core`. Only that thread gets their stacks."""
+    future: Future[Any] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=target, daemon=True).start()  # Ctrl-C does not wait for it
+    return future.result()
 
 
 @cache

@@ -130,8 +130,8 @@ def quantize(
         hits = [float(decide(compiled(to_clip(pair))[0][0]) == pair[1]) for pair in pairs]
         return sum(hits) / len(hits), hits
 
-    with redirect_stdout(sys.stderr):  # progress bars
-        quantized = nncf.quantize_with_accuracy_control(
+    def run() -> Any:
+        return nncf.quantize_with_accuracy_control(
             converted,
             nncf.Dataset([calibration[i] for i in range(len(calibration))], to_clip),
             nncf.Dataset(pairs, to_clip),
@@ -144,6 +144,9 @@ def quantize(
                 activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM
             ),
         )
+
+    with redirect_stdout(sys.stderr):  # progress bars
+        quantized = openvino_runtime.in_other_thread(run)
     got = decisions(openvino_runtime.runner(quantized, openvino_runtime.fastest_precision()))
     report = QuantizationReport(
         calibration=len(calibration),
