@@ -136,7 +136,7 @@ def _core() -> Any:
 
 
 def in_other_thread(run: Callable[[], Any]) -> Any:
-    """Return the result of a function that makes Cores of its own, as NNCF does; see `_core`. Only that thread gets their stacks."""
+    """Return the result of a function that makes Cores of its own, as NNCF does: that thread gets their stacks, see `_core`."""
     future: Future[Any] = Future()
 
     def target() -> None:

@@ -26,7 +26,7 @@ def write_files(model: tpn.TPNClassifier, folder: Path) -> dict[str, tuple[Path,
     import nncf  # after OpenVINO, whose statistics tpn switches off
 
     data = [torch.randn(1, *clips.shape[1:], generator=torch.Generator().manual_seed(i)).numpy() for i in range(4)]
-    quantized = nncf.quantize(converted, nncf.Dataset(data), subset_size=len(data))
+    quantized = openvino_runtime.in_other_thread(lambda: nncf.quantize(converted, nncf.Dataset(data), subset_size=len(data)))
     openvino_runtime.save(quantized, folder / "int8.xml", exported.METADATA, about | {"precision": "int8"})
     return {
         "OpenVINO float32": (folder / "float32.xml", None),
