@@ -9,6 +9,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +241,26 @@ def test_small_convolutions_are_split():
     assert [op.get_type_name() for op in converted.get_ordered_ops()].count("Convolution") == 1 + 9 + 3 + 1
     got = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
     assert relative_error(torch.from_numpy(got), network(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "amx", "split"), [("bfloat16", True, 1), ("bfloat16", False, 0), ("float32", True, 0)])
+def test_how_a_file_runs(folder, monkeypatch, precision, amx, split):
+    splits, given = [], []
+    core = openvino_runtime._core()
+
+    def compile_model(network, device, options):
+        given.append(options)
+        return core.compile_model(network, device, options)
+
+    monkeypatch.setattr(openvino_runtime, "cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(openvino_runtime, "split_small_convolutions", splits.append)
+    monkeypatch.setattr(
+        openvino_runtime, "_core", lambda: SimpleNamespace(compile_model=compile_model, read_model=core.read_model)
+    )
+    export.load(folder / "tiny.xml", precision=precision)
+    assert len(splits) == split
+    assert given[0]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert given[0]["INFERENCE_PRECISION_HINT"] == openvino_runtime.PRECISIONS[precision]
 
 
 def test_optimize(model):

@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 class AfterTimm(MetaPathFinder):
-    """Import a module as soon as timm has been imported, by whomever."""
+    """Import a module as soon as timm has been imported."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -21,6 +21,7 @@ class AfterTimm(MetaPathFinder):
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
+            # On this loader alone, which exists for this one import.
             spec.loader.exec_module = partial(self._execute, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 

@@ -4,6 +4,7 @@ A file holds one network for clips of one size and any batch size, with classes,
 metadata. `load` reads it; `VideoClassifier` and the commands take its name in place of a model's.
 """
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tpn import openvino_runtime, quantization
 from tpn.config import InputSpec
-from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, need_packages, prepare, to_json
+from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, need_packages, prepare
 from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
@@ -62,7 +63,7 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
-    program.model.metadata_props[METADATA] = to_json(about)
+    program.model.metadata_props[METADATA] = json.dumps(about)
     with atomic_write(path) as unfinished:
         program.save(unfinished)
     return path
@@ -79,7 +80,7 @@ def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int 
     with suppress(ValueError):  # PyTorch 2.6 does not allow it
         program.example_inputs = None  # saved with the program otherwise: 50 MB for 32 frames of 256 x 256
     with atomic_write(path) as unfinished:
-        torch.export.save(program, unfinished, extra_files={METADATA: to_json(about)})
+        torch.export.save(program, unfinished, extra_files={METADATA: json.dumps(about)})
     return path
 
 

@@ -151,10 +151,6 @@ def _resized(spec: InputSpec, size: int | None) -> InputSpec:
     return replace(spec, crop_size=size, three_crop_size=size, short_side=short_side)
 
 
-def to_json(about: dict[str, Any]) -> str:
-    return json.dumps(about, ensure_ascii=False)
-
-
 def clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
     return in_chans, spec.num_frames, spec.crop_size, spec.crop_size
 

@@ -19,9 +19,9 @@ from tpn.devices import cpu_has_amx, fastest_dtype
 from tpn.files import file_sha256
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-_CORE_LOCK = threading.Lock()
 SMALL_ROW = 8
 """Largest number of pixels in a row for `split_small_convolutions`; splitting 14 x 14 was not faster."""
+_CORE_LOCK = threading.Lock()
 
 
 def convert(model: nn.Module, clips: Tensor) -> Any:
@@ -53,7 +53,7 @@ def save(model: Any, path: Path, key: str, about: dict[str, Any]) -> None:
     write = partial(openvino.save_model, model, path, compress_to_fp16=False)
     write()
     about = about | {"weights_sha256": file_sha256(path.with_suffix(".bin"))}
-    model.set_rt_info(json.dumps(about, ensure_ascii=False), key)
+    model.set_rt_info(json.dumps(about), key)
     write()
 
 
@@ -135,6 +135,11 @@ def _core() -> Any:
         return _new_core()
 
 
+@cache
+def _new_core() -> Any:
+    return _import_openvino().Core()
+
+
 def in_other_thread(run: Callable[[], Any]) -> Any:
     """Return the result of a function that makes Cores of its own, as NNCF does: that thread gets their stacks, see `_core`."""
     future: Future[Any] = Future()
@@ -147,8 +152,3 @@ def in_other_thread(run: Callable[[], Any]) -> Any:
 
     threading.Thread(target=target, daemon=True).start()  # Ctrl-C does not wait for it
     return future.result()
-
-
-@cache
-def _new_core() -> Any:
-    return _import_openvino().Core()

@@ -210,9 +210,7 @@ def optimize(
         got = fast(clips)
     if expected.isfinite().all() and not got.isfinite().all():
         raise ValueError(f"the model's logits are not finite in {wanted}; pass dtype=torch.bfloat16 or torch.float32")
-    difference = _difference(given, expected, got)
-    same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
-    fast.report = OptimizationReport(wanted, compile, len(pairs), difference, same)
+    fast.report = OptimizationReport(wanted, compile, len(pairs), *_compare(given, expected, got))
     return fast
 
 
@@ -262,8 +260,7 @@ def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | No
     about["id"] = uuid.uuid4().hex  # in place of the hash of a file
     fast = ExportedClassifier(openvino_runtime.runner(openvino_runtime.convert(ready, clips), precision), about, None, precision)
     got = fast(sample)
-    same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
-    fast.report = OptimizationReport(dtype, False, 0, _difference(model, expected, got), same)
+    fast.report = OptimizationReport(dtype, False, 0, *_compare(model, expected, got))
     return fast
 
 
@@ -338,9 +335,10 @@ def _run(model: TPNClassifier, clips: Tensor) -> tuple[Tensor, list[tuple[str, s
     return result, [(names[conv], names[norm]) for conv, norm in alone]
 
 
-def _difference(model: TPNClassifier, expected: Tensor, got: Tensor) -> float:
-    """Return the largest difference of a probability, or without classes of a feature, relative to the largest one."""
-    if model.num_classes:
-        probs = [class_probs(logits, multi_label=model.multi_label) for logits in (expected, got)]
-        return float((probs[0] - probs[1]).abs().max())
-    return float((expected - got).abs().max() / expected.abs().max())
+def _compare(model: TPNClassifier, expected: Tensor, got: Tensor) -> tuple[float, bool]:
+    """Return `max_difference` and `same_top1` of an `OptimizationReport`."""
+    same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
+    if not model.num_classes:
+        return float((expected - got).abs().max() / expected.abs().max()), same
+    probs = [class_probs(logits, multi_label=model.multi_label) for logits in (expected, got)]
+    return float((probs[0] - probs[1]).abs().max()), same

@@ -49,7 +49,7 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
-        help="float32, float16, bfloat16, or auto: float16 on CUDA, bfloat16 on CPUs that compute in it, otherwise float32. "
+        help="float32, float16, bfloat16, or auto: float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, otherwise float32. "
         "Default: float32; for an int8 file auto."
     ),
 ]
