@@ -378,6 +378,7 @@ def test_options_of_int8(clips, tmp_path):
         ("--int8", "--int8", "--calibrate", clips, "-f", "onnx"),
         ("--max-drop", "--max-drop", 0.1),
         ("--root", "--root", clips),
+        ("--first-frame", "--first-frame", 0),
         ("--calibrate", "-f", "openvino", "--int8", "--calibrate", clips / "missing"),
     ):
         done = run("export", TINY, *options, cwd=tmp_path)

@@ -26,13 +26,13 @@ Run = Callable[[], Any]
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory so far in bytes: tensors on a GPU, otherwise the whole process.
 
-    `ru_maxrss`, used where Linux's VmHWM is missing, is not less than what the parent process had.
+    Where Linux's VmHWM is missing, it is `ru_maxrss`, in bytes on macOS, which is not less than what the parent process had.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

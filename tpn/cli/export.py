@@ -82,7 +82,8 @@ def export(
         raise typer.BadParameter(f"is for OpenVINO, got {format}; add --format openvino", param_hint="--int8")
     if int8 and calibrate is None:
         raise typer.BadParameter("needs videos to calibrate with: --calibrate FOLDER", param_hint="--int8")
-    given = {"--calibrate": calibrate, "--max-drop": max_drop, "--root": root, "--frames": frames}
+    first = None if first_frame == 1 else first_frame
+    given = {"--calibrate": calibrate, "--max-drop": max_drop, "--root": root, "--frames": frames, "--first-frame": first}
     if not int8 and (unused := [name for name, value in given.items() if value is not None]):
         raise typer.BadParameter("needs --int8", param_hint=", ".join(unused))
     if format == "openvino":
