@@ -10,6 +10,7 @@ output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(botto
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -154,9 +155,11 @@ class TemporalPyramid(nn.Module):
         for name, value in (("out_channels", out_channels), ("mid_channels", mid_channels), ("groups", groups)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        groups, flows = math.gcd(groups, out_channels, mid_channels), FLOWS[flow_order]
+        groups = math.gcd(groups, out_channels, mid_channels)
         ratios = [fine // coarse for fine, coarse in pairwise(lengths)]
         fusion_scales = [length // lengths[-1] for length in lengths]
+        fusion = partial(LevelFusion, mid_channels, out_channels, fusion_scales, groups)
+        flows = FLOWS[flow_order]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
         self.num_frames, self.temporal_scales = frames, temporal
@@ -175,12 +178,12 @@ class TemporalPyramid(nn.Module):
             self.top_down = nn.ModuleList(
                 nn.Identity() if r == 1 else nn.Upsample(scale_factor=(r, 1, 1), mode="nearest") for r in ratios
             )
-            self.top_down_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+            self.top_down_fusion = fusion()
         if "bottom_up" in flows:
             self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
-            self.bottom_up_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+            self.bottom_up_fusion = fusion()
         if not flows:
-            self.level_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
+            self.level_fusion = fusion()
         self.pyramid_fusion = ConvBnAct(max(len(flows), 1) * out_channels, out_channels, (1, 1, 1))
         init_weights(self, conv=nn.init.xavier_uniform_)
 
