@@ -348,7 +348,6 @@ def test_zero_init_last(make):
         (lambda: ResNetTSM(18), "depth.*50, 101.* 18"),
         (lambda: ResNet3dSlowOnly(out_indices=()), r"out_indices.*\(\)"),
         (lambda: ResNet3dSlowOnly(out_indices=(3, 2)), r"out_indices.*\(3, 2\)"),
-        (lambda: ResNet3dSlowOnly(out_indices=(2, 2)), r"out_indices.*\(2, 2\)"),
         (lambda: ResNetTSM(out_indices=(2, 4)), r"out_indices.*\(2, 4\)"),
     ],
 )
