@@ -141,8 +141,9 @@ class ResNet(nn.Module):
     ) -> None:
         """`make_block(stage, index, in_channels, channels, stride)` builds one residual block."""
         super().__init__()
-        if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(out_indices):
-            raise ValueError(f"out_indices must be stage indices in 0..3 that never decrease, got {tuple(out_indices)}")
+        stages = isinstance(out_indices, Sequence) and all(isinstance(i, int) and i in range(4) for i in out_indices)
+        if not stages or not out_indices or list(out_indices) != sorted(out_indices):
+            raise ValueError(f"out_indices must be stage indices in 0..3 that never decrease, got {out_indices!r}")
         block, counts = STAGES[depth]
         self.depth = depth
         self.imagenet_repo = f"timm/resnet{depth}.tv_in1k"
