@@ -212,20 +212,18 @@ class TemporalPyramid(nn.Module):
         found.update(_named("spatial_modulation", levels))
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
         found.update(_named("temporal_modulation", levels))
-        flows, fused = FLOWS[self.flow_order], []
+        flows = FLOWS[self.flow_order]
         if "top_down" in flows:
             top_down = self.top_down_flow(levels)
             found.update(_named("top_down", top_down))
-            fused.append(self.top_down_fusion(top_down))
-            found["top_down_fusion"] = fused[-1]
+            found["top_down_fusion"] = self.top_down_fusion(top_down)
         if "bottom_up" in flows:
             bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
             found.update(_named("bottom_up", bottom_up))
-            fused.append(self.bottom_up_fusion(bottom_up))
-            found["bottom_up_fusion"] = fused[-1]
+            found["bottom_up_fusion"] = self.bottom_up_fusion(bottom_up)
         if not flows:
-            fused.append(self.level_fusion(levels))
-            found["level_fusion"] = fused[-1]
+            found["level_fusion"] = self.level_fusion(levels)
+        fused = [x for name, x in found.items() if name.endswith("_fusion")]
         found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(fused, dim=1))
         return found
 
