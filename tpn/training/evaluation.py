@@ -235,7 +235,7 @@ def _open_model(
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
-        if not is_exported(name):
+        if sampling != (None, None, None) and not is_exported(name):
             _resampled(input_spec(name), *sampling)  # raises before a download
         network = open_model(model, checkpoint is None, precision=precision, checkpoint_path=checkpoint)
     elif checkpoint is not None:

@@ -95,9 +95,9 @@ def create_model(
     model = _build(config, backbone, neck, backbone_pretrained, cache_dir)
     if name == "tpn":
         _check_view_size(model)
-    if pretrained and isinstance(source, Checkpoint) and not elsewhere:
-        load.check_published(model, source)
     if pretrained:
+        if isinstance(source, Checkpoint) and not elsewhere:
+            load.check_published(model, source)
         weights = load.read_weights(_published_weights(overlay, source, cache_dir))
     if weights is not None:
         load.load_weights(model, weights, new_classifiers=num_classes is not None)
