@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from backbones import BACKBONES, MORE_BACKBONES, WITHOUT_GRADIENT, clips, small, switch_on
+from backbones import BACKBONES, MORE_BACKBONES, WITHOUT_GRADIENT, assert_same, clips, small, switch_on
 from safetensors.torch import save
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
@@ -40,6 +40,34 @@ def test_family(name, tmp_path, caplog):
         assert torch.equal(again(x), model(x))
     assert again.config == model.config
     assert not [record for record in caplog.records if record.name.startswith("tpn")]
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "scales"),
+    [
+        ("tpn_slowonly_r50_k400", 3, (4, 8)),
+        ("tpn_tsm_r50_sthv1", 3, (4, 8)),
+        ("timm/resnet18", -1, (4, 8)),
+        ("torchvision/mc3_18", 3, (4, 8)),
+    ],
+)
+def test_one_map_at_two_rates(name, last, scales, tmp_path):
+    """The network runs once, and each level has its own tempo."""
+    args = {"out_indices": (last, last), "temporal_scales": scales, "num_frames": 8, "drop_rate": 0.0}
+    model = small(name, **args) if "/" in name else tpn.create_model(name, num_classes=5, base_channels=4, **args)
+    calls = []
+    network = getattr(model.backbone, "net", model.backbone)
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    logits, aux_logits = model.forward_with_aux(clips(model))
+    assert len(calls) == 1
+    (logits.square().sum() + aux_logits.square().sum()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    _, found = model.eval().forward_intermediates(clips(model, 1))
+    assert torch.equal(found["c4"], found["c5"])
+    assert found["spatial_modulation.0"].shape == found["c5"].shape
+    assert [found[f"temporal_modulation.{level}"].shape[2] for level in range(2)] == [2, 1]
+    assert_same(tpn.create_model(f"local-dir:{tpn.save_pretrained(model, tmp_path)}"), model)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_module(as_dict, tmp_path):
 
 
 @pytest.mark.parametrize(("scales", "lengths"), [((8, 4, 2), [1, 1, 1]), ((2, 2, 1), [4, 2, 2]), ((1, 1, 1), [8, 4, 2])])
-@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
+@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up", "isolation"])
 def test_levels_that_differ_in_time(scales, lengths, flow_order):
     """Each level keeps its own tempo until the levels are fused."""
     model = tpn.build(Pyramid(), num_classes=4, input_spec=SPEC, temporal_scales=scales, flow_order=flow_order, drop_rate=0.0)

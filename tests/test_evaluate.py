@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from scripts import ROOT
@@ -285,6 +286,42 @@ def test_frames(folder, tmp_path):
     assert np.array_equal(from_frames.probs, from_video.probs)
     slower = tpn.evaluate(folder / "model", tmp_path / "videos.txt", root=folder, target_fps=12)
     assert not np.array_equal(slower.probs, from_video.probs)
+
+
+def test_frame_interval(folder, tmp_path):
+    """Of a video at twice the speed, half the interval reads the same frames."""
+    for i, frame in enumerate(read_frames(folder / "video 0.mp4", range(31))):
+        for name, step in (("normal", 1), ("fast", 2)):
+            if i % step == 0:
+                (tmp_path / name).mkdir(exist_ok=True)
+                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i // step + 1:03d}.png")
+    (tmp_path / "normal.txt").write_text("normal 31 0\n")
+    (tmp_path / "fast.txt").write_text("fast 16 0\n")
+    assert tpn.input_spec(folder / "model").frame_interval == 2
+    normal = tpn.evaluate(folder / "model", tmp_path / "normal.txt", frames="{:03d}.png")
+    fast = tpn.evaluate(folder / "model", tmp_path / "fast.txt", frames="{:03d}.png", frame_interval=1)
+    assert np.array_equal(fast.probs, normal.probs)
+    assert (normal.frame_interval, fast.frame_interval) == (2, 1)
+    options = ["--frames", "{:03d}.png", "--frame-interval", "1", "--output", "out", "--json"]
+    done = run("evaluate", folder / "model", "fast.txt", *options, cwd=tmp_path)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert json.loads(done.stdout)["frame_interval"] == 1
+    assert "<dt>frame interval</dt><dd>1</dd>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_frame_interval_is_refused_before_the_download(folder, server, monkeypatch):
+    for name, interval, says in (
+        (small.TSM, 2, "frame_interval.*8 segments.*got 2"),
+        (small.SLOWONLY, 0, "frame_interval.*0"),
+        (small.SLOWONLY, 10_001, "frame_interval.*10001"),
+    ):
+        small.serve(server, name, monkeypatch.setattr)
+        with pytest.raises(ValueError, match=says):
+            tpn.evaluate(name, folder / "list.txt", frame_interval=interval)
+    model = tpn.create_model(small.TSM, base_channels=4)
+    with pytest.raises(ValueError, match="frame_interval.*8 segments"):
+        tpn.evaluate(model, folder / "list.txt", frame_interval=2)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

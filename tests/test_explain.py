@@ -100,9 +100,16 @@ def test_occlusion_by_hand(name):
     assert (falls.amax(dim=(1, 2, 3, 4)) > 0.001).all()
 
 
-@pytest.mark.parametrize("name", ["slowonly_r50_k400", "tpn_tsm_r50_sthv1"])
-def test_grad_cam_by_hand(name):
-    model = build(name, base_channels=8).eval()
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("slowonly_r50_k400", {}),
+        ("tpn_tsm_r50_sthv1", {}),
+        ("tpn_slowonly_r50_k400", {"out_indices": (3, 3), "temporal_scales": (2, 8)}),
+    ],
+)
+def test_grad_cam_by_hand(name, kwargs):
+    model = build(name, base_channels=8, **kwargs).eval()
     clips = clips_of(model)
     maps = [each.detach().requires_grad_() for each in model.feature_maps(model.backbone(clips))]
     model.forward_head(maps[0] if model.neck is None else model.neck(maps))[:, 7].sum().backward()
@@ -118,6 +125,7 @@ GENERIC = {"num_classes": 5, "input_spec": SPEC}
 MODELS = {
     "levels of other lengths": (NAME, {"temporal_scales": (4, 16)}, 2, BOTH),
     "one flow": (NAME, {"flow_order": "bottom_up"}, 2, ["bottom_up"]),
+    "isolation": (NAME, {"flow_order": "isolation", "temporal_modulation": False}, 2, []),
     "TSM": ("tpn_tsm_r50_sthv1", {"base_channels": 8}, 2, BOTH),
     "without pyramid": ("tsm_r50_sthv2", {"base_channels": 8}, 1, []),
     "timm": ("tpn", {"backbone": "timm/resnet18", **GENERIC}, 2, BOTH),
@@ -147,7 +155,7 @@ def test_every_model(which, video, tmp_path):
     maps = occlusion(model, spec.normalize(explanation.frames)[None], explanation.target, cells=2)
     assert [each.shape[1:] for each in maps] == [each.shape for each in explanation.maps]
     assert any(each.max() > 0 for each in maps)
-    assert len(explanation.levels) == (num_levels if flows else 0)
+    assert len(explanation.levels) == (0 if which == "without pyramid" else num_levels)
     assert list(explanation.flows) == flows
     for parts in filter(None, (explanation.levels, tuple(explanation.flows.values()))):
         assert sum(abs(part.share) for part in parts) == pytest.approx(1)

@@ -33,6 +33,9 @@ MODELS = {
     "tiny": (TINY, {}),
     "levels of other lengths": (TINY, {"temporal_scales": (4, 16), "flow_order": "parallel"}),
     "one flow": (TINY, {"flow_order": "bottom_up", "num_frames": 7, "temporal_scales": (2, 4)}),
+    "isolation": (TINY, {"flow_order": "isolation", "spatial_modulation": False, "out_indices": (1, 2, 3)}),
+    "no temporal modulation": (TINY, {"temporal_modulation": False, "num_frames": 4}),
+    "one map at two rates": (TINY, {"out_indices": (3, 3), "temporal_scales": (4, 8), "aux_head": False}),
     "SlowOnly R50": ("tpn_slowonly_r50_k400", {}),
     "SlowOnly R101": ("tpn_slowonly_r101_32x2_k400", {}),
     "TSM": ("tpn_tsm_r50_sthv1", {}),
@@ -89,7 +92,9 @@ def test_onnx(which, tmp_path, capfd):
     assert max(differences(model, export.load(path), 64)) < 1e-4
 
 
-@pytest.mark.parametrize("which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted"))])
+@pytest.mark.parametrize(
+    "which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted", "isolation"))]
+)
 def test_pt2(which, tmp_path, capfd):
     model = build(which)
     path = export.export_pt2(model, tmp_path / "model.pt2", size=64)
@@ -179,9 +184,12 @@ def test_predict_command(folder):
 def test_an_exported_file_is_a_name(folder, model, tmp_path):
     """In `evaluate` and `timeline`, too, with the numbers of the model."""
     (tmp_path / "list.txt").write_text(f"{folder / 'video.mp4'} 3\n")
-    expected, *others = (tpn.evaluate(name, tmp_path / "list.txt") for name in (model, folder / "tiny.onnx", folder / "tiny.pt2"))
-    for got in others:
-        np.testing.assert_allclose(got.probs, expected.probs, atol=1e-5)
+    names = (model, folder / "tiny.onnx", folder / "tiny.pt2")
+    for interval in (1, None):
+        expected, *others = (tpn.evaluate(name, tmp_path / "list.txt", frame_interval=interval) for name in names)
+        for got in others:
+            np.testing.assert_allclose(got.probs, expected.probs, atol=1e-5)
+            assert got.frame_interval == expected.frame_interval == (interval or 2)
     given = tpn.evaluate(export.load(folder / "tiny.onnx"), tmp_path / "list.txt", output=tmp_path / "out")
     np.testing.assert_allclose(given.probs, expected.probs, atol=1e-5)
     for name in (TINY, folder / "tiny.onnx"):

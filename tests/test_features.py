@@ -55,7 +55,7 @@ def test_maps_of_the_published_network():
     assert result is found["pyramid_fusion"]
 
 
-@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
+@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up", "isolation"])
 def test_maps_are_those_of_forward(flow_order):
     torch.manual_seed(0)
     model = tpn.create_model("tpn_slowonly_r101_k400", base_channels=4, flow_order=flow_order).eval()
@@ -67,14 +67,18 @@ def test_maps_are_those_of_forward(flow_order):
     levels = [found[f"temporal_modulation.{i}"] for i in range(2)]
     for i in range(2):
         assert torch.equal(levels[i], neck.temporal_modulation[i](neck.spatial_modulation[i](maps[i])))
-    if flow_order != "bottom_up":
+    flows = {"top_down", "bottom_up"} if flow_order in ("cascade", "parallel") else {flow_order}
+    if "top_down" in flows:
         levels = neck.top_down_flow(levels)
         assert all(torch.equal(found[f"top_down.{i}"], levels[i]) for i in range(2))
         assert torch.equal(found["top_down_fusion"], neck.top_down_fusion(levels))
-    if flow_order != "top_down":
+    if "bottom_up" in flows:
         start = levels if flow_order == "cascade" else [found[f"temporal_modulation.{i}"] for i in range(2)]
         assert torch.equal(found["bottom_up_fusion"], neck.bottom_up_fusion(neck.bottom_up_flow(start)))
-    assert ("top_down.0" in found, "bottom_up.0" in found) == (flow_order != "bottom_up", flow_order != "top_down")
+    assert {name.partition(".")[0] for name in found} & {"top_down", "bottom_up"} == flows - {"isolation"}
+    if flow_order == "isolation":
+        assert torch.equal(found["level_fusion"], neck.level_fusion(levels))
+        assert FeatureModel(model, "level_fusion")(x).shape == (2, 128)
     assert list(model.forward_intermediates(x, ["pyramid_fusion", "c5"])[1]) == ["pyramid_fusion", "c5"]
     with pytest.raises(ValueError, match="no intermediate 'c6'; there are c4, c5, spatial_modulation.0"):
         model.forward_intermediates(x, ["c4", "c6"])

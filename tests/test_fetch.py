@@ -189,6 +189,33 @@ def test_other_number_of_classes(server, published, caplog):
     assert same(model, {k: v for k, v in wanted(server).items() if "fc." not in k})
 
 
+def test_arguments_that_change_the_network_are_refused_before_the_download(server, published, caplog):
+    for kwargs, says in (
+        ({"flow_order": "isolation"}, "flow_order=isolation"),
+        ({"flow_order": "parallel"}, "flow_order=parallel"),
+        ({"spatial_modulation": False}, r"not in the model.*neck\.spatial_modulation"),
+        ({"temporal_modulation": False}, r"neck\.temporal_modulation.*3, 1, 1\) instead of .*1, 1, 1\)"),
+        ({"out_indices": (1, 2, 3)}, r"missing.*neck\.bottom_up\.1"),
+        ({"out_indices": (3, 3), "temporal_scales": (4, 8), "num_classes": 3}, r"neck\.spatial_modulation"),
+        ({"mid_channels": 12, "in_chans": 1}, r"neck\.bottom_up"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{SLOWONLY}.*{says}.*Leave out"):
+            tpn.create_model(SLOWONLY, pretrained=True, **kwargs)
+    assert server.requests == []
+    assert not caplog.records
+
+
+def test_the_auxiliary_head_may_be_left_out(server, published, tmp_path):
+    model = tpn.create_model(SLOWONLY, pretrained=True, aux_head=False)
+    expected = {name: tensor for name, tensor in wanted(server).items() if not name.startswith("aux_head.")}
+    assert model.state_dict().keys() == expected.keys()
+    assert same(model, expected)
+    tpn.save_pretrained(model, tmp_path)
+    assert tpn.create_model(f"local-dir:{tmp_path}").aux_head is None
+    with pytest.raises(CheckpointError, match=r"missing.*aux_head\.conv"):
+        tpn.create_model(SLOWONLY, checkpoint_path=tmp_path / WEIGHTS_FILE)
+
+
 # Links of the caller
 
 
@@ -230,8 +257,8 @@ def test_another_file_for_an_embedded_model(server, tmp_path):
 
 
 def test_link_without_a_hash():
-    with pytest.raises(ValueError, match=r"url .*SHA-256.*mine.pth.*checkpoint_path"):
-        tpn.create_model(SLOWONLY, True, pretrained_cfg_overlay={"url": "http://127.0.0.1/mine.pth"}, base_channels=4)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"url .*SHA-256.*mine.pth.*checkpoint_path"):
+        tpn.create_model(SLOWONLY, True, pretrained_cfg_overlay={"url": "http://127.0.0.1/mine.pth"})
 
 
 @pytest.mark.parametrize("argument", ["pretrained_cfg", "pretrained_cfg_overlay"])

@@ -347,8 +347,9 @@ def test_zero_init_last(make):
         (lambda: ResNet3dSlowOnly(34), "depth.*18, 50, 101.* 34"),
         (lambda: ResNetTSM(18), "depth.*50, 101.* 18"),
         (lambda: ResNet3dSlowOnly(out_indices=()), r"out_indices.*\(\)"),
+        (lambda: ResNet3dSlowOnly(out_indices=3), "out_indices.* 3"),
+        (lambda: ResNet3dSlowOnly(out_indices=(3.0, 3.0)), r"out_indices.*\(3.0, 3.0\)"),
         (lambda: ResNet3dSlowOnly(out_indices=(3, 2)), r"out_indices.*\(3, 2\)"),
-        (lambda: ResNet3dSlowOnly(out_indices=(2, 2)), r"out_indices.*\(2, 2\)"),
         (lambda: ResNetTSM(out_indices=(2, 4)), r"out_indices.*\(2, 4\)"),
     ],
 )

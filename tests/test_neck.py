@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tpn import TemporalPyramid
 from tpn.models.neck import _same_size
@@ -12,6 +13,9 @@ def maps(channels, frames, size=8, batch=2):
     torch.manual_seed(0)
     sizes = [(size // 2**level, -(-(size + 2) // 2**level)) for level in range(len(channels))]
     return [torch.randn(batch, c, t, *hw) for c, t, hw in zip(channels, frames, sizes, strict=True)]
+
+
+each_flow_order = pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up", "isolation"])
 
 
 @pytest.mark.parametrize(
@@ -29,9 +33,31 @@ def maps(channels, frames, size=8, batch=2):
         ((8, 8, 8, 8), (4, 4, 4, 4), (1, 2, 4, 4), 1),
     ],
 )
-@pytest.mark.parametrize("flow_order", ["cascade", "parallel", "top_down", "bottom_up"])
+@each_flow_order
 def test_shape_and_gradients(channels, frames, scales, length, flow_order):
-    neck = TemporalPyramid(channels, frames, temporal_scales=scales, flow_order=flow_order)
+    check(TemporalPyramid(channels, frames, temporal_scales=scales, flow_order=flow_order), channels, frames, length)
+
+
+@pytest.mark.parametrize(("spatial", "temporal"), [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("channels", "frames"), [((12, 32), (8, 8)), ((6, 9, 32), (8, 8, 4)), ((8, 8, 8, 8), (4, 4, 2, 2))])
+@each_flow_order
+def test_without_modulation(spatial, temporal, channels, frames, flow_order):
+    modulation = {"spatial_modulation": spatial, "temporal_modulation": temporal}
+    neck = TemporalPyramid(channels, frames, flow_order=flow_order, **modulation)
+    check(neck, channels, frames, 1 if temporal else frames[-1])
+    shapes = {name: x.shape[1:3] for name, x in neck.forward_intermediates(maps(channels, frames)).items()}
+    for level in range(len(channels)):
+        width = channels[-1] if spatial else channels[level]
+        assert shapes[f"spatial_modulation.{level}"] == (width, frames[level])
+        assert shapes[f"temporal_modulation.{level}"] == (channels[-1] // 2, 1 if temporal else frames[level])
+    for name, value in modulation.items():
+        assert (f"{name}=False" in repr(neck)) == (not value)
+    assert (len(neck.spatial_modulation.state_dict()) > 0) == spatial
+    assert {m.conv.kernel_size for m in neck.temporal_modulation} == {(3 if temporal else 1, 1, 1)}
+
+
+def check(neck, channels, frames, length):
+    """The result has a shape, and every parameter and input a gradient."""
     features = [x.requires_grad_() for x in maps(channels, frames)]
     out = neck(features)
     height, width = features[-1].shape[3:]
@@ -110,6 +136,34 @@ def test_single_flows():
         torch.testing.assert_close(neck(x), neck.pyramid_fusion(fused))
 
 
+def test_levels_in_isolation_meet_in_one_fusion():
+    torch.manual_seed(0)
+    x = maps((8, 16, 32), (8, 8, 8))
+    changed = [x[0], torch.randn_like(x[1]), x[2]]
+    received = {}
+    for flow_order in ("isolation", "parallel"):
+        neck = TemporalPyramid((8, 16, 32), 8, temporal_scales=(2, 4, 8), flow_order=flow_order).eval()
+        fusion = neck.level_fusion if flow_order == "isolation" else neck.top_down_fusion
+        fusion.register_forward_pre_hook(lambda module, args, name=flow_order: received.setdefault(name, []).append(args[0]))
+        neck(x), neck(changed)
+        same = [torch.equal(a, b) for a, b in zip(*received[flow_order], strict=True)]
+        assert same == ([True, False, True] if flow_order == "isolation" else [False, False, True])
+    neck = TemporalPyramid((8, 16, 32), 8, temporal_scales=(2, 4, 8), flow_order="isolation").eval()
+    found = neck.forward_intermediates(x)
+    assert [name for name in found if "modulation" not in name] == ["level_fusion", "pyramid_fusion"]
+    levels = [found[f"temporal_modulation.{i}"] for i in range(3)]
+    assert torch.equal(neck(x), neck.pyramid_fusion(neck.level_fusion(levels)))
+
+
+def test_levels_without_spatial_modulation_are_max_pooled():
+    neck = TemporalPyramid((8, 16, 32), 4, spatial_modulation=False)
+    x = [torch.randn(1, 8, 4, 13, 16), torch.randn(1, 16, 4, 7, 8), torch.randn(1, 32, 4, 4, 4)]
+    found = neck.forward_intermediates(x)
+    blocks = F.pad(x[0], (0, 0, 0, 3), value=-torch.inf).view(1, 8, 4, 4, 4, 4, 4)
+    assert torch.equal(found["spatial_modulation.0"], blocks.amax(dim=(4, 6)))
+    assert torch.equal(found["spatial_modulation.2"], x[2])
+
+
 def test_top_down_stretches_the_coarser_level():
     neck = TemporalPyramid((8, 8), 8, temporal_scales=(2, 8))
     fine, coarse = torch.zeros(1, 4, 4, 1, 1), torch.ones(1, 4, 1, 1, 1)
@@ -147,6 +201,7 @@ def test_inputs_are_not_changed(flow_order):
         (((16, 32), 6), {"temporal_scales": (2, 3)}, r"temporal_scales.*\(2, 3\).*\(3, 2\)"),
         (((16, 32), 8), {"spatial_scales": (3, 1)}, r"spatial_scales.*\(3, 1\)"),
         (((16, 32), 8), {"spatial_scales": (4, 2, 1)}, r"spatial_scales.*\(4, 2, 1\)"),
+        (((16, 32), 8), {"temporal_scales": (4, 8), "temporal_modulation": False}, r"\(1, 1\).*temporal_modulation.*\(4, 8\)"),
         (((16, 32), 8), {"groups": 0}, "groups.*0"),
         (((16, 32), 8), {"mid_channels": -4}, "mid_channels.*-4"),
         (((16, 32), 8), {"out_channels": 0}, "out_channels.*0"),
@@ -155,6 +210,12 @@ def test_inputs_are_not_changed(flow_order):
 def test_bad_arguments(args, kwargs, text):
     with pytest.raises(ValueError, match=text):
         TemporalPyramid(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["spatial_modulation", "temporal_modulation"])
+def test_modulation_is_on_or_off(name):
+    with pytest.raises(TypeError, match=f"{name}.*'no'"):
+        TemporalPyramid((16, 32), 8, **{name: "no"})
 
 
 @pytest.mark.parametrize(

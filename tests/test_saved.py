@@ -41,6 +41,9 @@ def narrow(name="tpn_tsm_r50_sthv1", **kwargs):
         ("tsm_r50_sthv2", {"shift_shortcut": False, "num_classes": 1}),
         ("tpn_slowonly_r50_k400", {"flow_order": "parallel", "drop_rate": 0.0}),
         ("tpn_slowonly_r50_k400.scratch", {"num_frames": 16, "num_classes": 0}),
+        ("tpn_slowonly_r50_k400", {"flow_order": "isolation", "spatial_modulation": False, "out_indices": (1, 2, 3)}),
+        ("tpn_slowonly_r50_k400", {"temporal_modulation": False, "aux_head": False, "num_frames": 4}),
+        ("tpn_tsm_r50_sthv2", {"out_indices": (3, 3), "temporal_scales": (2, 8)}),
         ("tpn_slowonly_r101_k400", {"temporal_scales": (2, 8), "drop_rate": 0.1, "in_chans": 2}),
     ],
 )

@@ -51,6 +51,10 @@ def evaluate(
     target_fps: Annotated[
         float | None, typer.Option(help="Sample as if every video had this frame rate. Default: as in training.")
     ] = None,
+    frame_interval: Annotated[
+        int | None,
+        typer.Option(min=1, help="Step between the frames of a clip; twice the model's shows videos at twice the speed."),
+    ] = None,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of unreadable videos; with more, the exit code is 1.")
     ] = 0.0,
@@ -86,6 +90,7 @@ def evaluate(
             frames=frames,
             first_frame=first_frame,
             target_fps=target_fps,
+            frame_interval=frame_interval,
             device=device,
             batch_size=batch_size,
             precision=precision,

@@ -22,7 +22,10 @@ class FeatureShape(NamedTuple):
 
 
 class FeatureList(nn.Module):
-    """`to_feature_list` as a module, for hooks. `last_only` keeps the last map, for a baseline."""
+    """`to_feature_list` as a module, for hooks. `last_only` keeps the last map, for a baseline.
+
+    A map that is several levels becomes one tensor for each: gradients of a level are its own.
+    """
 
     def __init__(self, *, last_only: bool) -> None:
         super().__init__()
@@ -30,7 +33,9 @@ class FeatureList(nn.Module):
 
     def forward(self, result: Any) -> tuple[Tensor, ...]:
         maps = to_feature_list(result)
-        return maps[-1:] if self.last_only else maps
+        if self.last_only:
+            return maps[-1:]
+        return tuple(x.clone() if any(x is y for y in maps[:i]) else x for i, x in enumerate(maps))
 
 
 def to_feature_list(result: Any) -> tuple[Tensor, ...]:

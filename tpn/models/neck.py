@@ -10,6 +10,7 @@ output = pyramid_fusion(concat(level_fusion(top-down levels), level_fusion(botto
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -18,13 +19,21 @@ from torch import Tensor, nn
 
 from tpn.models.layers import ConvBnAct, init_weights
 from tpn.models.registry import register_neck
+from tpn.validation import check_bool
 
-FlowOrder = Literal["cascade", "parallel", "top_down", "bottom_up"]
+FlowOrder = Literal["cascade", "parallel", "top_down", "bottom_up", "isolation"]
+FLOWS: dict[FlowOrder, tuple[str, ...]] = {
+    "cascade": ("top_down", "bottom_up"),
+    "parallel": ("top_down", "bottom_up"),
+    "top_down": ("top_down",),
+    "bottom_up": ("bottom_up",),
+    "isolation": (),
+}
 
 
-def temporal_max_pool(scale: int) -> nn.Module:
-    """Max-pool over `scale` consecutive frames, a last incomplete group included."""
-    return nn.Identity() if scale == 1 else nn.MaxPool3d((scale, 1, 1), ceil_mode=True)
+def max_pool(*, time: int = 1, space: int = 1) -> nn.Module:
+    """Max-pool over `time` consecutive frames and `space` x `space` positions, a last incomplete group included."""
+    return nn.Identity() if time == space == 1 else nn.MaxPool3d((time, space, space), ceil_mode=True)
 
 
 class SpatialModulation(nn.Sequential):
@@ -47,12 +56,13 @@ class SpatialModulation(nn.Sequential):
 
 
 class TemporalConvPool(nn.Module):
-    """(3, 1, 1) convolution, neither norm nor activation, then a max-pool over `scale` frames."""
+    """(`kernel`, 1, 1) convolution, neither norm nor activation, then a max-pool over `scale` frames."""
 
-    def __init__(self, in_channels: int, out_channels: int, scale: int, groups: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale: int, groups: int = 1, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0), groups=groups, bias=False)
-        self.pool = temporal_max_pool(scale)
+        kernels, padding = (kernel, 1, 1), (kernel // 2, 0, 0)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernels, padding=padding, groups=groups, bias=False)
+        self.pool = max_pool(time=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.conv(x))
@@ -63,7 +73,7 @@ class LevelFusion(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, scales: Sequence[int], groups: int) -> None:
         super().__init__()
-        self.pool = nn.ModuleList(temporal_max_pool(scale) for scale in scales)
+        self.pool = nn.ModuleList(max_pool(time=scale) for scale in scales)
         self.mix = nn.ModuleList(ConvBnAct(channels, channels, (1, 1, 1), groups=groups) for _ in scales)
         self.fuse = ConvBnAct(channels * len(scales), out_channels, (1, 1, 1))
 
@@ -86,7 +96,11 @@ class TemporalPyramid(nn.Module):
         mid_channels: channels of a level between modulation and fusion. Default: half of `out_channels`.
         groups: groups of the grouped convolutions; reduced to the greatest common divisor with the channels.
         flow_order: "cascade" starts the bottom-up flow from the result of the top-down flow (all published weights), "parallel"
-            from the result of temporal modulation; "top_down" and "bottom_up" leave the other flow out.
+            from the result of temporal modulation; "top_down" and "bottom_up" leave the other flow out, "isolation" both:
+            levels meet only in one fusion.
+        spatial_modulation: False max-pools each level to the coarsest size instead, and temporal modulation changes its channels.
+        temporal_modulation: False puts a (1, 1, 1) convolution in its place, which only changes the channels: levels keep their
+            lengths, and all `temporal_scales` are 1.
 
     Attributes:
         silent_args: arguments that change what the same weights compute.
@@ -109,6 +123,8 @@ class TemporalPyramid(nn.Module):
         mid_channels: int | None = None,
         groups: int = 32,
         flow_order: FlowOrder = "cascade",
+        spatial_modulation: bool = True,
+        temporal_modulation: bool = True,
     ) -> None:
         super().__init__()
         num_levels = len(in_channels)
@@ -116,8 +132,14 @@ class TemporalPyramid(nn.Module):
             raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
         if flow_order not in get_args(FlowOrder):
             raise ValueError(f"flow_order must be one of {', '.join(map(repr, get_args(FlowOrder)))}, got {flow_order!r}")
+        modulation = {"spatial_modulation": spatial_modulation, "temporal_modulation": temporal_modulation}
+        for name, modulated in modulation.items():
+            check_bool(name, modulated)
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
-        temporal = _per_level("temporal_scales", frames if temporal_scales is None else temporal_scales, num_levels)
+        all_frames = frames if temporal_modulation else (1,) * num_levels
+        temporal = _per_level("temporal_scales", all_frames if temporal_scales is None else temporal_scales, num_levels)
+        if not temporal_modulation and max(temporal) > 1:
+            raise ValueError(f"temporal_scales must be {all_frames} with temporal_modulation=False, got {temporal}")
         halvings = tuple(2**i for i in reversed(range(num_levels)))
         spatial = _per_level("spatial_scales", halvings if spatial_scales is None else spatial_scales, num_levels)
         if any(scale & (scale - 1) for scale in spatial):
@@ -136,32 +158,38 @@ class TemporalPyramid(nn.Module):
         groups = math.gcd(groups, out_channels, mid_channels)
         ratios = [fine // coarse for fine, coarse in pairwise(lengths)]
         fusion_scales = [length // lengths[-1] for length in lengths]
+        fusion = partial(LevelFusion, mid_channels, out_channels, fusion_scales, groups)
+        flows = FLOWS[flow_order]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
         self.num_frames, self.temporal_scales = frames, temporal
         self.flow_order = flow_order
+        self.left_out = [name for name, modulated in modulation.items() if not modulated]
         self.spatial_modulation = nn.ModuleList(
-            SpatialModulation(channels, out_channels, scale) for channels, scale in zip(in_channels, spatial, strict=True)
+            SpatialModulation(channels, out_channels, scale) if spatial_modulation else max_pool(space=scale)
+            for channels, scale in zip(in_channels, spatial, strict=True)
         )
+        widths = [out_channels if spatial_modulation else channels for channels in in_channels]
         self.temporal_modulation = nn.ModuleList(
-            TemporalConvPool(out_channels, mid_channels, scale, groups) for scale in temporal
+            TemporalConvPool(width, mid_channels, scale, math.gcd(groups, width), kernel=3 if temporal_modulation else 1)
+            for width, scale in zip(widths, temporal, strict=True)
         )
-        num_flows = 0
-        if flow_order != "bottom_up":
+        if "top_down" in flows:
             self.top_down = nn.ModuleList(
                 nn.Identity() if r == 1 else nn.Upsample(scale_factor=(r, 1, 1), mode="nearest") for r in ratios
             )
-            self.top_down_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
-            num_flows += 1
-        if flow_order != "top_down":
+            self.top_down_fusion = fusion()
+        if "bottom_up" in flows:
             self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
-            self.bottom_up_fusion = LevelFusion(mid_channels, out_channels, fusion_scales, groups)
-            num_flows += 1
-        self.pyramid_fusion = ConvBnAct(num_flows * out_channels, out_channels, (1, 1, 1))
+            self.bottom_up_fusion = fusion()
+        if not flows:
+            self.level_fusion = fusion()
+        self.pyramid_fusion = ConvBnAct(max(len(flows), 1) * out_channels, out_channels, (1, 1, 1))
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def extra_repr(self) -> str:
-        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}"
+        changed = "".join(f", {name}=False" for name in self.left_out)
+        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}{changed}"
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.forward_intermediates(features)["pyramid_fusion"]
@@ -171,11 +199,11 @@ class TemporalPyramid(nn.Module):
 
         With levels i = 0 (finest) to L - 1, the coarsest map's size h x w, and T_i' frames after level i's temporal modulation:
 
-        - "spatial_modulation.i": (B, out_channels, T_i, h, w)
+        - "spatial_modulation.i": (B, out_channels, T_i, h, w); without spatial modulation, (B, C_i, T_i, h, w)
         - "temporal_modulation.i", "top_down.i", "bottom_up.i": (B, mid_channels, T_i', h, w)
         - "top_down_fusion", "bottom_up_fusion", and "pyramid_fusion", the result: (B, out_channels, T_out, h, w)
 
-        A pyramid with one flow has no maps of the other.
+        A pyramid with one flow has no maps of the other; one in isolation has "level_fusion" instead of both.
         """
         self._check(features)
         found: dict[str, Tensor] = {}
@@ -184,18 +212,19 @@ class TemporalPyramid(nn.Module):
         found.update(_named("spatial_modulation", levels))
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
         found.update(_named("temporal_modulation", levels))
-        flows = []
-        if self.flow_order != "bottom_up":
+        flows = FLOWS[self.flow_order]
+        if "top_down" in flows:
             top_down = self.top_down_flow(levels)
             found.update(_named("top_down", top_down))
-            flows.append(self.top_down_fusion(top_down))
-            found["top_down_fusion"] = flows[-1]
-        if self.flow_order != "top_down":
+            found["top_down_fusion"] = self.top_down_fusion(top_down)
+        if "bottom_up" in flows:
             bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
             found.update(_named("bottom_up", bottom_up))
-            flows.append(self.bottom_up_fusion(bottom_up))
-            found["bottom_up_fusion"] = flows[-1]
-        found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(flows, dim=1))
+            found["bottom_up_fusion"] = self.bottom_up_fusion(bottom_up)
+        if not flows:
+            found["level_fusion"] = self.level_fusion(levels)
+        fused = [x for name, x in found.items() if name.endswith("_fusion")]
+        found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(fused, dim=1))
         return found
 
     def top_down_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:

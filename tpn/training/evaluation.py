@@ -30,11 +30,15 @@ from tpn.training.state import weights_hash
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
 from tpn.video.decode import VideoError
+from tpn.zoo.create import input_spec
+from tpn.zoo.names import is_exported
 
 PathLike = str | os.PathLike[str]
 Network = TPNClassifier | ExportedClassifier
 Result = NDArray[np.float32] | str
 """Probabilities (K,) of a video, or the reason why it cannot be read."""
+Sampling = tuple[str | None, float | None, int | None]
+"""The arguments views, target_fps and frame_interval of `evaluate`."""
 
 
 def evaluate(
@@ -48,6 +52,7 @@ def evaluate(
     frames: str | None = None,
     first_frame: int = 1,
     target_fps: float | None = None,
+    frame_interval: int | None = None,
     device: str | None = None,
     batch_size: int | None = None,
     precision: str | None = None,
@@ -73,6 +78,8 @@ def evaluate(
         frames: file names of extracted frames, such as "img_{:05d}.jpg".
         first_frame: number of the first extracted frame.
         target_fps: sample as if every video had this frame rate. Default: that of the model's `input_spec`.
+        frame_interval: index step between the frames of a clip: twice the model's own shows it videos at twice the speed. Not for
+            models that sample segments. Default: that of the model's `input_spec`.
         device, batch_size, precision, compile: see `VideoClassifier`.
         workers: threads that read videos ahead.
         progress: called with (videos done, all videos), an estimate if there are several processes.
@@ -89,7 +96,7 @@ def evaluate(
         raise ValueError(f"workers must be at least 1, got {workers}")
     if frames is not None and target_fps is not None:
         raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {target_fps}")
-    name, network, spec = _open_model(model, checkpoint, views, target_fps, precision)
+    name, network, spec = _open_model(model, checkpoint, precision, (views, target_fps, frame_interval))
     if isinstance(network, ExportedClassifier):
         precision = None if isinstance(model, str | os.PathLike) else precision
     elif isinstance(model, str | os.PathLike):
@@ -141,6 +148,7 @@ def evaluation_of(data: VideoDataset, results: dict[int, Result], *, views: int,
         probs=np.stack([probs for _, probs in done]),
         targets=data.targets[indices].numpy(),
         views=views,
+        frame_interval=data.spec.frame_interval if data.spec.sampling == "dense" else None,
         multi_label=multi_label,
         failed=failed,
     )
@@ -222,11 +230,13 @@ class Journal:
 
 
 def _open_model(
-    model: PathLike | Network, checkpoint: PathLike | None, views: str | None, target_fps: float | None, precision: str | None
+    model: PathLike | Network, checkpoint: PathLike | None, precision: str | None, sampling: Sampling
 ) -> tuple[str, Network, InputSpec]:
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
+        if sampling != (None, None, None) and not is_exported(name):
+            _resampled(input_spec(name), *sampling)  # raises before a download
         network = open_model(model, checkpoint is None, precision=precision, checkpoint_path=checkpoint)
     elif checkpoint is not None:
         raise ValueError("checkpoint is not valid here: it is for a model's name, got a model")
@@ -238,13 +248,24 @@ def _open_model(
     spec = network.input_spec
     if spec is None:
         raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+    spec = _resampled(spec, *sampling)
+    if isinstance(model, str | os.PathLike):
+        network.input_spec = spec  # a compiled model is compiled for these views
+    return name, network, spec
+
+
+def _resampled(spec: InputSpec, views: str | None, target_fps: float | None, frame_interval: int | None) -> InputSpec:
+    """Return a spec with the clips that the arguments ask for; None keeps a value."""
     if views is not None:
         spec = spec.with_views(*parse_views(views))
     if target_fps is not None:
         spec = replace(spec, target_fps=target_fps)
-    if isinstance(model, str | os.PathLike):
-        network.input_spec = spec  # a compiled model is compiled for these views
-    return name, network, spec
+    if frame_interval is not None and spec.sampling == "segments":
+        raise ValueError(
+            f"frame_interval is not valid here: the model takes one frame from each of {spec.num_frames} segments of a video, "
+            f"got {frame_interval}"
+        )
+    return spec if frame_interval is None else replace(spec, frame_interval=frame_interval)
 
 
 def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
@@ -272,6 +293,7 @@ def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: 
     """Write the results, and remove the journal if no video is left to read."""
     folder = journal.folder.parent
     write_results(evaluation, folder, model=name)
-    write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}")
+    facts = {"frame interval": str(evaluation.frame_interval)} if evaluation.frame_interval else {}
+    write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}", facts=facts)
     if not evaluation.failed:
         rmtree(journal.folder)

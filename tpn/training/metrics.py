@@ -27,6 +27,7 @@ class Evaluation:
         probs: (N, K) float32.
         targets: (N, K) float32, 1 for the classes of a video.
         views: views of each video.
+        frame_interval: index step between the frames of a clip; None for segments.
         multi_label: whether a video may have several classes.
         failed: reason for each video that could not be read, by name; they are not counted.
     """
@@ -36,6 +37,7 @@ class Evaluation:
     probs: NDArray[np.float32]
     targets: NDArray[np.float32]
     views: int
+    frame_interval: int | None = None
     multi_label: bool = False
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +112,8 @@ def average_precision(targets: NDArray[np.floating], scores: NDArray[np.floating
 def summary_of(evaluation: Evaluation, *, model: str) -> dict[str, Any]:
     """Return the metrics and what they were measured with, in types that JSON has."""
     metrics = {name: round(value, 4) if np.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    about = {"views": evaluation.views, "model": model, "failed": evaluation.failed}
+    sampling = {"views": evaluation.views, "frame_interval": evaluation.frame_interval}
+    about = {**sampling, "model": model, "failed": evaluation.failed}
     return {"videos": len(evaluation.items)} | metrics | about
 
 

@@ -60,8 +60,9 @@ def create_model(
             {"hf_hub_id": "owner/repository"} or {"state_dict": TENSORS}.
         **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans` (RGB weights of SlowOnly and TSM are
             adapted as timm does), `drop_rate`, `multi_label` (a video may have several classes), `input_spec`, `backbone_args`
-            and `neck_args` (mappings), `aux_head=False`, and arguments of neck or backbone, such as `flow_order`,
-            `temporal_scales`, `shift_shortcut`, `out_indices`.
+            and `neck_args` (mappings), `aux_head=False` (its weights are then not loaded), and arguments of neck or backbone,
+            such as `flow_order`, `temporal_scales`, `spatial_modulation`, `shift_shortcut`, `out_indices`. Published weights
+            are refused, before the download, for arguments that change the network.
 
     Raises:
         UnknownModelError: no such name; the message lists the nearest ones.
@@ -95,6 +96,8 @@ def create_model(
     if name == "tpn":
         _check_view_size(model)
     if pretrained:
+        if isinstance(source, Checkpoint) and not elsewhere:
+            load.check_published(model, source)
         weights = load.read_weights(_published_weights(overlay, source, cache_dir))
     if weights is not None:
         load.load_weights(model, weights, new_classifiers=num_classes is not None)

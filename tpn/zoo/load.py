@@ -15,7 +15,8 @@ from tpn.config import ModelConfig
 from tpn.errors import CheckpointError
 from tpn.models.classifier import TPNClassifier
 from tpn.models.registry import BACKBONES, NECKS, attached_config
-from tpn.zoo.convert import Layout, convert_state_dict, load_strict
+from tpn.zoo.checkpoints import Checkpoint
+from tpn.zoo.convert import Layout, check_fit, convert_state_dict, load_strict
 from tpn.zoo.reader import read_checkpoint, without_wrappers
 from tpn.zoo.saved import WEIGHTS_FILE, read_metadata
 from tpn.zoo.unpickle import STORAGES
@@ -86,18 +87,16 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
 
     With `new_classifiers`, classifiers (`head.fc` and `aux_head.fc`) with another number of classes keep their untrained values.
     If the number of input channels differs from three, an RGB stem is adapted as timm does for images. One log line says so.
-    Everything else must match.
+    The weights of the auxiliary head are dropped if a model with a neck has none. Everything else must match.
 
     Raises CheckpointError.
     """
-    tensors, built = dict(weights.tensors), dict(model.named_parameters())
+    tensors, stem_adapted = _adapted(model, weights)
+    built = dict(model.named_parameters())
     other: list[str] = []  # classifiers with another number of classes
     if new_classifiers and weights.num_classes is not None:
         rows = [{c: t[f"{c}.weight"].shape[:1] for c in CLASSIFIERS if f"{c}.weight" in t} for t in (tensors, built)]
         other = [c for c in CLASSIFIERS if rows[0].get(c) != rows[1].get(c)]
-    # Of any other shape, a tensor that repeats a stored number could take terabytes.
-    kernels = [t[STEM].shape[:1] + t[STEM].shape[2:] if STEM in t else None for t in (tensors, built)]
-    stem_adapted = kernels[0] == kernels[1] and adapt_stem(tensors, STEM, model.in_chans)
     try:
         _check_trained_args(model, weights)
         load_strict(model, tensors, classifiers=other)
@@ -111,6 +110,32 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
         _logger.info("%s is for %s classes, the model has %s: new and untrained: %s", *numbers, new)
     if stem_adapted:
         _logger.info("%s takes RGB, the model %s channels: adapted the weights of the stem", weights.name, model.in_chans)
+
+
+def check_published(model: TPNClassifier, entry: Checkpoint) -> None:
+    """Raise CheckpointError if the weights of an entry cannot fit a model, whatever their classes, before they are fetched."""
+    with torch.device("meta"):
+        weights = Weights(TPNClassifier.from_config(entry.config).state_dict(), "tpn", entry.config, entry.name)
+    state_dicts = model.state_dict(), _adapted(model, weights)[0]
+    target, source = ({n: t for n, t in tensors.items() if not n.startswith(CLASSIFIERS)} for tensors in state_dicts)
+    try:
+        _check_trained_args(model, weights)
+        check_fit(target, source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the published weights {entry.name} do not fit these arguments: {error}. "
+            "Leave out the arguments that change the network, or pretrained=True"
+        ) from None
+
+
+def _adapted(model: TPNClassifier, weights: Weights) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors for a model that may have other channels or no auxiliary head, and whether the stem changed."""
+    tensors, built = dict(weights.tensors), dict(model.named_parameters())
+    if model.neck is not None and model.aux_head is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("aux_head.")}
+    # Of any other shape, a tensor that repeats a stored number could take terabytes.
+    kernels = [t[STEM].shape[:1] + t[STEM].shape[2:] if STEM in t else None for t in (tensors, built)]
+    return tensors, kernels[0] == kernels[1] and adapt_stem(tensors, STEM, model.in_chans)
 
 
 def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
@@ -160,10 +185,10 @@ def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
     for kind, registry in (("backbone", BACKBONES), ("neck", NECKS)):
         module, part = getattr(model, kind), getattr(weights.trained, kind, None)
         built = None if module is None else attached_config(module)
-        silent, args = getattr(module, "silent_args", ()), {}
+        silent, args = getattr(module, "silent_args", None), {}
         if part is not None and built is not None and part.name == built.name:  # otherwise, the names of the tensors differ
             args = {**registry.arguments(part), **part.args}
-            if not silent and part.args != built.args:
+            if silent is None and part.args != built.args:
                 difference = kind, part.args, built.args
                 _logger.warning("%s was trained with %s arguments %s, the model has %s", weights.name, *difference)
         elif weights.layout != "tpn":  # the one argument in which the two code bases differ
@@ -171,7 +196,7 @@ def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
         same_frames = weights.trained and weights.trained.input_spec.num_frames == model.input_spec.num_frames
         if args.get("temporal_scales") is None or not same_frames:
             args.pop("temporal_scales", None)  # by default all frames are pooled, whatever their number
-        for arg in args.keys() & set(silent):
+        for arg in args.keys() & set(silent or ()):
             if args[arg] != (own := getattr(module, arg)):
                 raise CheckpointError(
                     f"the weights were trained with {arg}={args[arg]}, the model was built with {arg}={own}; "

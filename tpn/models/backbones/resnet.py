@@ -117,13 +117,16 @@ STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 
 
 class ResNet(nn.Module):
-    """Stem and four stages whose outputs `out_indices` (0 = stage 1) are returned, finest first.
+    """Stem and four stages whose outputs `out_indices` (0 = stage 1) are returned, finest first. One may repeat.
 
     Attributes:
         out_channels: channels of each returned map.
         imagenet_repo: Hub repository of the 2D ImageNet weights of this depth, which can be inflated into this network.
         depth, in_chans: as given.
+        silent_args: arguments that change what the same weights compute.
     """
+
+    silent_args: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -138,8 +141,9 @@ class ResNet(nn.Module):
     ) -> None:
         """`make_block(stage, index, in_channels, channels, stride)` builds one residual block."""
         super().__init__()
-        if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(set(out_indices)):
-            raise ValueError(f"out_indices must be increasing stage indices in 0..3, got {tuple(out_indices)}")
+        stages = isinstance(out_indices, Sequence) and all(isinstance(i, int) and i in range(4) for i in out_indices)
+        if not stages or not out_indices or list(out_indices) != sorted(out_indices):
+            raise ValueError(f"out_indices must be stage indices in 0..3 that never decrease, got {out_indices!r}")
         block, counts = STAGES[depth]
         self.depth = depth
         self.imagenet_repo = f"timm/resnet{depth}.tv_in1k"
@@ -186,13 +190,12 @@ class ResNet(nn.Module):
     def forward_stages(self, x: Tensor, *block_args: int) -> tuple[Tensor, ...]:
         """Return the maps of `out_indices`; `block_args` are passed on to every block."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = []
+        maps: list[Tensor] = []
         for stage in range(max(self.out_indices) + 1):
             for block in getattr(self, f"layer{stage + 1}"):
                 recompute = self.grad_checkpointing and self.training
                 x = checkpointed(block, x, *block_args) if recompute else block(x, *block_args)
-            if stage in self.out_indices:
-                maps.append(x)
+            maps += [x] * self.out_indices.count(stage)
         return tuple(maps)
 
 

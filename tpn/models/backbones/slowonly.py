@@ -19,7 +19,7 @@ class ResNet3dSlowOnly(ResNet):
         depth: 50 or 101 (bottleneck blocks), or 18 (basic blocks).
         in_chans: input channels, 3 for RGB.
         base_channels: width of the stem; stage i has `base_channels * 2**i * expansion` channels.
-        out_indices: stages to return, 0 = stage 1; the pyramid reads (2, 3).
+        out_indices: stages to return, 0 = stage 1; the pyramid reads (2, 3). (3, 3) returns one map as two levels.
         zero_init_last: start every residual branch at zero (its last batch norm's scale), for training from scratch.
 
     Shape:

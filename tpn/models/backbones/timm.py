@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,15 +30,17 @@ class FoldedBackbone(nn.Module):
     Args:
         net: (N, C, H, W) → a sequence of maps (N, C_i, H_i, W_i), finest first.
         channels_last: the maps are (N, H_i, W_i, C_i) instead.
+        repeats: how often each map is returned. Default: once.
 
     Shape:
         (B, C, T, H, W) float → one map (B, C_i, T, H_i, W_i) per map of `net`; any T, unless `add_temporal_shift` was called.
     """
 
-    def __init__(self, net: nn.Module, *, channels_last: bool = False) -> None:
+    def __init__(self, net: nn.Module, *, channels_last: bool = False, repeats: Sequence[int] | None = None) -> None:
         super().__init__()
         self.net = net
         self.channels_last = channels_last
+        self.repeats = repeats
         self.num_frames: int | None = None
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -46,7 +49,8 @@ class FoldedBackbone(nn.Module):
             raise ValueError(f"num_frames must be {self.num_frames}, which the temporal shifts were built for, got {num_frames}")
         pattern = "(b t) h w c -> b c t h w" if self.channels_last else "(b t) c h w -> b c t h w"
         maps = self.net(rearrange(x, "b c t h w -> (b t) c h w"))
-        return [rearrange(each, pattern, t=num_frames) for each in maps]
+        maps = [rearrange(each, pattern, t=num_frames) for each in maps]
+        return [each for each, times in zip(maps, self.repeats or [1] * len(maps), strict=True) for _ in range(times)]
 
     def feature_shapes(self, clip: Tensor) -> list[FeatureShape]:
         """Return the shape of each feature map of a clip; one frame is enough to find it."""
@@ -156,14 +160,14 @@ def timm_backbone(
     if not isinstance(temporal_shift, bool):
         raise TypeError(f"temporal_shift must be True or False, got {temporal_shift!r}")
     check_network_args(args, out_indices)
-    path = _weights(name, cache_dir) if pretrained else None
+    path, stages = _weights(name, cache_dir) if pretrained else None, Counter(out_indices)
     try:
         with hub.translate_errors(f"the weights of timm/{name}"), _without_expected_warnings():
             net = timm.create_model(
                 name,
                 pretrained,
                 features_only=True,
-                out_indices=tuple(out_indices),
+                out_indices=tuple(stages),
                 in_chans=in_chans,
                 cache_dir=hub.cache_folder(cache_dir),
                 pretrained_cfg_overlay=None if path is None else {"file": str(path)},
@@ -177,7 +181,8 @@ def timm_backbone(
             f"({type(error).__name__}: {error}). Choose others, another backbone, or wrap the network in a module that returns "
             "feature maps (B, C, T, H, W)"
         ) from error
-    backbone = FoldedBackbone(net, channels_last=str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC"))
+    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+    backbone = FoldedBackbone(net, channels_last=channels_last, repeats=tuple(stages.values()))
     if temporal_shift:
         backbone.add_temporal_shift(num_frames)
     return backbone
@@ -199,12 +204,12 @@ def _without_expected_warnings() -> Iterator[None]:
 
 
 def check_network_args(args: Mapping[str, Any], out_indices: Sequence[int]) -> None:
-    """Raise ValueError for arguments that choose what to load, and for indices that are not increasing."""
+    """Raise ValueError for arguments that choose what to load, and for indices that decrease."""
     if reserved := sorted(RESERVED & args.keys()):
         raise ValueError(f"{', '.join(reserved)}: not valid in backbone_args, which are arguments of the network itself")
     integers = isinstance(out_indices, Sequence) and all(isinstance(i, int) for i in out_indices)
-    if not integers or list(out_indices) != sorted(set(out_indices)) or len({i < 0 for i in out_indices}) > 1:
-        raise ValueError(f"out_indices must be increasing indices of stages, all >= 0 or all < 0, got {out_indices!r}")
+    if not integers or list(out_indices) != sorted(out_indices) or len({i < 0 for i in out_indices}) > 1:
+        raise ValueError(f"out_indices must be indices of stages that never decrease, all >= 0 or all < 0, got {out_indices!r}")
 
 
 def _check_name(name: str) -> None:

@@ -34,19 +34,18 @@ class StagedBackbone(nn.Module):
     def __init__(self, stages: Sequence[nn.Module], out_indices: Sequence[int], *, channels_last: bool = False) -> None:
         super().__init__()
         positive = tuple(i + len(stages) if i < 0 else i for i in out_indices)
-        if not positive or list(positive) != sorted(set(positive)) or not 0 <= positive[0] <= positive[-1] < len(stages):
-            raise ValueError(f"out_indices must be increasing indices of {len(stages)} stages, got {tuple(out_indices)}")
+        if not positive or list(positive) != sorted(positive) or not 0 <= positive[0] <= positive[-1] < len(stages):
+            raise ValueError(f"out_indices must be indices of {len(stages)} stages that never decrease, got {tuple(out_indices)}")
         self.out_indices = positive
         self.stages = nn.ModuleList(stages[: positive[-1] + 1])
         self.channels_last = channels_last
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
+        maps: list[Tensor] = []
         for i, stage in enumerate(self.stages):
             x = checkpointed(stage, x) if self.grad_checkpointing and self.training else stage(x)
-            if i in self.out_indices:
-                maps.append(rearrange(x, "b t h w c -> b c t h w") if self.channels_last else x)
+            maps += [rearrange(x, "b t h w c -> b c t h w") if self.channels_last else x] * self.out_indices.count(i)
         return maps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
