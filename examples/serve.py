@@ -61,7 +61,8 @@ def main(model: str, video: str) -> None:
     views = np.array([[cropped[n][i][0] for n in clip] for i in range(spec["num_crops"]) for clip in indices])  # (V, T, S, S, 3)
     x = ((views - spec["mean"]) / spec["std"]).transpose(0, 4, 1, 2, 3).astype(np.float32)
     exp = np.exp(session.run(["logits"], {"clips": x})[0].astype(np.float64))
-    probs = (exp / exp.sum(axis=1, keepdims=True)).mean(axis=0)
+    probs = (exp / exp.sum(axis=1, keepdims=True)).mean(axis=0) ** (1 / about["temperature"])
+    probs /= probs.sum()
     for k in probs.argsort()[:-4:-1]:
         print(f"{probs[k]:7.2%}  {about['labels'][k]}")
 

@@ -1,7 +1,7 @@
 """Find the actions in a long video and print one line for each.
 
     python examples/timeline.py video.mp4
-    python examples/timeline.py video.mp4 --model local-dir:runs/mine --threshold 0.3
+    python examples/timeline.py video.mp4 --model local-dir:runs/mine --min-probability 0.3
 
 `tpn timeline` also reads cameras and pipes, and writes JSON and a plot.
 """
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("video")
     parser.add_argument("--model", default="tpn_slowonly_r50_k400", help="model name, local-dir:FOLDER or hf-hub:OWNER/NAME")
     parser.add_argument("--stride", type=int, help="frames between clips; default: a quarter of a clip")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest probability of an action")
+    parser.add_argument("--min-probability", type=float, default=0.5, help="lowest probability of an action, otherwise -")
     args = parser.parse_args()
 
     fps, _ = decode.header(args.video)
@@ -27,8 +27,8 @@ def main() -> None:
         raise ValueError(f"{args.video} has no frame rate")
     classifier = tpn.VideoClassifier(args.model, pretrained=True)
     clips = tempo.slide(classifier, args.video, stride=args.stride)  # lazy
-    for segment in tempo.segments(clips, fps=fps, threshold=args.threshold):
-        name = classifier.labels[segment.label]
+    for segment in tempo.segments(clips, fps=fps, min_probability=args.min_probability):
+        name = "-" if segment.label is None else classifier.labels[segment.label]
         print(f"{segment.start:7.1f} s – {segment.end:.1f} s  {name}  {segment.probability:.1%}", flush=True)
 
 

@@ -8,6 +8,8 @@ import pytest
 from scripts import run_example
 from videos import write_video
 
+from tpn.video import encode, motion
+
 pytestmark = pytest.mark.slow
 
 
@@ -85,3 +87,20 @@ def test_errors():
         done = run_example("benchmarks/speed", "--against", "mmaction2", check=False)
         assert done.returncode == 1
         assert re.match("error: .*No module named 'mmaction'.*pip install mmaction2", done.stderr)
+
+
+def test_calibration(tmp_path):
+    """Every fifth label is wrong: the model is too confident."""
+    lines = []
+    for i in range(40):
+        label = (0, 4, 12)[i % 3]
+        encode.write_video(tmp_path / f"{i}.mp4", motion.render(label, tempo=3, seed=i, num_frames=32), fps=motion.FPS)
+        lines.append(f"{i}.mp4 {label if i % 5 else 7}\n")
+    (tmp_path / "list.txt").write_text("".join(lines))
+    done = run_example("benchmarks/calibration", tmp_path / "list.txt", "--folds", 2)
+    *folds, mean, _ = [line.split() for line in done.stdout.splitlines() if line.split()[0] in ("0", "1", "mean", "std")]
+    assert [len(row) for row in folds] == [9, 9]
+    assert float(mean[1]) > 1  # the temperature
+    assert float(mean[5]) < float(mean[4])  # the loss
+    assert mean[-1] == "100.00"
+    assert done.stdout.endswith("40 videos\n")

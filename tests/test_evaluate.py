@@ -306,7 +306,7 @@ def test_frame_interval(folder, tmp_path):
     done = run("evaluate", folder / "model", "fast.txt", *options, cwd=tmp_path)
     assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert json.loads(done.stdout)["frame_interval"] == 1
-    assert "<dt>frame interval</dt><dd>1</dd>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<dt>Frame interval</dt><dd>1</dd>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_frame_interval_is_refused_before_the_download(folder, server, monkeypatch):

@@ -28,7 +28,7 @@ def test_fewer_than_five_classes():
     result = evaluation([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], [1, 1, 2])
     values = {name: round(value, 4) for name, value in result.metrics.items()}
     loss = -np.log([0.5, 0.3, 0.7]).mean()
-    assert values == {"top1": 66.6667, "top5": 100.0, "mean_class": 75.0, "loss": pytest.approx(loss, abs=1e-4)}
+    assert values == {"top1": 66.6667, "top5": 100.0, "mean_class": 75.0, "loss": pytest.approx(loss, abs=1e-4), "ece": 46.6667}
     assert result.confusion.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
     assert result.main_metric == "top1"
 
@@ -68,7 +68,7 @@ def test_multi_label_metrics():
     expected = average_precision_score(result.targets[:, :3], result.probs[:, :3], average=None)
     np.testing.assert_allclose(result.average_precision, [*expected, np.nan], atol=1e-12)
     assert result.metrics["mAP"] == pytest.approx(100 * expected.mean())
-    assert result.metrics.keys() == {"mAP", "loss"}
+    assert result.metrics.keys() == {"mAP", "loss", "ece"}
     assert np.isfinite(result.metrics["loss"])
     assert result.main_metric == "mAP"
     assert evaluation([[0.9, 0.2]], [(0,)], multi_label=True).metrics["loss"] == pytest.approx(-np.log([0.9, 0.8]).mean())
@@ -95,8 +95,8 @@ def test_files(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.pop("loss") > 0
     assert summary == {
-        "videos": 3, "top1": 33.3333, "top5": 100.0, "mean_class": 25.0,
-        "views": 3, "model": "my model", "failed": {"bad.mp4": "damaged"},
+        "videos": 3, "top1": 33.3333, "top5": 100.0, "mean_class": 25.0, "ece": 56.6667,
+        "views": 3, "temperature": 1.0, "model": "my model", "failed": {"bad.mp4": "damaged"},
     }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_names_are_escaped(page, data):
 
 
 def test_key_numbers(page):
-    assert [text for text, _ in page.all("b")][:4] == ["50.0%", "50.0%", "0.754", "8"]
+    assert [text for text, _ in page.all("b")][:5] == ["50.0%", "50.0%", "0.754", "37.5%", "8"]
 
 
 def test_plan_has_reasons(page):

@@ -243,14 +243,15 @@ def test_segments_are_yielded_when_they_end():
     ended = []
     for segment in tempo.segments(clips(), fps=1.0):
         ended.append((segment.label, segment.start, segment.end, len(asked)))
-        assert segment.probability == pytest.approx(0.9)
+        assert segment.probability == pytest.approx(0.9 if segment.label is not None else 0.25)
     # the middles of the clips are 1, 2, 3, ...; the last column is the number of clips read so far
-    assert ended == [(0, 0.0, 2.5, 3), (1, 2.5, 4.5, 5), (1, 6.5, 7.5, 8), (2, 7.5, 10.0, 8)]
+    assert ended == [(0, 0.0, 2.5, 3), (1, 2.5, 4.5, 5), (None, 4.5, 6.5, 7), (1, 6.5, 7.5, 8), (2, 7.5, 10.0, 8)]
 
 
-def test_threshold_of_segments():
-    assert [s.label for s in tempo.segments(clips_of([0, 1], 0.75), fps=1.0, threshold=0.75)] == [0, 1]
-    assert not list(tempo.segments(clips_of([0, 1], 0.75), fps=1.0, threshold=0.76))
+def test_segments_without_a_class():
+    assert [s.label for s in tempo.segments(clips_of([0, 1], 0.75), fps=1.0, min_probability=0.75)] == [0, 1]
+    (none,) = tempo.segments(clips_of([0, 1], 0.75), fps=1.0, min_probability=0.76)
+    assert (none.label, none.start, none.end, none.probability) == (None, 0.0, 4.0, 0.75)
     assert not list(tempo.segments([], fps=1.0))
     (whole,) = tempo.segments(clips_of([3]), fps=2.0)
     assert (whole.start, whole.end) == (0.0, 1.5)

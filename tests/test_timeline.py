@@ -75,11 +75,12 @@ def test_file(classifier, motions, tmp_path):
 def test_standard_input_and_an_array_give_the_same(classifier, motions, tmp_path, monkeypatch):
     frames = np.load(motions / "frames.npy")
     set_stdin(monkeypatch, io.BytesIO(raw(frames)).read)
-    done = command_line(*PIPE, "--stride", 16, "--threshold", 0.99, "--top", 1, cwd=tmp_path)
+    done = command_line(*PIPE, "--stride", 16, "--min-probability", 0.99, "--top", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = read_document(tmp_path)
     check_document(document, classifier, list(tempo.slide(classifier, frames, stride=16)), 16)
-    assert all(s["probability"] >= 0.99 for s in document["segments"])
+    assert {s["label"] for s in document["segments"] if s["probability"] < 0.99} == {None}
+    assert {line.split("  ")[1] for line in done.stdout.splitlines()} == {s["label"] or "-" for s in document["segments"]}
     assert (tmp_path / "tpn-timeline.png").exists()
 
 
@@ -202,7 +203,7 @@ import sys
 from tpn import cli
 from tpn.video import live
 live.FORMATS[sys.platform] = "lavfi"
-sys.argv = {["tpn", "timeline", *map(str, arguments), *OF_TINY, "--threshold", "0"]}
+sys.argv = {["tpn", "timeline", *map(str, arguments), *OF_TINY, "--min-probability", "0"]}
 cli.main()
 """
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -281,7 +282,7 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
 
 
 def test_segments_are_printed_above_the_progress_bar(motions, tmp_path):
-    _, _, text = run_in_terminal("timeline", motions / "both.mp4", *OF_TINY, "--stride", 16, "--threshold", 0, cwd=tmp_path)
+    _, _, text = run_in_terminal("timeline", motions / "both.mp4", *OF_TINY, "--stride", 16, "--min-probability", 0, cwd=tmp_path)
     assert "\x1b[2K" in text
     *segments, wrote = [line for line in screen(text) if line]
     assert wrote == "wrote tpn-timeline.png"

@@ -75,7 +75,7 @@ def test_validation_leaves_frozen_batch_norms_frozen(tmp_path):
         write_video(tmp_path / name / "1.mp4", num_frames=20)
     (tmp_path / "growing" / "bad.mp4").write_bytes(b"no video")
     result = validate(model, VideoFolder(tmp_path, model.input_spec, train=False, classes=model.labels))
-    assert result.metrics.keys() == {"top1", "top5", "mean_class", "loss"}
+    assert result.metrics.keys() == {"top1", "top5", "mean_class", "loss", "ece"}
     assert len(result.items) == 2
     assert list(result.failed) == [str(tmp_path / "growing" / "bad.mp4")]
     assert not all(modes)

@@ -21,6 +21,7 @@ from tpn.validation import (
     check_label_pairs,
     check_labels,
     check_number,
+    check_temperature,
     errors_of,
     is_text,
     shown,
@@ -291,6 +292,8 @@ class HeadConfig:
         num_classes: K, up to 1,000,000; 0 for none.
         drop_rate: dropout before it, in [0, 1).
         multi_label: whether a video may have several classes, or none.
+        temperature: of the probabilities, 0.01 to 100, as fitted by `tpn.evaluate(..., calibrate=True)`; logits are not divided
+            by it. 1 for a model that is not calibrated.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range.
@@ -299,6 +302,7 @@ class HeadConfig:
     num_classes: int
     drop_rate: float = 0.5
     multi_label: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_int("num_classes", self.num_classes, minimum=0, maximum=1_000_000)
@@ -306,6 +310,7 @@ class HeadConfig:
         if self.drop_rate == 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate}")
         check_bool("multi_label", self.multi_label)
+        check_temperature(self.temperature)
 
 
 @dataclass(frozen=True)

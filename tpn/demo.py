@@ -62,8 +62,8 @@ def analyze(classifier: VideoClassifier, video: str | os.PathLike[str]) -> Analy
     clips = replace(spec, num_clips=NUM_CLIPS).indices(info.num_frames)
     picture_indices = ((np.arange(NUM_PICTURES) + 0.5) / NUM_PICTURES * info.num_frames).astype(int)
     pictures = decode.read_frames(video, picture_indices.tolist())
-    probs = class_probs(prediction.view_logits, multi_label=classifier.multi_label).numpy()
-    return Analysis(prediction, clips.mean(axis=1) / fps, probs, pictures, picture_indices / fps, info.num_frames / fps)
+    probs = class_probs(prediction.view_logits, multi_label=classifier.multi_label, temperature=classifier.temperature)
+    return Analysis(prediction, clips.mean(axis=1) / fps, probs.numpy(), pictures, picture_indices / fps, info.num_frames / fps)
 
 
 def has_matplotlib() -> bool:

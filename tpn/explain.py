@@ -162,13 +162,14 @@ def explain(
         logits = network(clips)[0].float()
         class_index = _class_index(target, classifier.labels) if target is not None else int(logits.argmax())
         levels, flows = _level_and_flow_shares(network, clips, class_index)
+        probs = class_probs(logits, multi_label=network.multi_label, temperature=network.temperature)
     maps = (occlusion if method == "occlusion" else grad_cam)(network, clips, class_index)
     return Explanation(
         frames=frames.cpu(),
         maps=tuple(heat[0].cpu() for heat in maps),
         target=class_index,
         label=classifier.labels[class_index],
-        probability=float(class_probs(logits, multi_label=network.multi_label)[class_index]),
+        probability=float(probs[class_index]),
         levels=levels,
         flows=flows,
     )

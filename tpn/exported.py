@@ -23,7 +23,7 @@ from tpn.config import InputSpec
 from tpn.errors import CheckpointError
 from tpn.files import file_sha256
 from tpn.models.classifier import TPNClassifier
-from tpn.validation import check_int
+from tpn.validation import check_int, check_temperature
 from tpn.version import __version__
 
 METADATA = "tpn"
@@ -34,7 +34,7 @@ class ExportedClassifier(nn.Module):
     """A model for inference that `load` read; `VideoClassifier` takes it like a `TPNClassifier`.
 
     Attributes:
-        num_classes, num_features, in_chans, multi_label, labels, input_spec: those of the `TPNClassifier`.
+        num_classes, num_features, in_chans, multi_label, temperature, labels, input_spec: those of the `TPNClassifier`.
         about: the metadata of the file, which also has "model", the config, and "tpn_version"; "precision" of an int8 file.
         precision: "float32" or "bfloat16", in which it computes; in an int8 file, those layers that are not quantized.
         path: the file; None for a result of `tpn.optimize`.
@@ -60,6 +60,8 @@ class ExportedClassifier(nn.Module):
         self.num_features: int = about["num_features"]
         self.in_chans: int = about["in_chans"]
         self.multi_label: bool = about.get("multi_label", False)  # absent from files of earlier versions
+        self.temperature: float = about.get("temperature", 1.0)
+        check_temperature(self.temperature)
         self.labels: tuple[str, ...] | None = None if about["labels"] is None else tuple(about["labels"])
         self.input_spec = InputSpec.from_dict(about["input_spec"], self.labels)
 
@@ -132,6 +134,7 @@ def prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tens
         "num_features": model.num_features,
         "in_chans": model.in_chans,
         "multi_label": model.multi_label,
+        "temperature": model.temperature,
         "labels": model.labels,
         "input_spec": spec.to_dict(),
     }

@@ -340,5 +340,6 @@ def _compare(model: TPNClassifier, expected: Tensor, got: Tensor) -> tuple[float
     same = bool((expected.argmax(dim=1) == got.argmax(dim=1)).all())
     if not model.num_classes:
         return float((expected - got).abs().max() / expected.abs().max()), same
-    probs = [class_probs(logits, multi_label=model.multi_label) for logits in (expected, got)]
+    kind, temperature = model.multi_label, model.temperature
+    probs = [class_probs(logits, multi_label=kind, temperature=temperature) for logits in (expected, got)]
     return float((probs[0] - probs[1]).abs().max()), same

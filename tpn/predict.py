@@ -18,7 +18,7 @@ from tpn.devices import DTYPES, resolve_device
 from tpn.exported import ExportedClassifier, load
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
-from tpn.models.heads import class_probs
+from tpn.models.heads import change_temperature, class_probs
 from tpn.models.layers import reference_tensor
 from tpn.optimization import OptimizedClassifier, optimize
 from tpn.video.ahead import read_ahead
@@ -40,7 +40,8 @@ class Prediction:
 
     Attributes:
         probs: (K,) float32 on the CPU, the mean over views of the softmax of their logits; of the sigmoid if the model is
-            multi-label, whose classes do not exclude each other.
+            multi-label, whose classes do not exclude each other. The temperature of a calibrated model changes the mean, and not
+            the order of the classes.
         view_logits: (V, K) float32 on the CPU; all clips of crop 0 first, then those of crop 1, ...
         labels: K class names, "class 0", ... if the model has none.
         source: the path, or None for frames.
@@ -51,12 +52,18 @@ class Prediction:
     labels: tuple[str, ...]
     source: str | None = None
 
-    def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """Return the k most probable classes (all K if there are fewer) as (name, probability), best first."""
+    def top(self, k: int = 5, *, min_probability: float = 0.0) -> list[tuple[str, float]]:
+        """Return the k most probable classes (all K if there are fewer) as (name, probability), best first.
+
+        Classes below `min_probability`, 0..1, are left out: an empty list means none of the classes.
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        if not 0 <= min_probability <= 1:
+            raise ValueError(f"min_probability must be in 0..1, got {min_probability}")
         values, indices = self.probs.topk(min(k, len(self.labels)))
-        return [(self.labels[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+        best = zip(indices.tolist(), values.tolist(), strict=True)
+        return [(self.labels[i], p) for i, p in best if p >= min_probability]
 
 
 class _PendingVideo:
@@ -203,6 +210,11 @@ class VideoClassifier:
     def multi_label(self) -> bool:
         """Whether a video may have several classes, each with its own probability."""
         return bool(getattr(self.model, "multi_label", False))  # a FeatureModel has no classes
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the probabilities, 1 unless the model is calibrated."""
+        return float(getattr(self.model, "temperature", 1.0))
 
     @overload
     def __call__(
@@ -353,7 +365,8 @@ class VideoClassifier:
                 if len(first.logits) < first.count or first.last_batch > batches:
                     return
                 logits = torch.stack(first.logits).cpu()
-                probs = class_probs(logits, multi_label=self.multi_label).mean(dim=0)
+                mean = class_probs(logits, multi_label=self.multi_label).mean(dim=0)
+                probs = change_temperature(mean, self.temperature, multi_label=self.multi_label)
                 if not (probs.isfinite().all() and (logits < torch.inf).all()):  # minus infinity is a valid logit
                     half = reference_tensor(self.model).dtype != torch.float32
                     remedy = ", or pass precision='float32'" if half else ""

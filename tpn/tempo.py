@@ -51,15 +51,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video in which one class is the most probable one.
+    """A part of a video in which one class is the most probable one, or none is probable enough.
 
     Attributes:
-        label: index of the class.
+        label: index of the class, or None.
         start, end: in seconds.
-        probability: mean probability of the class over the clips of the segment, 0..1.
+        probability: mean over the clips of the segment of the probability of the class, 0..1; without a class, of the most
+            probable one of each clip.
     """
 
-    label: int
+    label: int | None
     start: float
     end: float
     probability: float
@@ -170,8 +171,8 @@ def curves(clips: Iterable[Clip], *, fps: float) -> tuple[NDArray[np.float64], N
     return np.array([clip.time(fps) for clip in clips]), np.stack([clip.probs.numpy() for clip in clips])
 
 
-def segments(clips: Iterable[Clip], *, fps: float, threshold: float = 0.5) -> Generator[Segment]:
-    """Join neighboring clips with the same most probable class, and yield each segment when it ends.
+def segments(clips: Iterable[Clip], *, fps: float, min_probability: float = 0.5) -> Generator[Segment]:
+    """Join neighboring clips with the same most probable class, or without one, and yield each segment when it ends.
 
     A segment starts and ends halfway between the middles of its outer clips and of their neighbors. The first one starts with the
     video, the last one ends with the last clip.
@@ -179,22 +180,22 @@ def segments(clips: Iterable[Clip], *, fps: float, threshold: float = 0.5) -> Ge
     Args:
         clips: in order, such as from `slide`.
         fps: frame rate of the video.
-        threshold: minimum probability of the class, 0..1. Clips below it belong to no segment.
+        min_probability: of the class, 0..1. Clips below it are in segments without a class, whose `label` is None.
     """
     before: Clip | None = None
-    label, start, total, count = -1, 0.0, 0.0, 0  # the current segment; label -1: no class reaches the threshold
+    label: int | None = None
+    start, total, count = 0.0, 0.0, 0  # of the current segment
     for clip in clips:
         best = int(clip.probs.argmax())
         probability = float(clip.probs[best])
-        clip_label = best if probability >= threshold else -1
-        if clip_label != label:
-            boundary = 0.0 if before is None else (before.time(fps) + clip.time(fps)) / 2
-            if label >= 0:
-                yield Segment(label, start, boundary, total / count)
-            label, start, total, count = clip_label, boundary, 0.0, 0
-        total, count = total + probability, count + 1
+        clip_label = best if probability >= min_probability else None
+        if before is not None and clip_label != label:
+            boundary = (before.time(fps) + clip.time(fps)) / 2
+            yield Segment(label, start, boundary, total / count)
+            start, total, count = boundary, 0.0, 0
+        label, total, count = clip_label, total + probability, count + 1
         before = clip
-    if before is not None and label >= 0:
+    if before is not None:
         yield Segment(label, start, (before.last + 1) / fps, total / count)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 MAX_CLIP_VALUES = 2**27
 """Limit on the values of a resized clip, `in_chans * num_frames * short_side**2`: half a gigabyte as float32."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
 
 
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
@@ -31,6 +32,11 @@ def check_bool(name: str, value: Any) -> None:
     """Raise TypeError if a value is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def check_temperature(value: Any) -> None:
+    """Raise TypeError or ValueError if logits cannot be divided by a value."""
+    check_number("temperature", value, minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)
 
 
 def check_labels(labels: Any, num_classes: int) -> None:

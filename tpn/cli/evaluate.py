@@ -42,6 +42,9 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for report.html, summary.json, and per_class.csv. Default: only print."),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit the temperature of a saved model to these videos, and save it in its folder.")
+    ] = False,
     dump: Annotated[Path | None, typer.Option(help="File for the probabilities of all videos: .json, .pkl, or .npz.")] = None,
     root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
     frames: Annotated[
@@ -85,6 +88,7 @@ def evaluate(
             data,
             output=output,
             views=views,
+            calibrate=calibrate,
             checkpoint=checkpoint,
             root=root,
             frames=frames,
@@ -129,7 +133,7 @@ def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
     from tpn.training import metrics
-    from tpn.training.wording import plural
+    from tpn.training.wording import calibration_line, plural
 
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")
@@ -138,6 +142,8 @@ def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
         return
     values = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
     print_result(f"{plural(len(result.items), 'video')}, {plural(result.views, 'view')} each: {values}")
+    if result.calibrated is not None:
+        print_result(f"saved: {calibration_line(result)}")
     header, rows = metrics.per_class_rows(result)
     if len(rows) <= MAX_PRINTED_CLASSES:
         table = Table(*header, box=None, pad_edge=False, header_style="bold")

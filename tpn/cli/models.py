@@ -170,6 +170,7 @@ def _saved_facts(name: str) -> dict[str, Any]:
         "views": f"{spec.num_clips}x{spec.num_crops}",
         "crop_size": spec.crop_size,
         "num_classes": config.num_classes,
+        "temperature": round(config.head.temperature, 4),
         "labels": list(config.labels or ()),
     }
 

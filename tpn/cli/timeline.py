@@ -78,7 +78,9 @@ def timeline(
     frame_interval: Annotated[
         int | None, typer.Option(min=1, help="Step between the frames of a clip. Default: as published.")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum probability of a reported class.")] = 0.5,
+    min_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Below this probability, no class is reported, but -.")
+    ] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to draw.")] = 5,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
@@ -123,7 +125,7 @@ def timeline(
         "labels": classifier.labels,
     }
     curves = _Curves(classifier.labels)
-    failure = _write(source, clips, threshold, json_output, metadata, curves)
+    failure = _write(source, clips, min_probability, json_output, metadata, curves)
     if curves.num_clips and demo.has_matplotlib():
         _draw(curves, top, output)
     if failure is not None:
@@ -175,7 +177,7 @@ def _open(video: str | None, camera: str | None, size: tuple[int, int] | None, f
 def _write(
     source: _Source,
     clips: Generator["Clip"],
-    threshold: float,
+    min_probability: float,
     json_output: Path | None,
     metadata: dict[str, Any],
     curves: "_Curves",
@@ -194,7 +196,7 @@ def _write(
         tempfile.TemporaryFile("w+", encoding="utf-8") as segments_file,
     ):
         document = _JsonWriter(file, segments_file, metadata)
-        failure = _follow(source, clips, threshold, document, curves)
+        failure = _follow(source, clips, min_probability, document, curves)
         if failure is not None and not curves.num_clips:
             raise failure
         document.finish(None if failure is None else one_line_message(failure))
@@ -204,7 +206,7 @@ def _write(
 
 
 def _follow(
-    source: _Source, clips: Generator["Clip"], threshold: float, document: "_JsonWriter", curves: "_Curves"
+    source: _Source, clips: Generator["Clip"], min_probability: float, document: "_JsonWriter", curves: "_Curves"
 ) -> Exception | None:
     """Classify a video to its end. Return the error that ended it early, or None."""
     from tpn import tempo
@@ -224,10 +226,10 @@ def _follow(
                 progress.update(task, completed=clip.last + 1, description=f"{end:.1f} s")
                 yield clip
 
-        for segment in tempo.segments(recorded_clips(), fps=source.fps, threshold=threshold):
-            label = curves.labels[segment.label]
+        for segment in tempo.segments(recorded_clips(), fps=source.fps, min_probability=min_probability):
+            label = None if segment.label is None else curves.labels[segment.label]
             document.add_segment(segment, label)
-            print_result(f"{segment.start:.1f} s – {segment.end:.1f} s  {label}  {segment.probability:.1%}")
+            print_result(f"{segment.start:.1f} s – {segment.end:.1f} s  {label or '-'}  {segment.probability:.1%}")
     return failures[0] if failures else None
 
 
@@ -285,7 +287,7 @@ class _JsonWriter:
         self._file.write(self._clip_separator + json.dumps(entry))
         self._clip_separator = ",\n"
 
-    def add_segment(self, segment: "Segment", label: str) -> None:
+    def add_segment(self, segment: "Segment", label: str | None) -> None:
         start, end, probability = round(segment.start, 4), round(segment.end, 4), round(segment.probability, 6)
         entry = {"start": start, "end": end, "label": label, "probability": probability}
         self._segments_file.write(self._segment_separator + json.dumps(entry))

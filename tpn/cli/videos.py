@@ -73,6 +73,9 @@ def predict(
         int,
         typer.Option(min=1, help="Number of classes to print. With a multi-label model, those above 50% are in the video."),
     ] = 5,
+    min_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Print only classes of this probability or more, and - if there are none.")
+    ] = 0.0,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model first. Pays off for many videos.")] = False,
@@ -108,7 +111,7 @@ def predict(
         for video, result in zip(videos, results, strict=True):
             progress.advance(files_task)
             if isinstance(result, Prediction):
-                _print_prediction(video, result, top, as_json)
+                _print_prediction(video, result, top, as_json, min_probability)
             else:
                 failed = True
                 _print_failure(video, result, as_json)
@@ -166,8 +169,8 @@ def _print_failure(video: Path, error: Exception, as_json: bool) -> None:
     err.print(f"error: {one_line_message(error)}")
 
 
-def _print_prediction(video: Path, prediction: Any, top: int, as_json: bool) -> None:
-    best, num_views = prediction.top(top), len(prediction.view_logits)
+def _print_prediction(video: Path, prediction: Any, top: int, as_json: bool, min_probability: float = 0.0) -> None:
+    best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
     if as_json:
         scores = [{"label": label, "probability": probability} for label, probability in best]
         print_result(json.dumps({"file": str(video), "views": num_views, "top": scores}, ensure_ascii=False))
@@ -175,3 +178,5 @@ def _print_prediction(video: Path, prediction: Any, top: int, as_json: bool) -> 
     print_result(f"{video}  ({num_views} views)")
     for label, probability in best:
         print_result(f"  {probability:7.2%}  {label}")
+    if not best:
+        print_result("  -")

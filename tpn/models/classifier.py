@@ -41,6 +41,8 @@ class TPNClassifier(nn.Module):
         config: the `ModelConfig` of the model, always up to date.
         num_classes, num_features: K, read from the classifier, and the channels that the head pools.
         multi_label: whether a video may have several classes, whose probabilities are then sigmoids of the logits.
+        temperature: T of the probabilities, 1 unless the model is calibrated; logits are never divided by it. Like the labels, it
+            belongs to the classifier `head.fc`. Set it to 1 before you train the classifier further.
         in_chans: input channels.
         labels: the K class names, None if unknown. Assign yours. They belong to the classifier `head.fc`: another one has none.
         input_spec: the `InputSpec` of its clips, None if unknown. Assign one to change sampling or sizes.
@@ -144,6 +146,14 @@ class TPNClassifier(nn.Module):
         return self.head.multi_label
 
     @property
+    def temperature(self) -> float:
+        return self.head.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.head.temperature = value
+
+    @property
     def num_features(self) -> int:
         return self.head.in_channels
 
@@ -227,7 +237,7 @@ class TPNClassifier(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, multi_label: bool | None = None) -> None:
-        """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels are dropped.
+        """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels and temperature are dropped.
 
         num_classes = 0 removes them: the model then returns features. `global_pool` is timm's argument; only "avg"
         exists here. `multi_label` says whether a video may have several classes; None keeps the present setting.
@@ -310,4 +320,4 @@ def _head_config(name: str, head: nn.Module) -> HeadConfig:
             f"model.{name} is a {type(head).__name__} that was assigned after the model was built; assign a classifier to "
             f"model.{name}.fc instead, or put the module into a neck"
         )
-    return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)), head.multi_label)
+    return HeadConfig(head.num_classes, float(getattr(head.drop, "p", 0.0)), head.multi_label, head.temperature)

@@ -1,19 +1,40 @@
 """Classification heads: global mean, dropout, linear."""
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tpn.models.layers import ConvBnAct, init_weights, kaiming_fan_out
-from tpn.validation import check_int
+from tpn.validation import check_int, check_temperature
 
 
-def class_probs(logits: Tensor, *, multi_label: bool) -> Tensor:
-    """Return the probabilities of classes, (..., K), for logits (..., K).
+def class_probs(logits: Tensor, *, multi_label: bool, temperature: float = 1.0) -> Tensor:
+    """Return the probabilities of classes, (..., K), for the logits (..., K) of a view.
 
     They are the softmax of the logits, or for a multi-label model the sigmoid of each: independent of each other, with any sum.
+    A temperature divides the logits (Guo et al., ICML 2017): above 1, the model is less confident.
     """
+    logits = logits / temperature
     return logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+
+
+def to_logits(probs: Tensor, *, multi_label: bool) -> Tensor:
+    """Return the logits (..., K) that have these probabilities (..., K)."""
+    if not multi_label:
+        return probs.log()
+    return probs.log() - (1 - probs).clamp(min=torch.finfo(torch.float32).eps / 2).log()  # of 1, which may be rounded
+
+
+def change_temperature(probs: Tensor, temperature: float, *, multi_label: bool) -> Tensor:
+    """Return the probabilities (..., K) of a video at a temperature T, given those at 1, the mean over its views.
+
+    Probabilities, or for a multi-label model odds, are raised to the power of 1 / T. Unlike the mean over views at another
+    temperature, this keeps the order of the classes. With one view, both are the same.
+    """
+    if temperature == 1:
+        return probs
+    return class_probs(to_logits(probs, multi_label=multi_label), multi_label=multi_label, temperature=temperature)
 
 
 class ClassificationHead(nn.Module):
@@ -27,23 +48,42 @@ class ClassificationHead(nn.Module):
         num_classes: K; 0 removes the linear layer.
         drop_rate: dropout before the linear layer.
         multi_label: a video may have several classes, or none; see `class_probs`.
+        temperature: of the probabilities, see `class_probs`; logits are never divided by it. It belongs to the classifier `fc`:
+            another one has a temperature of 1.
 
     Shape:
         (B, in_channels, T, H, W) → logits (B, K); with `pre_logits`, or K = 0, features (B, in_channels).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, drop_rate: float = 0.5, multi_label: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        drop_rate: float = 0.5,
+        multi_label: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.multi_label = multi_label
         self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.reset(num_classes)
+        self.temperature = temperature
 
     @property
     def num_classes(self) -> int:
         """K of the classifier `fc`, also of one that was assigned; 0 if there is none."""
         sizes: list[Any] = [layer.out_features for layer in self.fc.modules() if hasattr(layer, "out_features")]
         return int(sizes[-1]) if sizes else 0
+
+    @property
+    def temperature(self) -> float:
+        return getattr(self.fc, "temperature", 1.0)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        check_temperature(value)
+        cast("Any", self.fc).temperature = value
 
     def reset(self, num_classes: int) -> None:
         """Replace the classifier by a new, untrained one for `num_classes`."""
@@ -66,9 +106,15 @@ class AuxHead(ClassificationHead):
     """
 
     def __init__(
-        self, in_channels: int, mid_channels: int, num_classes: int, drop_rate: float = 0.5, multi_label: bool = False
+        self,
+        in_channels: int,
+        mid_channels: int,
+        num_classes: int,
+        drop_rate: float = 0.5,
+        multi_label: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(mid_channels, num_classes, drop_rate, multi_label)
+        super().__init__(mid_channels, num_classes, drop_rate, multi_label, temperature)
         self.conv = ConvBnAct(in_channels, mid_channels, (1, 3, 3), (1, 2, 2))
         init_weights(self.conv, conv=kaiming_fan_out)
 

@@ -27,11 +27,13 @@ from tpn.training.distributed import all_gather_object, join_processes, rank_and
 from tpn.training.metrics import Evaluation, write_results
 from tpn.training.report import write_report
 from tpn.training.state import weights_hash
+from tpn.training.wording import calibration_line
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
 from tpn.video.decode import VideoError
-from tpn.zoo.create import input_spec
-from tpn.zoo.names import is_exported
+from tpn.zoo.create import create_model, input_spec
+from tpn.zoo.names import is_exported, local_folder
+from tpn.zoo.saved import save_pretrained
 
 PathLike = str | os.PathLike[str]
 Network = TPNClassifier | ExportedClassifier
@@ -47,6 +49,7 @@ def evaluate(
     *,
     output: PathLike | None = None,
     views: str | None = None,
+    calibrate: bool = False,
     checkpoint: PathLike | None = None,
     root: PathLike | None = None,
     frames: str | None = None,
@@ -73,6 +76,9 @@ def evaluate(
         output: folder for `report.html`, `summary.json` and `per_class.csv`; created if necessary. The same call resumes an
             interrupted evaluation. All processes must share the folder. Default: write nothing.
         views: clips along time and crops of each, such as "10x3" or "1x1". Default: the test protocol of the weights.
+        calibrate: fit the temperature of the model to these videos, which the model must not have been trained on. It is set in a
+            given model, and saved in the folder of a saved one. The result, and the files in `output`, have the numbers before
+            and after; those after are optimistic. See `Evaluation.calibrate`.
         checkpoint: with a name, load the weights in this file.
         root: base folder of relative paths in a list. Default: the list's folder.
         frames: file names of extracted frames, such as "img_{:05d}.jpg".
@@ -86,7 +92,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument is not valid; the classes of data and model differ; `output` has unfinished results of
-            other weights, videos, or settings; no video can be read.
+            other weights, videos, or settings; no video can be read; with `calibrate`, the model is not one that can be changed,
+            or no temperature fits.
         UnknownModelError, CheckpointError, WeightsUnavailableError, OSError.
 
     Example:
@@ -96,6 +103,9 @@ def evaluate(
         raise ValueError(f"workers must be at least 1, got {workers}")
     if frames is not None and target_fps is not None:
         raise ValueError(f"target_fps is not valid for extracted frames, which have no frame rate, got {target_fps}")
+    if calibrate and checkpoint is not None:
+        raise ValueError("calibrate is not valid with a checkpoint: the temperature belongs to the weights of the folder")
+    folder = _folder_to_calibrate(model) if calibrate else None
     name, network, spec = _open_model(model, checkpoint, precision, (views, target_fps, frame_interval))
     if isinstance(network, ExportedClassifier):
         precision = None if isinstance(model, str | os.PathLike) else precision
@@ -112,7 +122,14 @@ def evaluate(
         classifier = VideoClassifier(network, device=place, batch_size=batch_size, precision=precision, compile=compile)
         classifier.spec = spec
         results = _classify_all(classifier, dataset, journal, workers, progress)
-    evaluation = evaluation_of(dataset, results, views=spec.num_views, multi_label=network.multi_label)
+    evaluation = evaluation_of(dataset, results, network)
+    if calibrate:
+        fitted = evaluation.calibrate()
+        evaluation = replace(evaluation, calibrated=fitted)
+        if folder is not None:
+            run_on_rank0(lambda: _save_temperature(folder, fitted.temperature))
+        else:
+            network.temperature = fitted.temperature
     if journal is not None:
         run_on_rank0(lambda: _finish(journal, evaluation, dataset, name))
     return evaluation
@@ -135,8 +152,8 @@ def classify_dataset(
             yield index, result.probs.numpy() if isinstance(result, Prediction) else bad_reason(data.items[index], result)
 
 
-def evaluation_of(data: VideoDataset, results: dict[int, Result], *, views: int, multi_label: bool) -> Evaluation:
-    """Combine the results of all videos, by index. Raises ValueError if no video could be read."""
+def evaluation_of(data: VideoDataset, results: dict[int, Result], model: Network) -> Evaluation:
+    """Combine a model's results of all videos, by index. Raises ValueError if no video could be read."""
     failed = {data.items[index].name: result for index, result in sorted(results.items()) if isinstance(result, str)}
     done = [(index, result) for index, result in sorted(results.items()) if not isinstance(result, str)]
     if not done:
@@ -147,10 +164,11 @@ def evaluation_of(data: VideoDataset, results: dict[int, Result], *, views: int,
         items=tuple(data.items[index] for index in indices),
         probs=np.stack([probs for _, probs in done]),
         targets=data.targets[indices].numpy(),
-        views=views,
+        views=data.spec.num_views,
         frame_interval=data.spec.frame_interval if data.spec.sampling == "dense" else None,
-        multi_label=multi_label,
+        multi_label=model.multi_label,
         failed=failed,
+        temperature=model.temperature,
     )
 
 
@@ -172,7 +190,7 @@ def validate(model: TPNClassifier, data: VideoDataset, *, workers: int = 1, amp:
         classifier.spec = data.spec
         share = dict(classify_dataset(classifier, data, range(rank, len(data), world_size), workers=max(workers, 1)))
     results = {index: result for part in all_gather_object(share) for index, result in part.items()}
-    return evaluation_of(data, results, views=data.spec.num_views, multi_label=model.multi_label)
+    return evaluation_of(data, results, model)
 
 
 def _classify_all(
@@ -268,6 +286,26 @@ def _resampled(spec: InputSpec, views: str | None, target_fps: float | None, fra
     return spec if frame_interval is None else replace(spec, frame_interval=frame_interval)
 
 
+def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
+    """Return the folder of a saved model, None for a model. ValueError for one whose temperature cannot be set or saved."""
+    if isinstance(model, ExportedClassifier) or (isinstance(model, str | os.PathLike) and is_exported(model)):
+        raise ValueError("calibrate is not valid for an exported model, which is fixed; calibrate the model, and export it again")
+    if not isinstance(model, str | os.PathLike):
+        return None
+    if (folder := local_folder(model)) is None:
+        raise ValueError(
+            f"calibrate saves the temperature with the model, and {model} is not a folder. Save it in one: "
+            f"tpn.save_pretrained(tpn.create_model({model!r}, pretrained=True), FOLDER), and evaluate FOLDER"
+        )
+    return folder
+
+
+def _save_temperature(folder: Path, temperature: float) -> None:
+    model = create_model(folder)
+    model.temperature = temperature
+    save_pretrained(model, folder)
+
+
 def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
     """Raise ValueError if the labels of the videos are not those of the model."""
     if len(data.classes) != model.num_classes:
@@ -293,7 +331,9 @@ def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: 
     """Write the results, and remove the journal if no video is left to read."""
     folder = journal.folder.parent
     write_results(evaluation, folder, model=name)
-    facts = {"frame interval": str(evaluation.frame_interval)} if evaluation.frame_interval else {}
+    facts = {"Frame interval": str(evaluation.frame_interval)} if evaluation.frame_interval else {}
+    if evaluation.calibrated is not None:
+        facts["Calibration"] = calibration_line(evaluation)
     write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}", facts=facts)
     if not evaluation.failed:
         rmtree(journal.folder)

@@ -152,7 +152,7 @@ def _section(title: str, note: str, *content: str) -> str:
 def _numbers(evaluation: Evaluation) -> str:
     """Return the key numbers."""
     values = evaluation.metrics
-    shown = [name for name in ("top1", "mAP", "mean_class", "top5", "loss") if name in values]
+    shown = [name for name in ("top1", "mAP", "mean_class", "top5", "loss", "ece") if name in values]
     if len(evaluation.classes) <= 5 and "top5" in shown:
         shown.remove("top5")
     cells = [(metric(name, values[name]), METRIC_NAMES[name]) for name in shown]

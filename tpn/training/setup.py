@@ -35,6 +35,7 @@ def build(data: str, config: TrainConfig) -> tuple[TPNClassifier, TrainData, str
     args = {"num_classes": 0, **config.model_args} if config.model == "tpn" else dict(config.model_args)  # classifiers follow
     weights: dict[str, Any] = {"checkpoint_path": start if is_file else None, "backbone_pretrained": start == "backbone"}
     model = create_model(config.model, start == "pretrained", **weights, **args)
+    model.temperature = 1.0  # it was fitted to the classifier before this training
     parts = open_data(data, config, model)
     if len(parts.train.classes) < 2 and not parts.train.multi_label:
         raise ValueError(f"{data} has one class, {parts.train.classes[0]!r}; training needs two or more")

@@ -1,12 +1,22 @@
 """Words and numbers as the terminal and the report show them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpn.errors import printable
 from tpn.training.plan import PlanLine
 
-METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy", "mAP": "mAP", "loss": "loss"}
+if TYPE_CHECKING:
+    from tpn.training.metrics import Evaluation
+
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_class": "mean class accuracy",
+    "mAP": "mAP",
+    "loss": "loss",
+    "ece": "calibration error",
+}
 
 
 def setting(value: Any) -> str:
@@ -27,6 +37,14 @@ def metric(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}%"
+
+
+def calibration_line(evaluation: "Evaluation") -> str:
+    """Return what the temperature of `evaluation.calibrated` changed."""
+    after: Any = evaluation.calibrated
+    changes = (f"{METRIC_NAMES[k]} {metric(k, evaluation.metrics[k])} → {metric(k, after.metrics[k])}" for k in ("ece", "loss"))
+    temperatures = f"temperature {evaluation.temperature:.3g} → {after.temperature:.3g}"
+    return f"{temperatures}; on the videos it was fitted to, {', '.join(changes)}"
 
 
 def duration(seconds: float) -> str:

@@ -86,8 +86,9 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
     """Load weights into a model, strictly. They may have any floating-point precision.
 
     With `new_classifiers`, classifiers (`head.fc` and `aux_head.fc`) with another number of classes keep their untrained values.
-    If the number of input channels differs from three, an RGB stem is adapted as timm does for images. One log line says so.
-    The weights of the auxiliary head are dropped if a model with a neck has none. Everything else must match.
+    The model gets the temperature that was saved with the classifier; a new classifier has 1. If the number of input channels
+    differs from three, an RGB stem is adapted as timm does for images. One log line says so. The weights of the auxiliary head
+    are dropped if a model with a neck has none. Everything else must match.
 
     Raises CheckpointError.
     """
@@ -104,6 +105,8 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
         chans = model.in_chans if weights.trained is None else weights.trained.input_spec.in_chans
         hint = "" if chans == model.in_chans else f"; pass in_chans={chans}: only RGB weights of SlowOnly and TSM can be adapted"
         raise CheckpointError(f"{weights.name}: {error}{hint}") from None
+    trained = None if weights.trained is None or "head.fc" in other else weights.trained.head
+    model.temperature = trained.temperature if trained and trained.multi_label == model.multi_label else 1.0
     if other:
         new = " and ".join(c for c in other if f"{c}.weight" in built) or "nothing"
         numbers = weights.name, weights.num_classes, model.num_classes

@@ -159,6 +159,7 @@ def model_card(config: ModelConfig, repo_id: str, *, entry: Checkpoint | None = 
         origin = f"The weights come from {entry.publisher} ({entry.source.url}); the tensors are renamed and otherwise unchanged."
     else:
         facts |= {kind: f"`{part.name}` {dict(part.args)}" for kind, part in parts.items()}
+        facts["temperature"] = "" if config.head.temperature == 1 else f"{config.head.temperature:.3g}"
         origin = "Trained with tpn, an implementation of the [Temporal Pyramid Network](https://arxiv.org/abs/2004.03548)."
     return _CARD.format(
         header=data.to_yaml(),

@@ -173,7 +173,7 @@ def _network_fields(config: ModelConfig) -> dict[str, Any]:
             fields |= {f"{kind}.name": part.name, **{f"{kind}.args.{name}": value for name, value in part.args.items()}}
     for name, head in (("head", config.head), ("aux_head", config.aux_head)):
         if head is not None:
-            fields |= {f"{name}.num_classes": head.num_classes, f"{name}.multi_label": head.multi_label}
+            fields |= {f"{name}.{field}": getattr(head, field) for field in ("num_classes", "multi_label", "temperature")}
     return fields | {f"input_spec.{name}": getattr(spec, name) for name in ("num_frames", "crop_size", "in_chans")}
 
 
