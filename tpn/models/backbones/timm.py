@@ -48,6 +48,13 @@ class FoldedBackbone(nn.Module):
         maps = self.net(rearrange(x, "b c t h w -> (b t) c h w"))
         return [rearrange(each, pattern, t=num_frames) for each in maps]
 
+    def forward_frames(self, x: Tensor) -> list[Tensor]:
+        """Return the maps, or the frames themselves if the blocks shift them."""
+        return self(x) if self.num_frames is None else [x]
+
+    def forward_clips(self, *maps: Tensor) -> Sequence[Tensor]:
+        return maps if self.num_frames is None else self(*maps)
+
     def feature_shapes(self, clip: Tensor) -> list[FeatureShape]:
         """Return the shape of each feature map of a clip; one frame is enough to find it."""
         shapes = measure(self, clip if self.num_frames else clip[:, :, :1])
