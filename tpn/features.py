@@ -209,7 +209,8 @@ class FeatureFolder:
     def add(self, video: str, name: str, columns: Columns, *, fps: float, total_frames: int) -> None:
         """Write the features of a video. Other processes see both files or none that counts."""
         array, about = self._files(name)
-        features = columns["features"].astype(self.about.dtype)
+        with np.errstate(over="ignore"):
+            features = columns["features"].astype(self.about.dtype)
         if not np.isfinite(features).all():
             raise ValueError(f"{printable(video)}: the features exceed {self.about.dtype}; write float32")
         windows = {key: columns[key].tolist() for key in ("first", "last", "time")}
