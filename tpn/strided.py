@@ -72,7 +72,7 @@ def window_features(
         VideoError, OSError: the video cannot be read. Windows before the error may have been yielded.
 
     Example:
-        >>> classifier = tpn.VideoClassifier(tpn.FeatureModel(tpn.create_model("tpn_slowonly_r50_k400", pretrained=True)))
+        >>> classifier = tpn.VideoClassifier(FeatureModel(tpn.create_model("tpn_slowonly_r50_k400", pretrained=True)))
         >>> features = torch.stack([window.features for window in window_features(classifier, "video.mp4", stride=16)])
     """
     model, spec = feature_model(classifier), window_spec(classifier.spec, window)
