@@ -189,7 +189,7 @@ class TPNClassifier(nn.Module):
         Shape: (B, 3, T, H, W) → one or more tensors (B, C_i, T, H_i, W_i), any T
         """
         self._check_clips(x)
-        return cast("Any", self.backbone).forward_frames(x) if hasattr(self.backbone, "forward_frames") else (x,)
+        return cast("Any", self.backbone).forward_frames(x) if hasattr(self.backbone, "forward_clips") else (x,)
 
     def forward_features(self, x: Clips) -> Tensor:
         """(B, 3, T, H, W) → the map that the head reads: the neck's (B, C, T', H/32, W/32), or the backbone's last."""
