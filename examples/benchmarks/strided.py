@@ -7,7 +7,8 @@ read each clip: reads the frames of each window from the file, and runs the mode
 decode once: reads all frames of the video into memory, and runs the model on each window.
 tpn: `window_features`, one pass over the file.
 
-All three give the same features; the largest difference is printed. The weights are random, except those of the tiny model.
+All three give the same features; the largest difference is printed, and the multiplications for one window, which do not depend
+on the machine. The weights are random, except those of the tiny model.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from timing import Bench
-from torch import Tensor
+from torch import Tensor, nn
 
 import tpn
 from tpn.cli.script import positive_int, run_cli
@@ -77,10 +78,26 @@ def compare(bench: Bench, name: str, classifier: tpn.VideoClassifier, path: str,
     def one_pass() -> Tensor:
         return torch.stack([each.features for each in window_features(classifier, path, stride=stride, window=window)])
 
-    expected, found = read_each_clip(), one_pass()
+    (expected, by_hand), (found, ours) = (count_macs(model, run) for run in (read_each_clip, one_pass))
+    print(f"{name}: {by_hand / len(starts) / 1e9:.2f} GMAC per window by hand, {ours / len(starts) / 1e9:.2f} by tpn")
+    print(f"largest difference, relative to the largest feature: {(found - expected).abs().max() / expected.abs().max():.0e}")
     title = f"{name}: {len(starts)} windows of {window} frames, stride {stride}"
     bench.compare(title, {"read each clip": read_each_clip, "decode once": decode_once, "tpn": one_pass}, clips=len(starts))
-    print(f"largest difference, relative to the largest feature: {(found - expected).abs().max() / expected.abs().max():.0e}\n")
+
+
+def count_macs(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Return the result of a function, and the multiplications that convolutions and linear layers of the model did for it."""
+    macs = 0
+
+    def after(layer: nn.Module, args: object, result: Tensor) -> None:
+        nonlocal macs
+        macs += result.numel() * layer.weight[0].numel()  # type: ignore[operator, index]
+
+    hooks = [each.register_forward_hook(after) for each in model.modules() if isinstance(each, nn.Conv2d | nn.Conv3d | nn.Linear)]
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    return result, macs
 
 
 def batches(clips: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
