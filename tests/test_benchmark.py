@@ -57,6 +57,16 @@ def test_loader(tmp_path):
     assert done.stdout.splitlines()[1].endswith(" 1.00x")
 
 
+def test_strided(tmp_path):
+    video = write_video(tmp_path / "v.mp4", 40)
+    options = ["--models", "tiny", "--window", 16, "--repeats", 1, "--output", tmp_path / "results.json"]
+    done = run_example("benchmarks/strided", video, *options)
+    ((title, rows),) = json.loads((tmp_path / "results.json").read_text())["results"].items()
+    assert title == "tiny: 2 windows of 16 frames, stride 16"
+    assert [row["what"] for row in rows] == ["read each clip", "decode once", "tpn"]
+    assert float(re.search(r"largest difference.*: (\S+)$", done.stdout, re.MULTILINE)[1]) <= 1e-5
+
+
 def test_startup(tmp_path):
     done = run_example("benchmarks/startup", "--repeats", 1, "--output", tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())

@@ -315,6 +315,12 @@ def test_models_that_cannot_be_written(videos, name, message):
         tpn.evaluate(name, videos / "list.txt", calibrate=True)
 
 
+def test_weights_of_another_file(model, videos, tmp_path):
+    tpn.save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="calibrate.*checkpoint"):
+        tpn.evaluate(tmp_path, videos / "list.txt", calibrate=True, checkpoint=tmp_path / "model.safetensors")
+
+
 def test_a_failed_fit_leaves_the_model_as_it_was(model, videos, tmp_path):
     folder, _ = saved(model, videos, tmp_path)
     before = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()

@@ -145,7 +145,7 @@ def test_the_next_run_resumes(folder, suffix):
     about = features.About(TINY, features.weights_hash(model), "c4", "clip", parts, spec)
     a, b = FeatureFile(out, about), FeatureFile(whole, about)
     assert list(a.rows) == list(b.rows) == videos
-    assert all(np.array_equal(a.rows[video], b.rows[video]) for video in videos)
+    assert all(np.array_equal(a.rows[video]["features"], b.rows[video]["features"]) for video in videos)
 
 
 def test_an_interrupted_run_keeps_its_features(folder, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_file_with_other_settings_that_appears_during_a_run_is_not_overwritten
     file = FeatureFile(out, features.About(TINY, "", None, "video", None, {}))
     (folder / "clips.npz").rename(out)
     before = out.read_bytes()
-    file.add("0.mp4", np.zeros((1, 8), np.float32))
+    file.add("0.mp4", {"features": np.zeros((1, 8), np.float32)})
     for _ in range(2):
         with pytest.raises(ValueError, match="out.npz has features with other settings"):
             file.write()

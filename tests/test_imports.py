@@ -22,7 +22,7 @@ ORDER = (
     ["export"],
     ["predict"],
     ["training"],
-    ["features", "tempo", "explain", "demo"],
+    ["features", "tempo", "strided", "explain", "demo"],
     ["cli"],
 )
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

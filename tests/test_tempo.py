@@ -116,21 +116,20 @@ def test_sources_without_frames(classifier, video, tmp_path):
 
 
 @pytest.mark.parametrize(("stride", "at_most"), [(8, 16), (2, 16), (1, 31), (60, 16)])
-def test_only_frames_that_are_needed_are_kept(classifier, monkeypatch, stride, at_most):
+def test_only_frames_that_are_needed_are_kept(classifier, stride, at_most):
     """After the first clip. Before that, all frames are kept: a video shorter than a clip needs them."""
-    alive, made, preprocess = [], 0, tempo._preprocess
+    alive, made = [], 0
 
-    def watched(*args):
+    def watched(frame):
         nonlocal made
         made += 1
-        image = preprocess(*args)
+        image = tempo.preprocess(frame, spec, torch.device("cpu"))
         alive.append(weakref.ref(image))
         return image
 
     def held():
         return sum(ref() is not None for ref in alive)
 
-    monkeypatch.setattr(tempo, "_preprocess", watched)
     spec = tempo.sliding_spec(classifier.spec)
     given = 0
 
@@ -140,10 +139,11 @@ def test_only_frames_that_are_needed_are_kept(classifier, monkeypatch, stride, a
             yield np.zeros((90, 120, 3), np.uint8)
             assert held() <= (SPAN if given <= SPAN else at_most + 1)
 
-    windows = tempo._windows(frames(), spec, stride, torch.device("cpu"))
+    windows = tempo.sliding_windows(frames(), spec, stride, watched)
     for start, (first, last, clip) in zip(range(0, 300, stride), windows, strict=False):
         assert (first, last, given) == (start, start + SPAN - 1, start + SPAN)  # as soon as it is complete
-        assert clip.shape == (16, 3, 64, 64)
+        assert torch.stack(clip).shape == (16, 3, 64, 64)
+        clip.clear()
     assert made < (200 if stride != 1 else 301)  # frames between the clips are not even resized
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -13,12 +13,17 @@ import numpy as np
 from huggingface_hub.utils import WeakFileLock
 from numpy.typing import NDArray
 
+from tpn.config import InputSpec
+from tpn.errors import printable
 from tpn.files import atomic_write
 from tpn.models.features import FeatureModel
 from tpn.predict import Prediction, Unreadable, VideoClassifier
 from tpn.training.state import weights_hash
 
 Level = Literal["video", "clip"]
+DType = Literal["float32", "float16"]
+Columns = dict[str, NDArray[Any]]
+"""Columns of a table by name, one row per video, clip, or window. "features" is (rows, C)."""
 
 SAVE_EVERY = 60.0
 """Seconds between two writes of the file, and so the work that a killed run can lose. Longer if writing takes more than 6 s."""
@@ -32,7 +37,8 @@ class About:
         model: name of the model, as given by the caller.
         weights: SHA-256 of the weights, from `tpn.training.state.weights_hash`.
         feature: name of the feature map; None for the input of the classifier.
-        level: "video" for the mean over all views of a video, "clip" for the mean over the crops of each clip.
+        level: "video" for the mean over all views of a video, "clip" for the mean over the crops of each clip, "window" for the
+            center crop of each window of `tpn.strided`.
         parts: backbone and neck of the model's config, as JSON values; None for a model without config.
         input: the `InputSpec` with the number of views, as JSON values.
     """
@@ -40,16 +46,39 @@ class About:
     model: str
     weights: str
     feature: str | None
-    level: Level
+    level: Level | Literal["window"]
     parts: dict[str, Any] | None
     input: dict[str, Any]
+
+    def check_same(self, found: dict[str, Any], path: Path, kind: str) -> None:
+        """Raise ValueError if `found`, the settings of the features in `path`, differ from these."""
+        if differences := list(_differences(found, json.loads(json.dumps(asdict(self))))):
+            raise ValueError(f"{path} has features with other settings ({'; '.join(differences)}); choose another {kind}")
+
+
+@dataclass(frozen=True)
+class WindowsAbout(About):
+    """How the features of windows were computed.
+
+    Attributes:
+        stride: step from window to window, in frames.
+        window: frames that a window stands for, `num_frames * frame_interval`.
+        span: frames from the first to the last that the model sees of a window, `frame_interval - 1` less.
+        dtype: of the features.
+    """
+
+    stride: int
+    window: int
+    span: int
+    dtype: DType
 
 
 class FeatureFile:
     """A table of features in an `.npz` or `.parquet` file.
 
-    The columns are "path", "features" (float32, C values per row) and, at clip level, "clip" (0, 1, ... along time). The settings
-    are stored as JSON, under "about" in an `.npz` file and under "tpn" in the metadata of a Parquet table.
+    The columns are "path", "features" (float32, C values per row) and, at clip level, "clip" (0, 1, ... along time); at window
+    level those of `tpn.strided.extract_windows`. The settings are stored as JSON, under "about" in an `.npz` file and under "tpn"
+    in the metadata of a Parquet table.
 
     Args:
         path: the file. If it exists, its rows are read.
@@ -64,26 +93,25 @@ class FeatureFile:
     def __init__(self, path: str | PathLike[str], about: About) -> None:
         check_path(path)
         self.path, self.about = Path(path), about
-        self.rows: dict[str, NDArray[np.float32]] = {}
+        self.rows: dict[str, Columns] = {}
         self._version_read: tuple[int, int] | None = None
         self._read()
 
     def __contains__(self, video: object) -> bool:
-        return video in self.rows
+        return isinstance(video, str) and utf8_name(video) in self.rows
 
-    def add(self, video: str, features: NDArray[np.float32]) -> None:
-        """Add the features of a video, (clips, C) at clip level or (1, C) at video level."""
-        self.rows[video] = features
+    def add(self, video: str, columns: Columns) -> None:
+        """Add the rows of a video: one at video level, otherwise one per clip or window."""
+        self.rows[utf8_name(video)] = columns
 
     def write(self) -> None:
         """Write all rows, including those that other processes have added to the file. Readers never see a partial file."""
         with WeakFileLock(self.path.with_name(f".{self.path.name}.lock")):
             self._read()
-            rows = self.rows.items()
-            features = np.concatenate([features for _, features in rows])
-            columns: dict[str, Any] = {"path": [_utf8_name(path) for path, features in rows for _ in features]}
-            if self.about.level == "clip":
-                columns["clip"] = np.concatenate([np.arange(len(features)) for _, features in rows])
+            rows = self.rows.values()
+            columns: dict[str, Any] = {"path": [path for path, each in self.rows.items() for _ in each["features"]]}
+            columns |= {name: np.concatenate([each[name] for each in rows]) for name in next(iter(rows))}
+            features = columns.pop("features")
             about = json.dumps(asdict(self.about))
             with atomic_write(self.path) as unfinished:
                 if self.path.suffix == ".npz":
@@ -107,28 +135,93 @@ class FeatureFile:
         if version is None or version == self._version_read:
             return
         try:
-            about, paths, features = self._read_columns()
+            about, paths, columns = self._read_columns()
         except ImportError:
             raise
         except Exception as error:  # NumPy and pyarrow raise many types
             raise ValueError(f"{self.path} is not a file of features from tpn ({error}); choose another file") from error
-        differences = list(_differences(about, json.loads(json.dumps(asdict(self.about)))))
-        if differences:
-            raise ValueError(f"{self.path} has features with other settings ({'; '.join(differences)}); choose another file")
+        self.about.check_same(about, self.path, "file")
         starts = [i for i, path in enumerate(paths) if i == 0 or path != paths[i - 1]]
         for start, end in zip(starts, [*starts[1:], len(paths)], strict=True):
-            self.rows.setdefault(paths[start], features[start:end])
+            self.rows.setdefault(paths[start], {name: column[start:end] for name, column in columns.items()})
         self._version_read = version  # only now: a later write must refuse a bad file again
 
-    def _read_columns(self) -> tuple[dict[str, Any], list[str], NDArray[np.float32]]:
-        """Return the settings, the path of each row, and the features (rows, C)."""
+    def _read_columns(self) -> tuple[dict[str, Any], list[str], Columns]:
+        """Return the settings, the path of each row, and the other columns."""
         if self.path.suffix == ".npz":
             with np.load(self.path) as file:
-                return json.loads(str(file["about"])), file["path"].tolist(), file["features"]
+                columns = {name: file[name] for name in file}
+                return json.loads(str(columns.pop("about"))), columns.pop("path").tolist(), columns
         _, pq = _import_pyarrow()
         table = pq.read_table(self.path)
+        columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("path", "features")}
         features = np.asarray(table["features"].combine_chunks().flatten(), dtype=np.float32).reshape(len(table), -1)
-        return json.loads(table.schema.metadata[b"tpn"]), table["path"].to_pylist(), features
+        return json.loads(table.schema.metadata[b"tpn"]), table["path"].to_pylist(), columns | {"features": features}
+
+
+class FeatureFolder:
+    """A folder with the features of one video in each `NAME.npy`, (windows, C), and a `NAME.json` beside it.
+
+    The JSON has the settings, the path of the "video", its "fps" and "total_frames", and for each window its "first" and "last"
+    frame and its middle "time" in seconds. It is written before the array, so that an array with its JSON is complete.
+
+    Args:
+        path: the folder. It is made with the first video.
+        about: settings of the features. They must be the same as in an existing folder.
+
+    Raises:
+        ValueError: the folder has features with other settings.
+        NotADirectoryError: `path` is a file.
+    """
+
+    def __init__(self, path: str | PathLike[str], about: WindowsAbout) -> None:
+        check_folder(path)
+        self.path, self.about = Path(path), about
+        self._known: dict[str, tuple[str, int]] = {}  # path of the video and number of windows, by name
+        for file in self.path.rglob("*.json"):
+            found = _read_json(file)
+            if "stride" in found and not file.parent.name.startswith(".incomplete-"):
+                about.check_same(found, file, "folder")
+                name = file.relative_to(self.path).as_posix().removesuffix(".json")
+                self._known[name] = found["video"], len(found["time"])
+
+    def missing(self, videos: Mapping[str, str]) -> list[str]:
+        """Return the videos, given with their names, that have no complete features.
+
+        Raises ValueError: a name is that of two videos, or of files that are no features.
+        """
+        owners = {name: video for name, (video, _) in self._known.items()}
+        missing = []
+        for video, name in videos.items():
+            array, about = self._files(name)
+            owner = owners.setdefault(name, utf8_name(video))
+            if owner != utf8_name(video):
+                raise ValueError(
+                    f"{array} would have the features of {owner} and of {printable(video)}; pass the folder that holds both, or "
+                    "write to another folder"
+                )
+            if name not in self._known and (array.exists() or about.exists()):
+                raise ValueError(f"{array if array.exists() else about} exists and is not from tpn; write to another folder")
+            if name not in self._known or not _has_rows(array, self._known[name][1]):
+                missing.append(video)
+        return missing
+
+    def add(self, video: str, name: str, columns: Columns, *, fps: float, total_frames: int) -> None:
+        """Write the features of a video. Other processes see both files or none that counts."""
+        array, about = self._files(name)
+        with np.errstate(over="ignore"):
+            features = columns["features"].astype(self.about.dtype)
+        if not np.isfinite(features).all():
+            raise ValueError(f"{printable(video)}: the features exceed {self.about.dtype}; write float32")
+        windows = {key: columns[key].tolist() for key in ("first", "last", "time")}
+        facts = {"video": utf8_name(video), "fps": fps, "total_frames": total_frames, **asdict(self.about), **windows}
+        with atomic_write(array) as unfinished:
+            unfinished.with_name(about.name).write_text(json.dumps(facts), encoding="utf-8")
+            with unfinished.open("wb") as file:  # np.save would append .npy to other names
+                np.save(file, features)
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        return self.path / f"{name}.npy", self.path / f"{name}.json"
 
 
 def extract(
@@ -161,36 +254,69 @@ def extract(
         TypeError: the classifier has no `FeatureModel`.
         ValueError, ImportError, FileNotFoundError: as in `FeatureFile`.
     """
-    model = classifier.model
-    if not isinstance(model, FeatureModel):
-        raise TypeError(f"classifier must be a VideoClassifier of a FeatureModel, got one of {type(model).__name__}")
     spec = classifier.spec.with_views(num_clips, num_crops)
+    file = FeatureFile(path, About(model=name, level=level, **describe(feature_model(classifier), spec)))
+    new_videos = [video for video in dict.fromkeys(map(str, videos)) if video not in file]
+
+    def columns(result: Prediction | Unreadable) -> Columns | Unreadable:
+        if not isinstance(result, Prediction):
+            return result
+        views = result.view_logits.numpy()  # (crops x clips, C), one crop after the other
+        clips = views.reshape(-1, spec.num_clips, views.shape[1]).mean(axis=0)
+        if level == "clip":
+            return {"clip": np.arange(len(clips)), "features": clips}
+        return {"features": clips.mean(axis=0, keepdims=True)}
+
+    results = classifier.predict_each(new_videos, num_clips=num_clips, num_crops=num_crops)
+    yield from fill(file, zip(new_videos, map(columns, results), strict=True))
+
+
+def fill(file: FeatureFile, results: Iterable[tuple[str, Columns | Unreadable]]) -> Generator[tuple[str, Unreadable | None]]:
+    """Add the rows of videos to a file, which is written every minute, at the end, and when the generator is closed.
+
+    Yields:
+        Each video, with the error if it is unreadable, otherwise None.
+    """
+    last_write, interval = time.monotonic(), SAVE_EVERY
+    unwritten = False
+    try:
+        for video, result in results:
+            if not isinstance(result, dict):
+                yield video, result
+                continue
+            file.add(video, result)
+            unwritten = True
+            if time.monotonic() - last_write > interval:
+                started = time.monotonic()
+                file.write()
+                unwritten, last_write = False, time.monotonic()
+                interval = max(SAVE_EVERY, 10 * (last_write - started))
+            yield video, None
+    finally:
+        if unwritten:
+            file.write()
+
+
+def feature_model(classifier: VideoClassifier) -> FeatureModel:
+    """Return the model of a classifier. Raises TypeError for one with classes."""
+    if not isinstance(classifier.model, FeatureModel):
+        raise TypeError(f"classifier must be a VideoClassifier of a FeatureModel, got one of {type(classifier.model).__name__}")
+    return classifier.model
+
+
+def describe(model: FeatureModel, spec: InputSpec) -> dict[str, Any]:
+    """Return what an `About` says of a model and its clips."""
     parts = None
     with suppress(ValueError):  # models put together by hand have no config
         config = model.model.config.to_dict()
         parts = {"backbone": config["backbone"], "neck": config["neck"]}
     input_settings = replace(spec, flip_label_pairs=()).to_dict()
-    file = FeatureFile(path, About(name, weights_hash(model.model), model.name, level, parts, input_settings))
-    new_videos = [video for video in dict.fromkeys(map(str, videos)) if _utf8_name(video) not in file]
-    results = classifier.predict_each(new_videos, num_clips=num_clips, num_crops=num_crops)
-    last_write, interval = time.monotonic(), SAVE_EVERY
-    unwritten = False
-    try:
-        for video, result in zip(new_videos, results, strict=True):
-            if isinstance(result, Prediction):
-                views = result.view_logits.numpy()  # (crops x clips, C), one crop after the other
-                clips = views.reshape(-1, spec.num_clips, views.shape[1]).mean(axis=0)
-                file.add(_utf8_name(video), clips if level == "clip" else clips.mean(axis=0, keepdims=True))
-                unwritten = True
-                if time.monotonic() - last_write > interval:
-                    started = time.monotonic()
-                    file.write()
-                    unwritten, last_write = False, time.monotonic()
-                    interval = max(SAVE_EVERY, 10 * (last_write - started))
-            yield video, None if isinstance(result, Prediction) else result
-    finally:
-        if unwritten:
-            file.write()
+    return {"weights": weights_hash(model.model), "feature": model.name, "parts": parts, "input": input_settings}
+
+
+def is_table(out: str | PathLike[str]) -> bool:
+    """Return whether features go to a `FeatureFile`, not to a `FeatureFolder`."""
+    return Path(out).suffix in (".npz", ".parquet")
 
 
 def check_path(path: str | PathLike[str]) -> None:
@@ -204,6 +330,12 @@ def check_path(path: str | PathLike[str]) -> None:
         _import_pyarrow()
 
 
+def check_folder(path: str | PathLike[str]) -> None:
+    """Raise NotADirectoryError if a `FeatureFolder` cannot be at `path`, before the work starts."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise NotADirectoryError(f"{path} is a file; features of windows need a folder, or a name that ends in .npz or .parquet")
+
+
 def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Describe each entry that differs, in nested dictionaries, too."""
     for key, value in expected.items():
@@ -214,7 +346,7 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = 
             yield f"{prefix}{key}={other!r}, expected {value!r}"
 
 
-def _utf8_name(path: str) -> str:
+def utf8_name(path: str) -> str:
     """Replace bytes of a file name that are not UTF-8: neither format can store them."""
     return path.encode("utf-8", "backslashreplace").decode()
 
@@ -226,3 +358,20 @@ def _import_pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError('Parquet files need pyarrow: pip install "tpn[parquet]", or write an .npz file') from error
     return pyarrow, pyarrow.parquet
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _has_rows(path: Path, count: int) -> bool:
+    """Return whether a file is an array of so many rows; only its size and its header are read."""
+    try:
+        return len(np.load(path, mmap_mode="r")) == count
+    except (OSError, ValueError, EOFError):
+        return False

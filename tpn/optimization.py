@@ -8,7 +8,7 @@ import copy
 import importlib
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
@@ -25,7 +25,7 @@ from tpn.config import ModelConfig
 from tpn.devices import as_dtype, fastest_dtype, resolve_device
 from tpn.exported import ExportedClassifier, need_packages, prepare
 from tpn.models.backbones.resnet import ResidualBlock
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import Clips, TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import channels_last, reference_tensor
 
@@ -100,8 +100,11 @@ class OptimizedClassifier(TPNClassifier):
         logits, aux_logits = super().forward_with_aux(x)
         return logits, None if aux_logits is None else aux_logits.float()
 
-    def _backbone_maps(self, x: Tensor) -> Any:
-        return super()._backbone_maps(self._as_stored(x))
+    def forward_frames(self, x: Tensor) -> Sequence[Tensor]:
+        return super().forward_frames(self._as_stored(x))
+
+    def _backbone_maps(self, x: Clips) -> Sequence[Tensor]:
+        return super()._backbone_maps(self._as_stored(x) if isinstance(x, Tensor) else x)
 
     def _as_stored(self, x: Tensor, copy: bool = False) -> Tensor:
         """Return clips in the dtype and layout of the weights."""

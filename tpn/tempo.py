@@ -6,9 +6,10 @@ The tempo of an action (Yang et al., CVPR 2020) is the full width at half maximu
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from tpn.video.transforms import center_crop, resize_short_side
 
 PathLike = str | os.PathLike[str]
 Frame = np.ndarray[Any, Any] | Tensor
-Window = tuple[int, int, Tensor]
-"""Indices of the first and the last frame of a clip, and its frames, uint8 (T, 3, S, S)."""
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def slide(
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
     if isinstance(frames, str | os.PathLike):
         frames = decode.iter_frames(frames)
-    windows = _windows(frames, spec, stride, classifier.device)
+    windows = sliding_windows(frames, spec, stride, partial(preprocess, spec=spec, device=classifier.device))
     return _classify(classifier, newest(windows) if live else windows, spec, one_by_one=live or classifier.batch_size == 1)
 
 
@@ -316,10 +316,21 @@ def gain_against_variance(
     return GainAgainstVariance(gain, int(known.sum()), _correlation(x, y), _correlation(_ranks(x), _ranks(y)))
 
 
-def _windows(frames: Iterable[Frame], spec: InputSpec, stride: int, device: torch.device) -> Generator[Window]:
-    """Yield each clip as soon as its last frame has been read. Keep only frames that this clip and later ones need."""
+def sliding_windows(
+    frames: Iterable[Frame], spec: InputSpec, stride: int, prepare: Callable[[Frame], Kept]
+) -> Generator[tuple[int, int, list[Kept]]]:
+    """Yield each clip as soon as its last frame has been read. Keep only frames that this clip and later ones need.
+
+    Args:
+        frames, stride: as in `slide`.
+        spec: from `sliding_spec`.
+        prepare: called once for each frame that a clip may need; returns what to keep of it, such as `preprocess`.
+
+    Yields:
+        Indices of the first and the last frame of a clip, and what is kept of its frames.
+    """
     span, interval = spec.clip_span, spec.frame_interval
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Kept] = {}
     start, index = 0, -1  # first frame of the next clip; current frame
 
     def is_needed(index: int) -> bool:
@@ -327,20 +338,19 @@ def _windows(frames: Iterable[Frame], spec: InputSpec, stride: int, device: torc
 
     for index, frame in enumerate(frames):
         if start == 0 or is_needed(index):  # a video shorter than the first clip may need every frame
-            kept[index] = _preprocess(frame, spec, device)
+            kept[index] = prepare(frame)
         if index == start + span - 1:
-            clip = torch.stack([kept[i] for i in range(start, index + 1, interval)])
+            yield start, index, [kept[i] for i in range(start, index + 1, interval)]
             start += stride
             kept = {i: image for i, image in kept.items() if is_needed(i)}
-            yield start - stride, index, clip
     if index < 0:
         raise ValueError("there are no frames")
     if start == 0:
         (indices,) = dense_indices(index + 1, num_frames=spec.num_frames, frame_interval=interval)
-        yield 0, index, torch.stack([kept[i] for i in indices.tolist()])
+        yield 0, index, [kept[i] for i in indices.tolist()]
 
 
-def _preprocess(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
+def preprocess(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
     """Resize and crop a frame to uint8 (3, S, S)."""
     if not isinstance(frame, np.ndarray | Tensor) or frame.ndim != 3:
         shape = getattr(frame, "shape", type(frame).__name__)
@@ -350,19 +360,21 @@ def _preprocess(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
     return center_crop(resize_short_side(image, spec.short_side), spec.crop_size).clone()
 
 
-def _classify(classifier: VideoClassifier, windows: Generator[Window], spec: InputSpec, *, one_by_one: bool) -> Generator[Clip]:
+def _classify(
+    classifier: VideoClassifier, windows: Generator[tuple[int, int, list[Tensor]]], spec: InputSpec, *, one_by_one: bool
+) -> Generator[Clip]:
     spec = replace(spec, short_side=spec.crop_size)  # the frames are resized and cropped already
     spans: deque[tuple[int, int]] = deque()
     clip_indices = torch.arange(spec.num_frames)[None]
 
-    def classify(windows: Iterable[Window]) -> Generator[Clip]:
+    def classify(windows: Iterable[tuple[int, int, list[Tensor]]]) -> Generator[Clip]:
         failures: list[Exception] = []
 
         def videos() -> Generator[tuple[Tensor, Tensor]]:
             try:
                 for first, last, frames in windows:
                     spans.append((first, last))
-                    yield frames, clip_indices
+                    yield torch.stack(frames), clip_indices
             except Exception as error:  # raised below, after the earlier clips that still wait for a full batch
                 failures.append(error)
 

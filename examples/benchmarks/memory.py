@@ -1,11 +1,11 @@
 """Measure the peak memory of long videos and of many videos.
 
     python examples/benchmarks/memory.py FOLDER
-    python examples/benchmarks/memory.py FOLDER --only timeline
+    python examples/benchmarks/memory.py FOLDER --only timeline features
 
 long: classifies 30 views of a 10-minute video of 1280x720 pixels, and times reading single frames of it.
 many: classifies 500 videos, one in ten damaged.
-timeline: runs `tpn timeline` on 2 minutes and on 1 hour of rendered motion.
+timeline, features: run `tpn timeline` and `tpn features --stride` on 2 minutes and on 1 hour of rendered motion.
 
 The videos are written to FOLDER and used again by the next run.
 """
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ import tpn
 from tpn.video import decode, motion
 from tpn.video.encode import write_video
 
+PARTS = ("long", "many", "timeline", "features")
 MINUTES, FPS, WIDTH, HEIGHT = 10, 30, 1280, 720
 
 
@@ -98,16 +100,21 @@ def write_hour(part: Path, hour: Path) -> None:
                     out.mux(packet)
 
 
-def timelines(*paths: Path) -> None:
+def sliding(name: str, *paths: Path) -> None:
+    """Run the command timeline or features."""
     for path in paths:
-        command = ["timeline", path, "--model", "tpn_slowonly_tiny_motion", "--device", "cpu", "--stride", 48]
-        command += ["--json", path.with_suffix(".json"), "--output", path.with_suffix(".png")]
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "tpn", *map(str, command)], stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            command = [name, path, "--model", "tpn_slowonly_tiny_motion", "--device", "cpu", "--stride", 48]
+            if name == "timeline":
+                command += ["--json", Path(folder, "timeline.json"), "--output", Path(folder, "timeline.png")]
+            else:
+                command += ["--out", folder]
+            start = time.perf_counter()
+            process = subprocess.Popen([sys.executable, "-m", "tpn", *map(str, command)], stdout=subprocess.DEVNULL)
+            _, status, used = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - start
         frames = decode.probe(path).num_frames
-        print(f"timeline of {frames} frames: exit code {status}, {seconds:.0f} s, peak memory {used.ru_maxrss / 1024:.0f} MB")
+        print(f"{name} of {frames} frames: exit code {status}, {seconds:.0f} s, peak memory {used.ru_maxrss / 1024:.0f} MB")
 
 
 def run_in_process(function: Callable[..., None], *args: Any) -> None:
@@ -120,17 +127,18 @@ def run_in_process(function: Callable[..., None], *args: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for the videos")
-    parser.add_argument("--only", choices=("long", "many", "timeline"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
-    if args.only in (None, "long"):
+    if "long" in args.only:
         run_in_process(one_long_video, long_video(args.folder, MINUTES * 60))
-    if args.only in (None, "many"):
+    if "many" in args.only:
         run_in_process(many_videos, long_video(args.folder, 10), args.folder / "damaged.mp4")
-    if args.only in (None, "timeline"):
-        part, hour = args.folder / "two_minutes.mp4", args.folder / "hour.mp4"
-        if not hour.exists():
-            run_in_process(write_hour, part, hour)
-        run_in_process(timelines, part, hour)
+    part, hour = args.folder / "two_minutes.mp4", args.folder / "hour.mp4"
+    for name in ("timeline", "features"):
+        if name in args.only:
+            if not hour.exists():
+                run_in_process(write_hour, part, hour)
+            run_in_process(sliding, name, part, hour)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The command features."""
 
+from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,11 +21,14 @@ from tpn.cli.app import (
 )
 from tpn.cli.script import one_line_message
 
+if TYPE_CHECKING:
+    from tpn.predict import Unreadable
+
 
 @app.command()
 def features(
     videos: Annotated[list[Path], typer.Argument(help="Video files, or folders to search for them.", metavar="VIDEO...")],
-    out: Annotated[Path, typer.Option(help="File to write, .npz or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write, .npz or .parquet; with --stride, also a folder.")],
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
     feature: Annotated[
@@ -33,39 +37,84 @@ def features(
             help="Feature map to average over time and space: c4, c5, top_down_fusion, ... Default: the one that is classified."
         ),
     ] = None,
-    level: Annotated[Literal["video", "clip"], typer.Option(help="Write one row per video or one per clip.")] = "video",
+    level: Annotated[
+        Literal["video", "clip"] | None, typer.Option(help="Write one row per video or one per clip. Default: video.")
+    ] = None,
     views: ViewsOption = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Write one row per window, whose step from one to the next is so many frames.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Frames that a window spans. Default: as published. Needs --stride.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"] | None, typer.Option(help="Type of the .npy files. Default: float32. Needs --stride.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Write the features of videos to a file.
+    """Write the features of videos to a file, or with --stride those of a sliding window to a folder.
 
-    Run the same command again to resume. Videos that are already in the file are skipped.
+    Run the same command again to resume. Videos whose features are already there are skipped.
     """
     import torch
 
     from tpn.devices import resolve_device
-    from tpn.features import FeatureModel, check_path, extract
+    from tpn.features import FeatureModel, check_folder, check_path, extract, is_table
     from tpn.predict import VideoClassifier
-    from tpn.video.datasets import videos_below
+    from tpn.strided import extract_windows
     from tpn.zoo.create import create_model
 
     num_clips, num_crops = parse_views_option(views)
-    check_path(out)  # before the model is downloaded
-    files_of = {video: videos_below(video) if video.is_dir() else [video] for video in videos}
-    paths = [path for files in files_of.values() for path in files]
-    empty_folders = [video for video, files in files_of.items() if not files]
-    for folder in empty_folders:
-        err.print(f"error: {folder}: no videos in this folder")
-    if not paths:
+    _check_options(stride, {"--window": window, "--dtype": dtype}, {"--level": level, "--views": views})
+    if stride is None or is_table(out):
+        check_path(out)  # before the model is downloaded
+    else:
+        check_folder(out)
+    names, empty_folders = _find_videos(videos)
+    if not names:
         raise typer.Exit(1)
-    if not out.exists() and not any(path.exists() for path in paths):  # an existing file may have the rows of deleted videos
-        require_exists(paths[0])
+    if not out.exists() and not any(Path(path).exists() for path in names):  # existing features may be those of deleted videos
+        require_exists(next(iter(names)))
     torch_device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=torch_device)
+    if stride is None:
+        results = extract(classifier, names, out, name=model, level=level or "video", num_clips=num_clips, num_crops=num_crops)
+    else:
+        results = extract_windows(classifier, names, out, name=model, stride=stride, window=window, dtype=dtype or "float32")
+    failed = _report(results, out, len(names))
+    if failed or empty_folders:
+        raise typer.Exit(1)
+
+
+def _check_options(stride: int | None, of_windows: dict[str, object], of_views: dict[str, object]) -> None:
+    wrong = of_windows if stride is None else of_views
+    given = [name for name, value in wrong.items() if value is not None]
+    if given:
+        raise typer.BadParameter("needs --stride" if stride is None else "is not valid with --stride", param_hint=given[0])
+
+
+def _find_videos(videos: list[Path]) -> tuple[dict[str, str], list[Path]]:
+    """Return the files with the names of their features, paths below a given folder without suffix, and the empty folders."""
+    from tpn.video.datasets import videos_below
+
+    names: dict[str, str] = {}
+    empty_folders = []
+    for video in videos:
+        files = videos_below(video) if video.is_dir() else [video]
+        for file in files:
+            below = file.relative_to(video) if video.is_dir() else Path(file.name)
+            names.setdefault(str(file), below.with_name(below.stem).as_posix())
+        if not files:
+            empty_folders.append(video)
+            err.print(f"error: {video}: no videos in this folder")
+    return names, empty_folders
+
+
+def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_videos: int) -> int:
+    """Run the extraction, and print what happened. Return the number of unreadable videos."""
     added = failed = 0
     with progress_bars() as progress:
-        results = extract(classifier, paths, out, name=model, level=level, num_clips=num_clips, num_crops=num_crops)
         try:
             for _, error in progress.track(results, total=None, description="files"):
                 if error is None:
@@ -77,7 +126,5 @@ def features(
             results.close()
             err.print(f"interrupted; added {added} videos to {out}. Run the same command to resume.")
             raise
-    skipped = len(set(paths)) - added - failed
-    print_result(f"{out}: {added} videos added, {skipped} already there, {failed} unreadable")
-    if failed or empty_folders:
-        raise typer.Exit(1)
+    print_result(f"{out}: {added} videos added, {num_videos - added - failed} already there, {failed} unreadable")
+    return failed

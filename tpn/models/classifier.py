@@ -14,6 +14,9 @@ from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
 from tpn.models.timm_cfg import input_cfg
 from tpn.validation import check_labels
 
+Clips = Tensor | Sequence[Tensor]
+"""Clips (B, C, T, H, W), or the result of `TPNClassifier.forward_frames` for them."""
+
 
 def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:
     """Return the model inside DistributedDataParallel or DataParallel, with `compiled` also that inside torch.compile."""
@@ -187,7 +190,18 @@ class TPNClassifier(nn.Module):
 
     default_cfg = pretrained_cfg
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_frames(self, x: Tensor) -> Sequence[Tensor]:
+        """Return what the backbone computes of each frame alone, in evaluation mode: for clips that share frames.
+
+        `forward_features` and `forward_intermediates` take the result in place of clips; any frames can be put together to a clip
+        before. It is `(x,)` for a backbone without methods `forward_frames` and `forward_clips`.
+
+        Shape: (B, 3, T, H, W) → one or more tensors (B, C_i, T, H_i, W_i), any T
+        """
+        self._check_clips(x)
+        return cast("Any", self.backbone).forward_frames(x) if hasattr(self.backbone, "forward_clips") else (x,)
+
+    def forward_features(self, x: Clips) -> Tensor:
         """(B, 3, T, H, W) → the map that the head reads: the neck's (B, C, T', H/32, W/32), or the backbone's last."""
         return self._fuse(self._backbone_maps(x))
 
@@ -207,7 +221,7 @@ class TPNClassifier(nn.Module):
         logits = self.forward_head(self._fuse(maps))
         return logits, None if self.aux_head is None else self.aux_head(maps[-2])
 
-    def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_intermediates(self, x: Clips, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the result of `forward_features`, and the intermediate maps by name.
 
         Args:
@@ -272,7 +286,13 @@ class TPNClassifier(nn.Module):
         parts = [(prefix, part) for prefix, part in self.named_modules() if prefix and hasattr(part, "no_weight_decay")]
         return {f"{prefix}.{name}" for prefix, part in parts for name in cast("Any", part).no_weight_decay()}
 
-    def _backbone_maps(self, x: Tensor) -> Sequence[Tensor]:
+    def _backbone_maps(self, x: Clips) -> Sequence[Tensor]:
+        if not isinstance(x, Tensor):
+            return self.feature_maps(getattr(self.backbone, "forward_clips", self.backbone)(*x))
+        self._check_clips(x)
+        return self.feature_maps(self.backbone(x))
+
+    def _check_clips(self, x: Tensor) -> None:
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected clips (B, {self.in_chans}, T, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -280,7 +300,6 @@ class TPNClassifier(nn.Module):
                 f"expected float clips, normalized with the weights' mean and std, got {x.dtype}; "
                 "tpn.input_spec(model).normalize takes uint8 frames"
             )
-        return self.feature_maps(self.backbone(x))
 
     def _fuse(self, maps: Sequence[Tensor]) -> Tensor:
         return maps[-1] if self.neck is None else self.neck(maps)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tpn.models.classifier import TPNClassifier, unwrapped
+from tpn.models.classifier import Clips, TPNClassifier, unwrapped
 from tpn.models.layers import evaluating
 
 
@@ -20,7 +20,7 @@ class FeatureModel(nn.Module):
         in_chans, labels, input_spec: those of a `TPNClassifier`.
 
     Shape:
-        (B, 3, T, H, W) float, normalized → (B, C)
+        (B, 3, T, H, W) float, normalized, or `model.forward_frames` of these → (B, C)
     """
 
     def __init__(self, model: TPNClassifier, name: str | None = None) -> None:
@@ -34,7 +34,7 @@ class FeatureModel(nn.Module):
             with torch.no_grad(), evaluating(model):
                 self.num_features = self(self._zeros()).shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Clips) -> Tensor:
         if self.name is None:
             return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
         _, found = self.model.forward_intermediates(x, [self.name])

@@ -187,16 +187,21 @@ class ResNet(nn.Module):
         """Recompute each residual block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def forward_stages(self, x: Tensor, *block_args: int) -> tuple[Tensor, ...]:
-        """Return the maps of `out_indices`; `block_args` are passed on to every block."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+    def stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+    def forward_stages(self, x: Tensor, stages: range, *block_args: int) -> tuple[list[Tensor], Tensor]:
+        """Return the maps of `out_indices` among `stages`, and the output of the last of them that exists.
+
+        `block_args` are passed on to every block. Stages after the last of `out_indices` do not exist.
+        """
         maps: list[Tensor] = []
-        for stage in range(max(self.out_indices) + 1):
-            for block in getattr(self, f"layer{stage + 1}"):
+        for stage in stages:
+            for block in getattr(self, f"layer{stage + 1}", ()):
                 recompute = self.grad_checkpointing and self.training
                 x = checkpointed(block, x, *block_args) if recompute else block(x, *block_args)
             maps += [x] * self.out_indices.count(stage)
-        return tuple(maps)
+        return maps, x
 
 
 def check_depth(depth: int, supported: Sequence[int]) -> None:

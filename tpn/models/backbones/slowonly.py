@@ -10,6 +10,9 @@ from tpn.models.registry import register_backbone
 TEMPORAL_KERNELS = (1, 1, 3, 3)
 """Temporal length of the first convolution of each block, by stage."""
 
+FRAME_STAGES = 2
+"""Stages that compute each frame alone: those before the first temporal convolution."""
+
 
 @register_backbone("slowonly")
 class ResNet3dSlowOnly(ResNet):
@@ -52,5 +55,15 @@ class ResNet3dSlowOnly(ResNet):
             zero_init_last=zero_init_last,
         )
 
+    def forward_frames(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of `out_indices` among the first two stages, and the input of the third."""
+        maps, x = self.forward_stages(self.stem(x), range(FRAME_STAGES))
+        return *maps, x
+
+    def forward_clips(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        *first, x = maps
+        last, _ = self.forward_stages(x, range(FRAME_STAGES, len(TEMPORAL_KERNELS)))
+        return *first, *last
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.forward_stages(x)
+        return self.forward_clips(*self.forward_frames(x))

@@ -52,6 +52,13 @@ class FoldedBackbone(nn.Module):
         maps = [rearrange(each, pattern, t=num_frames) for each in maps]
         return [each for each, times in zip(maps, self.repeats or [1] * len(maps), strict=True) for _ in range(times)]
 
+    def forward_frames(self, x: Tensor) -> list[Tensor]:
+        """Return the maps, or the frames themselves if the blocks shift them."""
+        return self(x) if self.num_frames is None else [x]
+
+    def forward_clips(self, *maps: Tensor) -> Sequence[Tensor]:
+        return maps if self.num_frames is None else self(*maps)
+
     def feature_shapes(self, clip: Tensor) -> list[FeatureShape]:
         """Return the shape of each feature map of a clip; one frame is enough to find it."""
         shapes = measure(self, clip if self.num_frames else clip[:, :, :1])

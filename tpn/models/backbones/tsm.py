@@ -17,6 +17,7 @@ SHIFT_DIV = 8
 """One channel in `SHIFT_DIV` comes from the next frame, one from the previous."""
 
 MANY_BLOCKS = 23
+FOLD, UNFOLD = "b c t h w -> (b t) c h w", "(b t) c h w -> b c t h w"
 LAYERS_3D: dict[type, type] = {nn.Conv2d: nn.Conv3d, nn.BatchNorm2d: nn.BatchNorm3d, nn.MaxPool2d: nn.MaxPool3d}
 
 
@@ -139,12 +140,23 @@ class ResNetTSM(ResNet):
             _add_time(module)
         return network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward_frames(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of the stem; the first block shifts frames."""
         if not self.folded:
-            return self.forward_stages(x)
+            return (self.stem(x),)
+        return (rearrange(self.stem(rearrange(x, FOLD)), UNFOLD, t=x.shape[2]),)
+
+    def forward_clips(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        (x,) = maps
+        stages = range(4)
+        if not self.folded:
+            return tuple(self.forward_stages(x, stages)[0])
         num_frames = x.shape[2]
-        maps = self.forward_stages(rearrange(x, "b c t h w -> (b t) c h w"), num_frames)
-        return tuple(rearrange(m, "(b t) c h w -> b c t h w", t=num_frames) for m in maps)
+        folded, _ = self.forward_stages(rearrange(x, FOLD), stages, num_frames)
+        return tuple(rearrange(m, UNFOLD, t=num_frames) for m in folded)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.forward_clips(*self.forward_frames(x))
 
 
 def _add_time(module: Any) -> None:
