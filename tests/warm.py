@@ -111,7 +111,8 @@ def run(program, *arguments):
 
     name = Path(arguments[0]).name if arguments else ""
     sys.argv = [program, *arguments]
-    if name in SHORTER and not ("--views" in arguments and "--views" in SHORTER[name]):
+    excluded = {"--views", "--stride"} & set(arguments)  # windows have no views
+    if name in SHORTER and not (excluded and "--views" in SHORTER[name]):
         sys.argv += SHORTER[name].split()
     if program == "tpn":
         return tpn.cli.main()
