@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ from tpn.video.tracks import Track
 SUFFIXES = (".mp4", ".mkv", ".mov")
 """Of the files that `annotate` writes."""
 
+FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf")
+"""Looked for in the system, in this order. Otherwise Pillow's own font is used, which has only ASCII."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Label = tuple[int, Sequence[float], str]
 """An id, which gives the color; a box in pixels, left, top, right, bottom; and a text."""
 
@@ -90,8 +96,8 @@ def draw_labels(image: NDArray[np.uint8], labels: Sequence[Label]) -> NDArray[np
     pen = ImageDraw.Draw(picture)
     width, height = picture.size
     size = max(10, min(width, height) // 30)
-    font = ImageFont.load_default(size)
-    line, pad = max(1, size // 8), max(1, size // 5)
+    font = _font(size)
+    line, pad = max(2, size // 8), size // 5  # H.264 halves the resolution of colors: a line of one pixel fades
     inside = [each for each in labels if each[1][0] < width and each[1][1] < height and each[1][2] > 0 and each[1][3] > 0]
     for id, box, _ in inside:
         left, top, right, bottom = (min(max(round(value), -line), max(width, height) + line) for value in box)
@@ -114,7 +120,15 @@ def color_of(id: int) -> tuple[int, ...]:
     return ImageColor.getrgb(f"hsv({id * 137.508 % 360:.0f}, 85%, 95%)")
 
 
-def _fit(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
+@lru_cache(maxsize=8)
+def _font(size: int) -> Font:
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _fit(text: str, width: int, font: Font) -> str:
     """Shorten a text that is wider than so many pixels."""
     shortened = text
     while text and font.getlength(shortened) > width:
