@@ -10,6 +10,7 @@ Other columns, such as confidence or class, are ignored.
 """
 
 import os
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -57,12 +58,13 @@ class Track:
     def __post_init__(self) -> None:
         if isinstance(self.id, bool) or not isinstance(self.id, int | np.integer):
             raise TypeError(f"id must be an integer, got {shown(self.id)}")
-        frames, boxes = np.asarray(self.frames), np.asarray(self.boxes, np.float64)
+        frames, boxes = np.asarray(self.frames, np.float64), np.asarray(self.boxes, np.float64)
         if frames.ndim != 1 or not len(frames) or boxes.shape != (len(frames), 4):
             raise ValueError(
                 f"track {self.id}: expected frames (N,) and boxes (N, 4) with N >= 1, got {frames.shape} and {boxes.shape}"
             )
-        _check(np.column_stack([frames, np.full(len(frames), self.id), boxes]), lambda i: f"track {self.id}: box {i}")
+        rows = np.column_stack([frames, np.full(len(frames), self.id), boxes])
+        _check(rows, lambda i: f"track {self.id}: box {i}")
         if (np.diff(frames) <= 0).any():
             raise ValueError(f"track {self.id}: frames must increase, one box for each")
         object.__setattr__(self, "frames", frames.astype(np.int64))
@@ -94,6 +96,7 @@ class Track:
 TrackSource = PathLike | Mapping[int, tuple[ArrayLike, ArrayLike]] | NDArray[Any] | Sequence[Track]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # such numbers are refused
 def read_tracks(source: TrackSource, *, max_gap: int = MAX_GAP) -> list[Track]:
     """Read the tracks of a video.
 
@@ -102,7 +105,7 @@ def read_tracks(source: TrackSource, *, max_gap: int = MAX_GAP) -> list[Track]:
         max_gap: frames that a track may miss; an id that is absent for longer comes back as another `Track` of the same id.
 
     Returns:
-        Tracks ordered by id, then by time.
+        Tracks ordered by id, those of a mapping in its order; parts of one id by time.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be read.
@@ -142,15 +145,15 @@ def _read_file(path: PathLike) -> tuple[Boxes, Callable[[int], str]]:
         found = shown(", ".join(head[1]))
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} or {', '.join(CORNERS)}, got {found}")
     places = [names.index(name) for name in expected] if has_header else list(range(len(COLUMNS)))
-    numbers, rows = [], []
+    numbers, values = array("q"), array("d")  # a list would take ten times the memory
     for number, cells in lines if has_header else chain([head], lines):
         try:
-            rows.append([float(cells[place]) for place in places])
+            values.extend([float(cells[place]) for place in places])
         except (ValueError, IndexError):
             wanted, found = ", ".join(expected), shown(",".join(cells))
             raise ValueError(f"{path}: line {number}: expected numbers {wanted}, separated by commas, got {found}") from None
         numbers.append(number)
-    table = np.array(rows).reshape(-1, len(COLUMNS))
+    table = np.array(values).reshape(-1, len(COLUMNS))
     if expected is COLUMNS:
         table[:, 4:] += table[:, 2:4]
     if not has_header:
@@ -158,6 +161,7 @@ def _read_file(path: PathLike) -> tuple[Boxes, Callable[[int], str]]:
     return table, lambda i: f"{path}: line {numbers[i]}"
 
 
+@np.errstate(invalid="ignore")
 def _check(rows: Boxes, place: Callable[[int], str]) -> None:
     """Raise ValueError for a row (frame from 0, id, left, top, right, bottom) that is not valid."""
     numbers, corners = rows[:, :2], rows[:, 2:]
