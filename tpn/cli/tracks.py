@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpn.cli.app import err, print_result, progress_bars, require_exists, require_parent_folder
+from tpn.cli.app import err, print_result, progress_bars, require_parent_folder
 from tpn.cli.script import one_line_message
 from tpn.files import atomic_write
 
@@ -32,7 +32,7 @@ AnnotateOption = Annotated[
 
 
 def open_tracks(videos: Sequence[str | Path | None], tracks: Path | None, annotate: Path | None) -> "list[Track] | None":
-    """Return the tracks of --tracks, None without it, and check --annotate, before the model is downloaded."""
+    """Return the tracks of --tracks, None without it, and check --annotate, before the model is downloaded. The video exists."""
     if tracks is None:
         if annotate is not None:
             raise typer.BadParameter("needs --tracks", param_hint="--annotate")
@@ -44,7 +44,6 @@ def open_tracks(videos: Sequence[str | Path | None], tracks: Path | None, annota
 
     (video,) = videos
     assert video is not None
-    require_exists(video)
     if annotate is not None:
         require_parent_folder(annotate)
         check_output(video, annotate)
@@ -71,6 +70,8 @@ def predict_tracks(
     from tpn.video.annotate import Caption
 
     fps, _ = decode.header(video)
+    if annotate is not None and fps is None:
+        raise ValueError(f"{video}: the file does not state its frame rate, which an annotated video needs; leave out --annotate")
     with progress_bars() as progress:
         task = progress.add_task("tracks", total=len(tracks))
         results = classifier.tracks(
@@ -88,7 +89,7 @@ def predict_tracks(
         else:
             print_failure(video, result, as_json, **facts)
             captions.append((track, []))
-    if annotate is not None:
+    if annotate is not None and fps is not None:
         _annotate(video, annotate, captions, fps)
     return all(isinstance(result, Prediction) for result in results)
 
@@ -180,12 +181,10 @@ def _caption(segment: "Segment", label: str, fps: float) -> "Caption":
     return Caption(round(segment.start * fps), round(segment.end * fps) - 1, f"{label} {segment.probability:.0%}")
 
 
-def _annotate(video: str | Path, output: Path, captions: "list[tuple[Track, list[Caption]]]", fps: float | None) -> None:
+def _annotate(video: str | Path, output: Path, captions: "list[tuple[Track, list[Caption]]]", fps: float) -> None:
     from tpn.video import decode
     from tpn.video.annotate import annotate
 
-    if fps is None:
-        raise ValueError(f"{video}: the file does not state its frame rate, so that no annotated video can be written")
     with progress_bars() as progress:
         task = progress.add_task("frames written", total=decode.header(video)[1])
         annotate(video, output, captions, fps=fps, progress=lambda done: progress.update(task, completed=done))

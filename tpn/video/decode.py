@@ -189,7 +189,7 @@ def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Colle
     skipped, and decoding stops after the last of them. Raises the same errors as `probe`; damage raises VideoError when the
     iteration reaches it.
     """
-    chosen, end = (None, -1) if indices is None else (set(indices), max(indices))
+    chosen, end = (None, -1) if indices is None else (set(indices), max(indices, default=-1))
     with open_video(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
@@ -359,7 +359,7 @@ def _decode_with_seeks(
     short_side: int | None,
     device: Device,
     index: FrameIndex,
-    crop: Crop | None,
+    crop: Crop | None = None,
 ) -> Tensor | None:
     """Return the frames `wanted`, skipping to key frames where that saves time.
 
