@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from scripts import ROOT, example
 
 import tpn
@@ -77,6 +78,25 @@ def test_timeline(run, video):
     assert lines[0].strip().startswith("0.0 s – ")
     assert any("turning clockwise" in line for line in lines)
     assert all(" s – " in line for line in lines)
+
+
+def test_track_people(monkeypatch, capsys, video, tmp_path):
+    """A detector of fixed boxes: two people, one of whom is hidden for a while."""
+    calls = []
+
+    def detect(frame):
+        calls.append(frame.shape)
+        boxes = [[10.0 + len(calls) / 10, 10, 60, 90], [60, 20, 110, 100]]
+        return torch.tensor(boxes[: 1 if 20 < len(calls) < 30 else 2])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["track_people.py", str(video), "--model", TINY])
+    example("track_people").main(detect)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"person {id}, frames 0 to {len(calls) - 1}" for id in (1, 2)]
+    assert all(line.split(": ")[1].split("  ")[0] in motion.CLASSES for line in lines)
+    first, *_ = (tmp_path / "tracks.txt").read_text().splitlines()
+    assert first == "1,1,10.1,10.0,49.9,80.0,1,-1,-1,-1"
 
 
 @pytest.mark.parametrize("output", ["model.onnx", "model.pt2"])

@@ -20,9 +20,9 @@ ORDER = (
     ["exported", "quantization"],
     ["optimization"],
     ["export"],
-    ["predict"],
+    ["predict", "tempo", "tracks"],
     ["training"],
-    ["features", "tempo", "strided", "explain", "demo"],
+    ["features", "strided", "explain", "demo"],
     ["cli"],
 )
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -24,6 +24,7 @@ from tpn.optimization import OptimizedClassifier, optimize
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
 from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
+from tpn.video.tracks import TrackSource
 from tpn.zoo.create import create_model
 from tpn.zoo.names import is_exported, is_saved
 
@@ -301,6 +302,12 @@ class VideoClassifier:
             for result in self.classify_each(clips, spec=spec, progress=progress):
                 name = names.popleft()
                 yield replace(result, source=name) if isinstance(result, Prediction) else result
+
+    def tracks(self, video: Path | Array, tracks: TrackSource, **options: Any) -> list[Prediction | Unreadable]:
+        """Classify each person or object of a video, given its boxes over time. See `tpn.tracks.classify`."""
+        from tpn.tracks import classify
+
+        return classify(self, video, tracks, **options)
 
     def classify_each(
         self, videos: Iterable[Clips | Unreadable], *, spec: InputSpec | None = None, progress: Progress | None = None

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from tpn.cli.app import (
     require_picture_path,
 )
 from tpn.cli.script import one_line_message
+from tpn.cli.tracks import AnnotateOption, TracksOption, open_tracks, timeline_tracks
 from tpn.files import atomic_write
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def timeline(
         float, typer.Option(min=0, max=1, help="Below this probability, no class is reported, but -.")
     ] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to draw.")] = 5,
+    tracks: TracksOption = None,
+    annotate: AnnotateOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write every clip and segment to this file.")] = None,
@@ -100,6 +103,7 @@ def timeline(
         require_exists(video)
     if json_output is not None:
         require_parent_folder(json_output)
+    found = open_tracks([video], tracks, annotate)
     if demo.has_matplotlib():
         require_picture_path(output)
     else:
@@ -115,7 +119,6 @@ def timeline(
     spec = tempo.sliding_spec(classifier.spec, frame_interval)
     stride = stride or tempo.default_stride(spec)
     source = _open(video, camera, width_height, fps)
-    clips = tempo.slide(classifier, source.frames, stride=stride, frame_interval=frame_interval, live=camera is not None)
     metadata = {
         "model": model,
         "source": source.name,
@@ -124,10 +127,28 @@ def timeline(
         "clip_span": spec.clip_span,
         "labels": classifier.labels,
     }
-    curves = _Curves(classifier.labels)
+    if found is not None:
+        assert video is not None
+        done = timeline_tracks(
+            classifier,
+            video,
+            found,
+            fps=source.fps,
+            min_probability=min_probability,
+            top=top,
+            metadata=metadata,
+            json_output=json_output,
+            picture=output if demo.has_matplotlib() else None,
+            annotate=annotate,
+            stride=stride,
+            frame_interval=frame_interval,
+        )
+        raise typer.Exit(0 if done else 1)
+    clips = tempo.slide(classifier, source.frames, stride=stride, frame_interval=frame_interval, live=camera is not None)
+    curves = Curves(classifier.labels)
     failure = _write(source, clips, min_probability, json_output, metadata, curves)
     if curves.num_clips and demo.has_matplotlib():
-        _draw(curves, top, output)
+        draw([("", curves)], top, output)
     if failure is not None:
         raise failure
     if not curves.num_clips:
@@ -180,7 +201,7 @@ def _write(
     min_probability: float,
     json_output: Path | None,
     metadata: dict[str, Any],
-    curves: "_Curves",
+    curves: "Curves",
 ) -> Exception | None:
     """Print the segments of a video, write the JSON file, and fill `curves`.
 
@@ -206,7 +227,7 @@ def _write(
 
 
 def _follow(
-    source: _Source, clips: Generator["Clip"], min_probability: float, document: "_JsonWriter", curves: "_Curves"
+    source: _Source, clips: Generator["Clip"], min_probability: float, document: "_JsonWriter", curves: "Curves"
 ) -> Exception | None:
     """Classify a video to its end. Return the error that ended it early, or None."""
     from tpn import tempo
@@ -273,6 +294,17 @@ def _until_interrupt(clips: Iterator["Clip"]) -> Iterator["Clip"]:
         signal.signal(signal.SIGINT, previous_handler)
 
 
+def clip_entry(clip: "Clip", time: float) -> dict[str, Any]:
+    """Return the JSON object of a clip."""
+    return {"first": clip.first, "last": clip.last, "time": round(time, 4), "probs": [round(p, 6) for p in clip.probs.tolist()]}
+
+
+def segment_entry(segment: "Segment", label: str | None) -> dict[str, Any]:
+    """Return the JSON object of a segment."""
+    start, end, probability = round(segment.start, 4), round(segment.end, 4), round(segment.probability, 6)
+    return {"start": start, "end": end, "label": label, "probability": probability}
+
+
 class _JsonWriter:
     """Write one JSON object, clips before segments, in constant memory: `segments_file` keeps the segments until `finish`."""
 
@@ -282,15 +314,11 @@ class _JsonWriter:
         file.write(json.dumps(metadata)[:-1] + ', "clips": [')
 
     def add_clip(self, clip: "Clip", time: float) -> None:
-        probs = [round(p, 6) for p in clip.probs.tolist()]
-        entry = {"first": clip.first, "last": clip.last, "time": round(time, 4), "probs": probs}
-        self._file.write(self._clip_separator + json.dumps(entry))
+        self._file.write(self._clip_separator + json.dumps(clip_entry(clip, time)))
         self._clip_separator = ",\n"
 
     def add_segment(self, segment: "Segment", label: str | None) -> None:
-        start, end, probability = round(segment.start, 4), round(segment.end, 4), round(segment.probability, 6)
-        entry = {"start": start, "end": end, "label": label, "probability": probability}
-        self._segments_file.write(self._segment_separator + json.dumps(entry))
+        self._segments_file.write(self._segment_separator + json.dumps(segment_entry(segment, label)))
         self._segment_separator = ",\n"
 
     def finish(self, error: str | None) -> None:
@@ -301,7 +329,7 @@ class _JsonWriter:
         self._file.write(f'\n], "error": {json.dumps(error)}}}\n')
 
 
-class _Curves:
+class Curves:
     """Probabilities of all classes along time, in at most `MAX_POINTS` points for any number of clips.
 
     When all points are used, each pair of neighbors is merged.
@@ -340,18 +368,20 @@ class _Curves:
         return self._times[:used] / self._counts[:used], self._probs[:used] / self._counts[:used, None]
 
 
-def _draw(curves: _Curves, top: int, path: Path) -> None:
-    """Draw the curves of the `top` classes with the highest mean probability."""
+def draw(panels: Sequence[tuple[str, Curves]], top: int, path: Path) -> None:
+    """Draw a panel for each name and its curves, those of the `top` classes with the highest mean probability."""
     from matplotlib.figure import Figure
 
-    times, probs = curves.means()
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for k in (-probs.mean(axis=0)).argsort(kind="stable")[:top].tolist():
-        axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, label=curves.labels[k])
-    axes.set(xlim=(0, curves.duration), ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel="probability", xlabel="time, s")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=top, frameon=False)
+    figure = Figure(figsize=(14, 4 if len(panels) == 1 else 2.5 * len(panels)), layout="constrained")
+    duration = max(curves.duration for _, curves in panels)
+    for axes, (name, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        times, probs = curves.means()
+        for k in (-probs.mean(axis=0)).argsort(kind="stable")[:top].tolist():
+            axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, label=curves.labels[k])
+        axes.set(xlim=(0, duration), ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel=f"{name}\nprobability".lstrip())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=top, frameon=False)
+    axes.set(xlabel="time, s")
     with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     err.print(f"wrote {path}")

@@ -26,6 +26,7 @@ from tpn.cli.app import (
     require_picture_path,
 )
 from tpn.cli.script import one_line_message
+from tpn.cli.tracks import AnnotateOption, TracksOption, open_tracks, predict_tracks
 
 MAX_SHOWN_BAD_FILES = 10
 
@@ -55,7 +56,7 @@ def demo(
         drawing.render_video(video)
         err.print(f"rendered {video}")
     analysis = drawing.analyze(classifier, video)
-    _print_prediction(video, analysis.prediction, 5, as_json=False)
+    print_prediction(video, analysis.prediction, 5, as_json=False)
     if not drawing.has_matplotlib():
         err.print('no picture without matplotlib: pip install "tpn[viz]"')
         return
@@ -79,16 +80,19 @@ def predict(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model first. Pays off for many videos.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video.")] = False,
+    tracks: TracksOption = None,
+    annotate: AnnotateOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video, or per track.")] = False,
 ) -> None:
-    """Classify videos. Unreadable files are reported and skipped."""
+    """Classify videos, or with --tracks each person or object in a video. Unreadable files are reported and skipped."""
     from tpn.predict import Prediction, VideoClassifier
 
     num_clips, num_crops = parse_views_option(views)
     if not any(video.exists() for video in videos):  # before the model is downloaded
         for video in videos:
-            _print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
+            print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
         raise typer.Exit(1)
+    found = open_tracks(videos, tracks, annotate)
     classifier = VideoClassifier(
         model,
         pretrained=checkpoint is None,
@@ -99,6 +103,11 @@ def predict(
     )
     if not classifier.model.num_classes:
         raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
+    if found is not None:
+        options: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops, "top": top, "as_json": as_json}
+        if not predict_tracks(classifier, videos[0], found, min_probability=min_probability, annotate=annotate, **options):
+            raise typer.Exit(1)
+        return
     failed = False
     with progress_bars() as progress:
         files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
@@ -111,10 +120,10 @@ def predict(
         for video, result in zip(videos, results, strict=True):
             progress.advance(files_task)
             if isinstance(result, Prediction):
-                _print_prediction(video, result, top, as_json, min_probability)
+                print_prediction(video, result, top, as_json, min_probability=min_probability)
             else:
                 failed = True
-                _print_failure(video, result, as_json)
+                print_failure(video, result, as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -163,19 +172,22 @@ def check(
         raise typer.Exit(1)
 
 
-def _print_failure(video: Path, error: Exception, as_json: bool) -> None:
+def print_failure(video: Path, error: Exception, as_json: bool, **facts: Any) -> None:
     if as_json:
-        print_result(json.dumps({"file": str(video), "error": one_line_message(error)}))
+        print_result(json.dumps({"file": str(video), **facts, "error": one_line_message(error)}))
     err.print(f"error: {one_line_message(error)}")
 
 
-def _print_prediction(video: Path, prediction: Any, top: int, as_json: bool, min_probability: float = 0.0) -> None:
+def print_prediction(
+    video: Path, prediction: Any, top: int, as_json: bool, part: str = "", *, min_probability: float = 0.0, **facts: Any
+) -> None:
+    """Print the classes of a video, or of a part of it; JSON has `facts` about the part instead of the text."""
     best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
     if as_json:
         scores = [{"label": label, "probability": probability} for label, probability in best]
-        print_result(json.dumps({"file": str(video), "views": num_views, "top": scores}, ensure_ascii=False))
+        print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}, ensure_ascii=False))
         return
-    print_result(f"{video}  ({num_views} views)")
+    print_result(f"{video}{part}  ({num_views} views)")
     for label, probability in best:
         print_result(f"  {probability:7.2%}  {label}")
     if not best:

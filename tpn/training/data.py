@@ -51,7 +51,8 @@ class TrainData:
         for split, part in {"train": self.train, "val": self.val}.items():
             for item in part.items if part is not None else ():
                 labels, path_ = tuple(names[label] for label in item.labels), os.path.abspath(item.path)
-                rows.append(Row(None, path_, labels, item.start, item.end, split, item.group, item.num_frames))
+                row = Row(None, path_, labels, item.start, item.end, split, item.group, item.num_frames)
+                rows.append(replace(row, tracks=item.tracks and os.path.abspath(item.tracks), track=item.track))
         tables.write_table(path, rows, multi_label=self.train.multi_label)
 
 
@@ -164,12 +165,12 @@ def _divide_by_column(source: str, data: VideoDataset) -> TrainData:
 
 
 def _divide_by_class(data: VideoDataset, config: TrainConfig) -> TrainData:
-    """Take a share of each class for validation. Segments of one video stay together if there are enough videos."""
+    """Take a share of each class for validation. Parts of one video stay together if there are enough videos."""
     if not config.val_fraction:
         return TrainData(data, None, "no validation (val_fraction=0)")
     groups = groups_of(data.items, config.group)
     how = f"{config.val_fraction:.0%} of each class"
-    sources = [group or (item.path if item.is_segment else "") for group, item in zip(groups, data.items, strict=True)]
+    sources = [group or (item.path if item.is_part else "") for group, item in zip(groups, data.items, strict=True)]
     chosen = stratified_split(data.items, sources, config.val_fraction, seed=config.seed)
     if any(chosen):
         how += ", whole groups" if any(groups) else ", whole videos" if any(sources) else ""

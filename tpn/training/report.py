@@ -310,6 +310,8 @@ def _mistake(mistake: Mistake, strip: str) -> str:
     if item.start is not None and item.end is not None:
         address += f"#t={item.start:g},{item.end:g}"
         name += f", {item.start:g} to {item.end:g} s"
+    if item.track is not None:
+        name += f", track {item.track}"
     true = ", ".join(f"<b>{_text(label)}</b> {probability:.1%}" for label, probability in mistake.true) or "no class"
     return (
         f'<li><div class="strip">{strip}</div><div>'

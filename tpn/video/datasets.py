@@ -26,6 +26,7 @@ from tpn.config import InputSpec
 from tpn.video import augment, decode, lists
 from tpn.video.ahead import read_ahead
 from tpn.video.bad_files import MAX_LISTED, SharedState, TooManyBadFilesError, format_bad_files
+from tpn.video.crops import read_track
 from tpn.video.decode import VideoError
 from tpn.video.frame_folders import read_image
 from tpn.video.items import Item, bad_reason, naming_row, read_items
@@ -216,16 +217,23 @@ class VideoDataset(Dataset[tuple[Tensor, Any]], ABC):
 
 class _VideoFiles(VideoDataset):
     def verify(self, item: Item) -> None:
-        if not item.is_segment:
+        if not item.is_part:
             decode.verify(item.path)
             return
         with naming_row(item):
-            decode.sample_frames(item.path, np.arange, start=item.start, end=item.end, short_side=16)
+            if item.track is not None:
+                read_track(item, np.arange, 16)
+            else:
+                decode.sample_frames(item.path, np.arange, start=item.start, end=item.end, short_side=16)
 
     def read(self, item: Item, sample: FrameSampler, *, short_side: int | None = None) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"target_fps": self.spec.target_fps, "short_side": short_side}
+        fps = self.spec.target_fps
+        options: dict[str, Any] = {"target_fps": fps, "short_side": short_side, "start": item.start, "end": item.end}
         with naming_row(item):
-            frames, positions = decode.sample_frames(item.path, sample, start=item.start, end=item.end, **options)
+            if item.track is not None:
+                frames, positions = read_track(item, sample, short_side or self.spec.short_side, target_fps=fps)
+            else:
+                frames, positions = decode.sample_frames(item.path, sample, **options)
         return frames, torch.from_numpy(positions)
 
 
@@ -273,6 +281,9 @@ class VideoList(_VideoFiles):
 
     A segment has the frames with `start <= time < end`, where `time` is the presentation time after the first frame. Segments are
     read by seeking. One without a frame is a bad file; one that reaches past the end of the video ends with it.
+
+    With the columns tracks, a file that `read_tracks` reads, and track, an id in it, a row is one person or object: square crops
+    of its default `square_boxes`, resized to `spec.short_side`, from the first to the last frame of the track in the segment.
 
     A list is a text file with "path label" on each line, or an official Kinetics CSV file with the columns label, youtube_id,
     time_start and time_end. Kinetics' videos are `root/label/id_000001_000011.mp4` or `root/id_000001_000011.mp4`; missing videos
@@ -330,8 +341,8 @@ class RawFrames(VideoDataset):
     ) -> None:
         self.template, self.first = template, first
         items, names, self.numbered = read_items(file, root, classes, num_fields=3)
-        if any(item.num_frames is None or item.is_segment for item in items):
-            raise ValueError(f"{file}: extracted frames need the column num_frames in each row, and no start or end")
+        if any(item.num_frames is None or item.is_part for item in items):
+            raise ValueError(f"{file}: extracted frames need the column num_frames in each row, and no start, end, or track")
         super().__init__(items, names, spec, train=train, **kwargs)
 
     def verify(self, item: Item) -> None:

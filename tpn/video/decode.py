@@ -11,7 +11,7 @@ first one, as FFmpeg's own tools do.
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -36,6 +36,8 @@ av.logging.set_level(None)
 
 PathLike = str | os.PathLike[str]
 Device = torch.device | str | None
+Crop = Callable[[int, Tensor], Tensor]
+"""Returns a part of the frame with a number, uint8 (3, H, W), for example `SquareCrops`."""
 
 MIN_SKIP = 24
 """A seek must skip more frames than this, because it takes about as long as decoding a few frames."""
@@ -92,13 +94,17 @@ def header(path: PathLike) -> tuple[float | None, int | None]:
         return fps, stream.frames or round(seconds * (fps or 0)) or None
 
 
-def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None) -> Tensor:
+def read_frames(
+    path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None, crop: Crop | None = None
+) -> Tensor:
     """Read the frames with the given indices.
 
     Args:
         path: video file.
         indices: frame numbers in any order, repeats allowed; 0 is the first frame.
         short_side: resize each frame while reading, as in `tpn.video.transforms.resize_short_side`. This saves memory.
+        crop: keep only a part of each frame while reading; called with the number of the frame and uint8 (3, H, W). All parts
+            must have one size.
 
     Returns:
         Frames in the order of `indices`, uint8 RGB (len(indices), 3, H, W), rotated as the file's metadata says.
@@ -115,7 +121,7 @@ def read_frames(path: PathLike, indices: Sequence[int] | NDArray[np.integer], *,
     if np.diff(distinct, prepend=-1).max() > MIN_GAP_FOR_INDEX:
         index, _, _ = _read_index(path)
         index = index if index.is_exact else _UNNUMBERED
-    frames, num_frames = _decode_selected(path, distinct, short_side, None, index)
+    frames, num_frames = _decode_selected(path, distinct, short_side, None, index, crop)
     if len(frames) < len(distinct):
         raise IndexError(f"{path}: cannot read frame {requested.max()}, the video has {num_frames} frames")
     return frames if np.array_equal(distinct, requested) else frames[torch.from_numpy(positions)]
@@ -156,7 +162,7 @@ def sample_frames(
         index, fps, _ = _read_index(path)
         first, last = 0, max(index.num_frames, 1)
     else:
-        index, fps, first, last = _find_segment(path, start, end)
+        index, fps, first, last = find_segment(path, start, end)
     if target_fps is not None:
         sample = at_frame_rate(sample, fps, target_fps)
     for _ in range(2):  # again if the decoder returns more or fewer frames than the packets announce, which is rare
@@ -172,23 +178,29 @@ def sample_frames(
         if is_whole:
             last, index = num_frames, FrameIndex(num_frames, is_exact=True)
         else:
-            index, _, first, last = _find_segment(path, start, end, by_packets=False)
+            index, _, first, last = find_segment(path, start, end, by_packets=False)
     raise VideoError(f"{path}: decoding twice gave different numbers of frames")
 
 
-def iter_frames(path: PathLike, *, short_side: int | None = None) -> Generator[Tensor]:
+def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Collection[int] | None = None) -> Generator[Tensor]:
     """Yield every frame of a video in order, uint8 RGB (3, H, W), rotated as the file's metadata says.
 
-    Only one frame is in memory at a time. `short_side` resizes each frame, as in `read_frames`. Raises the same errors as
-    `probe`; damage raises VideoError when the iteration reaches it.
+    Only one frame is in memory at a time. `short_side` resizes each frame, as in `read_frames`. With `indices`, the others are
+    skipped, and decoding stops after the last of them. Raises the same errors as `probe`; damage raises VideoError when the
+    iteration reaches it.
     """
+    chosen, end = (None, -1) if indices is None else (set(indices), max(indices, default=-1))
     with open_video(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
-        for frame in decode_all(path, container, stream):
+        for number, frame in enumerate(decode_all(path, container, stream)):
             size = size or (frame.width, frame.height)
+            if chosen is not None and number not in chosen:
+                continue
             image = torch.from_numpy(np.ascontiguousarray(to_rgb(path, reformatter, frame, size))).permute(2, 0, 1)
             yield image if short_side is None else resize_short_side(image, short_side)
+            if number == end:
+                return
 
 
 def verify(path: PathLike) -> int:
@@ -210,10 +222,13 @@ def _frame_rate(stream: VideoStream) -> float | None:
     return None if stream.average_rate is None else float(stream.average_rate)
 
 
-def _find_segment(
+def find_segment(
     path: PathLike, start: float | None, end: float | None, *, by_packets: bool = True
 ) -> tuple[FrameIndex, float | None, int, int]:
-    """Return the index of a file, its frame rate, and the numbers of the first frame of a segment and of the frame after it."""
+    """Return the index of a file, its frame rate, and the numbers of the first frame of a segment and of the frame after it.
+
+    A segment is described in `sample_frames`. Raises VideoError if it has no frame.
+    """
     status = os.stat(path)
     index, times, fps = _read_times(os.fspath(path), status.st_size, status.st_mtime_ns, by_packets)
     first, last = times.searchsorted([0.0 if start is None else start, np.inf if end is None else end]).tolist()
@@ -246,9 +261,18 @@ def _read_times(path: str, size: int, mtime_ns: int, by_packets: bool) -> tuple[
 class _FrameBuffer:
     """Collects the requested frames in a tensor on a device, uint8 (N, 3, H, W)."""
 
-    def __init__(self, path: PathLike, capacity: int, size: tuple[int, int], short_side: int | None, device: Device) -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        wanted: NDArray[np.int64],
+        size: tuple[int, int],
+        short_side: int | None,
+        device: Device,
+        crop: Crop | None,
+    ) -> None:
         """`size` is the width and height of all frames before they are rotated and resized."""
-        self.path, self.capacity, self.size, self.short_side = path, capacity, size, short_side
+        self.path, self.wanted, self.size, self.short_side, self.crop = path, wanted, size, short_side, crop
+        self.capacity = len(wanted)
         self.device = torch.device(device or "cpu")
         self.num_added = 0
         self._upload_bytes = UPLOAD_BYTES.get(self.device.type, 16 << 20)
@@ -259,6 +283,9 @@ class _FrameBuffer:
 
     def add(self, frame: VideoFrame) -> None:
         image = to_rgb(self.path, self._reformatter, frame, self.size)
+        if self.crop is not None:
+            picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            image = self.crop(int(self.wanted[self.num_added]), picture).permute(1, 2, 0).numpy()
         self.num_added += 1
         if self._upload_bytes == 0:
             self._store_with_numpy(image.transpose(2, 0, 1))
@@ -294,14 +321,19 @@ class _FrameBuffer:
 
 
 def _decode_selected(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: FrameIndex
+    path: PathLike,
+    wanted: NDArray[np.int64],
+    short_side: int | None,
+    device: Device,
+    index: FrameIndex,
+    crop: Crop | None = None,
 ) -> tuple[Tensor, int]:
     """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames in the file.
 
     The number is that of the index, if it is exact and all frames were found; otherwise the video was decoded to its end.
     """
     try:
-        frames = _decode_with_seeks(path, wanted, short_side, device, index)
+        frames = _decode_with_seeks(path, wanted, short_side, device, index, crop)
     except VideoError:
         frames = None  # decoding from the start gives an error with the number of the damaged frame
     if frames is not None:
@@ -311,7 +343,7 @@ def _decode_selected(
         for frame in decode_all(path, container, stream):
             is_exact = is_exact and (not len(index.pts) or index.agrees(number, frame))
             if number == 0:
-                buffer = _FrameBuffer(path, len(wanted), (frame.width, frame.height), short_side, device)
+                buffer = _FrameBuffer(path, wanted, (frame.width, frame.height), short_side, device, crop)
             if buffer.num_added < len(wanted) and number == wanted[buffer.num_added]:
                 buffer.add(frame)
             number += 1
@@ -322,7 +354,12 @@ def _decode_selected(
 
 
 def _decode_with_seeks(
-    path: PathLike, wanted: NDArray[np.int64], short_side: int | None, device: Device, index: FrameIndex
+    path: PathLike,
+    wanted: NDArray[np.int64],
+    short_side: int | None,
+    device: Device,
+    index: FrameIndex,
+    crop: Crop | None = None,
 ) -> Tensor | None:
     """Return the frames `wanted`, skipping to key frames where that saves time.
 
@@ -334,7 +371,7 @@ def _decode_with_seeks(
         return None
     with open_video(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
-        buffer = _FrameBuffer(path, len(wanted), size, short_side, device)
+        buffer = _FrameBuffer(path, wanted, size, short_side, device, crop)
         frames = decode_all(path, container, stream)
         next_number = 0
         for number, (key, timestamp) in zip(wanted.tolist(), keys, strict=True):

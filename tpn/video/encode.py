@@ -1,32 +1,51 @@
 """Write video files."""
 
 import os
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
 from tpn.files import atomic_write
 
+CODECS: dict[str, dict[str, str]] = {
+    "libx264": {"crf": "20", "preset": "veryfast"},
+    "mpeg4": {"flags": "+qscale", "global_quality": "354"},  # FFmpeg's -qscale 3
+}
+"""Encoders with their options; the first one that FFmpeg has is used."""
 
-def write_video(path: str | os.PathLike[str], frames: np.ndarray[Any, np.dtype[np.uint8]], *, fps: int) -> None:
-    """Encode frames as H.264 in an MP4 file. The same frames always give the same bytes.
+
+def write_video(
+    path: str | os.PathLike[str], frames: Iterable[NDArray[np.uint8]], *, fps: float, deterministic: bool = True
+) -> None:
+    """Encode frames as H.264, or as MPEG-4 where FFmpeg was built without x264. Frames are taken one by one.
 
     Args:
-        path: The file to write. It appears when it is complete; an interrupted write leaves an existing file as it was.
-        frames: uint8 RGB (T, H, W, 3), 0..255.
+        path: The file to write, such as an MP4 file. It appears when it is complete; an interrupted write leaves an existing file
+            as it was.
+        frames: uint8 RGB (T, H, W, 3), 0..255, or frames of one size (H, W, 3). An odd width or height grows by one pixel.
         fps: Frames per second.
+        deterministic: With x264, the same frames always give the same bytes; otherwise encoding is several times faster.
     """
-    # The output of x264's assembly code is not deterministic.
-    options = {"crf": "20", "preset": "veryfast", "x264-params": "no-asm=1"}
-    with atomic_write(path) as unfinished, av.open(str(unfinished), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+    codec = next(name for name in CODECS if name in av.codecs_available)
+    options = dict(CODECS[codec])
+    if deterministic and codec == "libx264":
+        options["x264-params"] = "no-asm=1"  # the output of x264's assembly code is not deterministic
+    rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
+    with atomic_write(path) as unfinished, av.open(f"file:{unfinished}", "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
+        if deterministic:
+            stream.thread_count = 1
         for i, image in enumerate(frames):
+            height, width = image.shape[:2]
+            if height % 2 or width % 2:
+                image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+            if i == 0:
+                stream.height, stream.width = image.shape[:2]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, fps)
+            frame.pts, frame.time_base = i, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

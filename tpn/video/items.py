@@ -25,6 +25,8 @@ class Item:
         start, end: segment in seconds after the first frame. None: from the first frame, to the last one.
         group: source of the video; videos of one source stay on one side of a split.
         split: train, val, test, or empty.
+        tracks: file with tracks of the video; empty for the whole picture.
+        track: id of the track in that file whose square crops are the frames.
         row: number of the row in the table, or of the line in the list.
     """
 
@@ -35,6 +37,8 @@ class Item:
     end: float | None = None
     group: str = ""
     split: str = ""
+    tracks: str = ""
+    track: int | None = None
     row: int | None = field(default=None, compare=False)
 
     @property
@@ -48,11 +52,19 @@ class Item:
         return self.start is not None or self.end is not None
 
     @property
+    def is_part(self) -> bool:
+        """Whether other items may be of the same video: it is a segment or a track."""
+        return self.is_segment or self.track is not None
+
+    @property
     def name(self) -> str:
-        """The path, followed by the limits of a segment."""
-        if not self.is_segment:
-            return self.path
-        return f"{self.path} ({self.start or 0:.10g} s to {'the end' if self.end is None else f'{self.end:.10g} s'})"
+        """The path, followed by the limits of a segment and the track."""
+        parts = []
+        if self.is_segment:
+            parts.append(f"{self.start or 0:.10g} s to {'the end' if self.end is None else f'{self.end:.10g} s'}")
+        if self.track is not None:
+            parts.append(f"track {self.track} of {self.tracks}")
+        return f"{self.path} ({', '.join(parts)})" if parts else self.path
 
 
 def read_items(
@@ -75,7 +87,8 @@ def read_items(
     for row in rows:
         label = tuple(sorted({*islice(each, len(row.labels))}))
         item = Item(str(folder / row.path), label if multi_label else label[0], row.num_frames, row.start, row.end)
-        items.append(replace(item, group=row.group, split=row.split, row=row.number))
+        tracks = str(folder / row.tracks) if row.tracks else ""
+        items.append(replace(item, group=row.group, split=row.split, tracks=tracks, track=row.track, row=row.number))
     return items, names, numbered
 
 
@@ -89,10 +102,10 @@ def bad_reason(item: Item, error: Exception) -> str:
 
 @contextmanager
 def naming_row(item: Item) -> Iterator[None]:
-    """Add the number of the row to errors of a segment, whose file has many."""
+    """Add the number of the row to errors of a segment or a track, whose file has many."""
     try:
         yield
     except VideoError as error:
-        if item.row is None or not item.is_segment:
+        if item.row is None or not item.is_part:
             raise
         raise VideoError(f"{item.path}: row {item.row}: {bad_reason(item, error)}") from error

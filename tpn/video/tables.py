@@ -7,6 +7,8 @@
     split        train, or val for validation; see `SPLITS` for other spellings
     group        source of the video; videos of one source stay on one side of a split
     num_frames   number of extracted frames
+    tracks       file with tracks of the video, see `tpn.video.tracks`
+    track        id of one of them: the row is this person or object
 
 Only the path and the label are required. Other columns are ignored. CSV files are UTF-8, with commas and quotes as the module csv
 writes them.
@@ -16,7 +18,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ MAX_DIGITS = 9
 """Of a number of frames, or of a class."""
 
 
-COLUMNS = ("path", "label", "labels", "start", "end", "split", "group", "num_frames")
+COLUMNS = ("path", "label", "labels", "start", "end", "split", "group", "num_frames", "tracks", "track")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Row:
         split: train, val, test, or empty.
         group: source of the video, empty if unknown.
         num_frames: number of extracted frames.
+        tracks: file with tracks, relative like `path`; empty for the whole picture.
+        track: id of a track in that file.
     """
 
     number: int | None
@@ -69,6 +73,8 @@ class Row:
     split: str = ""
     group: str = ""
     num_frames: int | None = None
+    tracks: str = ""
+    track: int | None = None
 
 
 def is_table(file: PathLike) -> bool:
@@ -113,8 +119,9 @@ def write_table(file: PathLike, rows: Iterable[Row], *, multi_label: bool = Fals
         "labels" if multi_label else "label": [SEPARATOR.join(row.labels) for row in rows],
         **{name: [getattr(row, name) for row in rows] for name in ("start", "end", "split", "group")},
     }
-    if any(row.num_frames is not None for row in rows):
-        columns["num_frames"] = [row.num_frames for row in rows]
+    for name in ("num_frames", "tracks", "track"):
+        if any(getattr(row, name) not in (None, "") for row in rows):
+            columns[name] = [getattr(row, name) for row in rows]
     with atomic_write(file) as unfinished:
         if _is_parquet(file):
             arrow, parquet = _import_pyarrow()
@@ -138,16 +145,21 @@ Cells = list[tuple[int, dict[str, str]]]
 """The number and the cells of each row, by the name of the column."""
 
 
-def _read_csv(file: PathLike) -> tuple[list[str], Cells]:
+def csv_lines(file: PathLike) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each line of a CSV file that is not empty. Raises ValueError if it is not valid."""
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a CSV file in UTF-8 ({error.reason} at byte {error.start})") from error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        lines = [(reader.line_num, line) for line in reader if line]
+        yield from ((reader.line_num, line) for line in reader if line)
     except csv.Error as error:
         raise ValueError(f"{file}: row {reader.line_num}: not valid CSV ({error})") from error
+
+
+def _read_csv(file: PathLike) -> tuple[list[str], Cells]:
+    lines = list(csv_lines(file))
     if not lines:
         raise ValueError(f"{file}: the file is empty; expected a header, such as path,label")
     (_, header), *rest = lines
@@ -191,7 +203,9 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
     start, end = (_parse_seconds(place, name, cells.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise ValueError(f"{place}: end must be later than start, got start={start or 0:g} and end={end:g}")
-    num_frames = cells.get("num_frames", "").strip()
+    num_frames, tracks, track = (cells.get(name, "").strip() for name in ("num_frames", "tracks", "track"))
+    if bool(tracks) != bool(track) or not (track or "0").isdecimal() or len(track) > MAX_DIGITS:
+        raise ValueError(f"{place}: tracks must be a file and track an id in it, got {shown(tracks)} and {shown(track)}")
     return Row(
         number,
         path,
@@ -201,6 +215,8 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
         SPLITS.get(split.lower(), ""),
         cells.get("group", "").strip(),
         parse_count(place, num_frames) if num_frames else None,
+        tracks,
+        int(track) if track else None,
     )
 
 
