@@ -96,7 +96,7 @@ def test_files(tmp_path):
     assert summary.pop("loss") > 0
     assert summary == {
         "videos": 3, "top1": 33.3333, "top5": 100.0, "mean_class": 25.0, "ece": 56.6667,
-        "views": 3, "temperature": 1.0, "model": "my model", "failed": {"bad.mp4": "damaged"},
+        "views": 3, "frame_interval": None, "temperature": 1.0, "model": "my model", "failed": {"bad.mp4": "damaged"},
     }  # fmt: skip
 
 

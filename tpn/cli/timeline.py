@@ -380,7 +380,7 @@ def draw(panels: Sequence[tuple[str, Curves]], top: int, path: Path) -> None:
             axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, label=curves.labels[k])
         axes.set(xlim=(0, duration), ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel=f"{name}\nprobability".lstrip())
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=top, frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes.set(xlabel="time, s")
     with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
