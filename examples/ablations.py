@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -169,22 +170,21 @@ def test(model: tpn.TPNClassifier, maps: NDArray[np.float16], interval: int) -> 
 def run(args: argparse.Namespace, name: str, seed: int) -> None:
     """Train and test once, unless the result is there or another process is at it."""
     with suppress(Timeout), FileLock(args.output / f"{name} {seed}.lock", timeout=0):
-        if seed in read_rows(args)[name]:
+        if seed in read_rows(args.output)[name]:
             return
         begin = time.process_time()
         torch.manual_seed(seed)
-        model = build(name)
+        model, maps = build(name), frame_maps(args, "test")
         train(model, frame_maps(args, "train"), args.steps, seed)
-        trained_at, maps = SPAN // model.input_spec.num_frames, frame_maps(args, "test")
-        right = {k: test(model, maps, k) for k in (INTERVALS if name in SPEEDS else (trained_at,))}
+        trained_at = SPAN // model.input_spec.num_frames
+        accuracy = {k: test(model, maps, k) for k in (INTERVALS if name in SPEEDS else (trained_at,))}
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, CHANNELS, model.input_spec.num_frames, *maps.shape[-2:]))
-        row = {"variant": name, "seed": seed, "settings": settings(args), "top1": round(float(np.mean(right[trained_at])), 2)}
-        row |= {"intervals": {k: round(float(np.mean(values)), 2) for k, values in right.items()}}
-        row |= {"per_class": [round(value, 1) for value in right[trained_at]]}
+        row = {"variant": name, "seed": seed, "settings": settings(args), "top1": round(np.mean(accuracy[trained_at]), 2)}
+        row |= {"intervals": {k: round(np.mean(values), 2) for k, values in accuracy.items()}, "per_class": accuracy[trained_at]}
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": round(counter.get_total_flops() / 2e6, 1)}
         row |= {"minutes": round((time.process_time() - begin) / 60, 2)}
-        with (args.output / "ablations.jsonl").open("a") as file:
+        with (args.output / "ablations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
@@ -193,31 +193,26 @@ def settings(args: argparse.Namespace) -> dict[str, int]:
     return {"clips": args.clips, "test_clips": args.test_clips, "steps": args.steps}
 
 
-def read_rows(args: argparse.Namespace) -> Rows:
-    """Return the rows of `ablations.jsonl`: for each variant, by seed. Results of other settings are refused."""
+def read_rows(output: Path) -> Rows:
+    """Return the rows of `ablations.jsonl`: for each variant, by seed."""
     rows: Rows = defaultdict(dict)
     with suppress(FileNotFoundError):
-        for line in (args.output / "ablations.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (output / "ablations.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["settings"] != settings(args):
-                raise ValueError(f"{args.output} has results of other settings: {row['settings']}. Choose another --output")
             rows[row["variant"]][row["seed"]] = row
     return rows
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Format a mean and the standard deviation over seeds."""
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def gain(rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
     """Format the mean difference to a reference, seed by seed, and its standard error."""
-    gains = [row["top1"] - reference[seed]["top1"] for seed, row in rows.items() if seed in reference]
-    return (
-        f"{np.mean(gains):+.1f}" + (f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else "")
-        if gains
-        else ""
-    )
+    gains = [rows[seed]["top1"] - reference[seed]["top1"] for seed in sorted(rows.keys() & reference.keys())]
+    error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+    return f"{np.mean(gains):+.1f}{error}" if gains else ""
 
 
 def tables(rows: Rows) -> str:
@@ -244,10 +239,13 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # start the command twice to use two cores
+    rows = [row for runs in read_rows(args.output).values() for row in runs.values()]
+    if other := [row["settings"] for row in rows if row["settings"] != settings(args) and not args.table]:
+        raise ValueError(f"{args.output} has results of other settings: {other[0]}. Choose another --output")
     for seed in range(0 if args.table else args.seeds):
         for name in VARIANTS:
             run(args, name, seed)
-    print(tables(read_rows(args)))
+    print(tables(read_rows(args.output)))
 
 
 if __name__ == "__main__":
