@@ -193,6 +193,14 @@ def settings(args: argparse.Namespace) -> dict[str, int]:
     return {"clips": args.clips, "test_clips": args.test_clips, "steps": args.steps}
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse to mix results of different settings."""
+    for runs in read_rows(args.output).values():
+        for row in runs.values():
+            if row["settings"] != settings(args):
+                raise ValueError(f"{args.output} has results of other settings: {row['settings']}. Choose another --output")
+
+
 def read_rows(output: Path) -> Rows:
     """Return the rows of `ablations.jsonl`: for each variant, by seed."""
     rows: Rows = defaultdict(dict)
@@ -239,12 +247,11 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # start the command twice to use two cores
-    rows = [row for runs in read_rows(args.output).values() for row in runs.values()]
-    if other := [row["settings"] for row in rows if row["settings"] != settings(args) and not args.table]:
-        raise ValueError(f"{args.output} has results of other settings: {other[0]}. Choose another --output")
-    for seed in range(0 if args.table else args.seeds):
-        for name in VARIANTS:
-            run(args, name, seed)
+    if not args.table:
+        check_settings(args)
+        for seed in range(args.seeds):
+            for name in VARIANTS:
+                run(args, name, seed)
     print(tables(read_rows(args.output)))
 
 
