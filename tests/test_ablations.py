@@ -11,7 +11,6 @@ from scripts import call_example, example, run_example
 
 from tpn.video import motion
 
-
 SHORT = ["--clips", 1, "--test-clips", 1, "--steps", 2, "--seeds", 1]
 
 
@@ -56,10 +55,10 @@ def test_every_variant_is_another_network_and_has_a_place():
     assert set(script.VARIANTS) == {name for names in script.TABLES.values() for name in names} >= set(script.SPEEDS)
     found = set()
     for name in script.VARIANTS:
-        model = script.build(name).eval()
-        frames = model.input_spec.num_frames
-        clip = torch.randn(1, script.CHANNELS, frames, 6, 6, generator=torch.Generator().manual_seed(0))
-        assert model(clip).shape == (1, len(motion.CLASSES))
+        with torch.device("meta"):
+            model = script.build(name)
+            frames = model.input_spec.num_frames
+            assert model(torch.empty(2, script.CHANNELS, frames, 6, 6)).shape == (2, len(motion.CLASSES))
         found.add((str(model), frames))
     assert len(found) == len(script.VARIANTS)
 
