@@ -69,6 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4 frames, pyramid": SLOWONLY | {"num_frames": 4},
     "16 frames, no pyramid": SLOWONLY | NONE | {"num_frames": 16},
     "16 frames, pyramid": SLOWONLY | {"num_frames": 16},
+    "no pyramid, 3x as long": SLOWONLY | NONE,
+    "pyramid, 3x as long": SLOWONLY,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "Sources": ("pyramid", "no pyramid", "stages 4, 4", "stages 2, 3, 4"),
@@ -80,8 +82,10 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Frames": (
         "no pyramid", "pyramid", "4 frames, no pyramid", "4 frames, pyramid", "16 frames, no pyramid", "16 frames, pyramid",
     ),
+    "Training": ("no pyramid", "pyramid", "no pyramid, 3x as long", "pyramid, 3x as long"),
 }  # fmt: skip
 """Variants of each table; the others are compared with the first one."""
+LONGER = {"no pyramid, 3x as long": 3, "pyramid, 3x as long": 3}
 SPEEDS = ("no pyramid", "pyramid", "rates 4, 8", "rates 1, 8")
 """Variants that are tested at all `INTERVALS`, although they were trained at 2."""
 
@@ -175,7 +179,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         begin = time.process_time()
         torch.manual_seed(seed)
         model, maps = build(name), frame_maps(args, "test")
-        train(model, frame_maps(args, "train"), args.steps, seed)
+        train(model, frame_maps(args, "train"), args.steps * LONGER.get(name, 1), seed)
         trained_at = SPAN // model.input_spec.num_frames
         accuracy = {k: test(model, maps, k) for k in (INTERVALS if name in SPEEDS else (trained_at,))}
         with FlopCounterMode(display=False) as counter:
@@ -211,16 +215,10 @@ def read_rows(output: Path) -> Rows:
     return rows
 
 
-def spread(values: Sequence[float]) -> str:
-    """Format a mean and the standard deviation over seeds."""
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def gain(rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
-    """Format the mean difference to a reference, seed by seed, and its standard error."""
-    gains = [rows[seed]["top1"] - reference[seed]["top1"] for seed in sorted(rows.keys() & reference.keys())]
-    error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-    return f"{np.mean(gains):+.1f}{error}" if gains else ""
+def spread(values: Sequence[float], sign: str = "-", root: float = 0.0) -> str:
+    """Format a mean and the standard deviation over seeds; with root=0.5, its standard error."""
+    error = f" ± {np.std(values, ddof=1) / len(values) ** root:.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.1f}{error}"
 
 
 def tables(rows: Rows) -> str:
@@ -229,12 +227,13 @@ def tables(rows: Rows) -> str:
     for title, names in TABLES.items():
         lines += [f"| {title} | top-1, % | to {names[0]} | parameters | MMACs | seeds | minutes |", "|---" + "|---:" * 6 + "|"]
         for name in filter(rows.get, names):
-            runs = list(rows[name].values())
-            difference = "" if name == names[0] else gain(rows[name], rows[names[0]])
+            runs, reference = list(rows[name].values()), rows[names[0]]
+            gains = [run["top1"] - reference[run["seed"]]["top1"] for run in runs if run["seed"] in reference]
+            gain = spread(gains, "+", 0.5) if gains and name != names[0] else ""
             cost = (
                 f"{runs[0]['parameters']:,} | {runs[0]['mmacs']:.1f} | {len(runs)} | {np.mean([r['minutes'] for r in runs]):.1f}"
             )
-            lines.append(f"| {name} | {spread([r['top1'] for r in runs])} | {difference} | {cost} |")
+            lines.append(f"| {name} | {spread([r['top1'] for r in runs])} | {gain} | {cost} |")
         lines.append("")
     lines += [f"| Frame interval | {' | '.join(map(str, INTERVALS))} |", "|---" + "|---:" * len(INTERVALS) + "|"]
     for name in filter(rows.get, SPEEDS):

@@ -107,7 +107,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.data is not None and not args.table:
+    if not args.table:
+        if args.data is None:
+            raise ValueError("DATA is missing: a folder with the lists fold0_train.txt, fold0_test.txt, ...; --table needs none")
         small = args.output / "videos"
         scale_down(args.data, [path for fold in fold_lists(args.data) for path in fold], small)
         for train, test in fold_lists(small):
@@ -116,7 +118,9 @@ def main() -> None:
                 with (args.output / "tempo_gain.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-    print(table(read_rows(args.output)))
+    if not (rows := read_rows(args.output)):
+        raise ValueError(f"{args.output} has no results yet")
+    print(table(rows))
 
 
 if __name__ == "__main__":
