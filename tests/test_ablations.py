@@ -83,8 +83,8 @@ def test_a_study_resumes(study, tmp_path):
     again = call_example("ablations", *options)
     assert [each | {"minutes": 0} for each in read(tmp_path)] == [each | {"minutes": 0} for each in rows]
     assert first.stdout.count("| pyramid |") == again.stdout.count("| pyramid |") > 1
-    refused = call_example("ablations", "--output", tmp_path, *SHORT[:-1], 1, "--steps", 3)
-    assert (refused.returncode, "'steps': 2" in refused.stderr) == (2, True)
+    refused = call_example("ablations", "--output", tmp_path, *SHORT, "--steps", 3)
+    assert (refused.returncode, "'steps': 2" in refused.stderr) == (1, True)
 
 
 @pytest.mark.slow

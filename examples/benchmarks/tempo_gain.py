@@ -11,6 +11,7 @@ tempo of each test video: how long the probability of its class stays at or abov
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -65,7 +66,8 @@ def measure(train: Path, test: Path, args: argparse.Namespace) -> dict[str, Any]
         start = save_start(args.output / "start" / name, neck)
         options = {"steps": args.steps, "batch_size": args.batch_size, "val_fraction": 0, "threads": 1, "workers": 0}
         folder = args.output / f"{train.stem} {name}"
-        trained = tpn.train(train, model=start, output=folder, verbose=False, resume=True, **options).model
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        trained = tpn.train(train, model=start, output=folder, verbose=False, **options).model
         evaluation = tpn.evaluate(trained, test, workers=0)
         result[name] = (100 * evaluation.class_accuracy).round(1).tolist()
         if neck is None:
