@@ -1,0 +1,47 @@
+"""Draw `ablation_study.svg`: the accuracy of every variant of `examples/ablations.py`, seed by seed.
+
+python docs/figures/ablation_study.py docs/pages/figures/ablation_study.svg
+"""
+
+import runpy
+from pathlib import Path
+
+from drawing import COARSE, FINE, FRAME, drawing, line, text, write
+
+ROOT = Path(__file__).parents[2]
+LEFT, RIGHT, ROW, GAP = 270, 690, 22, 12
+LOWEST, HIGHEST = 20, 100
+
+
+def x_of(top1: float) -> float:
+    return round(LEFT + (RIGHT - LEFT) * (top1 - LOWEST) / (HIGHEST - LOWEST), 1)
+
+
+def draw() -> str:
+    study = runpy.run_path(str(ROOT / "examples" / "ablations.py"))
+    rows = study["read_rows"](ROOT / "docs" / "pages")
+    top1 = {name: [row["top1"] for _, row in sorted(runs.items())] for name, runs in rows.items()}
+    parts, marks, y, drawn = [], [], 30, set()
+    for title, names in study["TABLES"].items():
+        y += GAP
+        parts.append(text(8, y + 5, title, bold=True, anchor="start"))
+        for name in (name for name in names if name in top1 and name not in drawn):
+            drawn.add(name)
+            mean, color = sum(top1[name]) / len(top1[name]), COARSE if "no pyramid" in name else FINE
+            parts.append(text(LEFT - 12, y + 5, name, anchor="end"))
+            parts.append(line((LEFT, y), (RIGHT, y), color=FRAME, width=0.4))
+            marks += [f'<circle cx="{x_of(each):g}" cy="{y}" r="4" fill="{color}" fill-opacity=".45"/>' for each in top1[name]]
+            marks.append(line((x_of(mean), y - 8), (x_of(mean), y + 8), color=color, width=3))
+            y += ROW
+    for name, color in (("pyramid", FINE), ("no pyramid", COARSE)):
+        mean = x_of(sum(top1[name]) / len(top1[name]))
+        parts.append(line((mean, 24), (mean, y - 6), color=color, width=1.2, dash="4 3"))
+        parts.append(text(mean, 16, name))
+    for tick in range(LOWEST, HIGHEST + 1, 20):
+        parts.append(text(x_of(tick), y + 14, f"{tick} %"))
+    title = "Top-1 accuracy of each variant, one dot for each seed and a bar at their mean"
+    return drawing(720, y + 24, title, [*parts, *marks], sizes=(13, 12))
+
+
+if __name__ == "__main__":
+    write(draw)
