@@ -69,8 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4 frames, pyramid": SLOWONLY | {"num_frames": 4},
     "16 frames, no pyramid": SLOWONLY | NONE | {"num_frames": 16},
     "16 frames, pyramid": SLOWONLY | {"num_frames": 16},
-    "no pyramid, 3x as long": SLOWONLY | NONE,
-    "pyramid, 3x as long": SLOWONLY,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "Sources": ("pyramid", "no pyramid", "stages 4, 4", "stages 2, 3, 4"),
@@ -82,10 +80,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Frames": (
         "no pyramid", "pyramid", "4 frames, no pyramid", "4 frames, pyramid", "16 frames, no pyramid", "16 frames, pyramid",
     ),
-    "Training": ("no pyramid", "pyramid", "no pyramid, 3x as long", "pyramid, 3x as long"),
 }  # fmt: skip
 """Variants of each table; the others are compared with the first one."""
-LONGER = {"no pyramid, 3x as long": 3, "pyramid, 3x as long": 3}
 SPEEDS = ("no pyramid", "pyramid", "rates 4, 8", "rates 1, 8")
 """Variants that are tested at all `INTERVALS`, although they were trained at 2."""
 
@@ -179,7 +175,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         begin = time.process_time()
         torch.manual_seed(seed)
         model, maps = build(name), frame_maps(args, "test")
-        train(model, frame_maps(args, "train"), args.steps * LONGER.get(name, 1), seed)
+        train(model, frame_maps(args, "train"), args.steps, seed)
         trained_at = SPAN // model.input_spec.num_frames
         accuracy = {k: test(model, maps, k) for k in (INTERVALS if name in SPEEDS else (trained_at,))}
         with FlopCounterMode(display=False) as counter:

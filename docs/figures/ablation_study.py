@@ -10,7 +10,7 @@ from drawing import COARSE, FINE, FRAME, drawing, line, text, write
 
 ROOT = Path(__file__).parents[2]
 LEFT, RIGHT, ROW, GAP = 270, 690, 22, 12
-LOWEST, HIGHEST = 20, 100
+LOWEST, HIGHEST = 0, 100
 
 
 def x_of(top1: float) -> float:
@@ -33,10 +33,11 @@ def draw() -> str:
             marks += [f'<circle cx="{x_of(each):g}" cy="{y}" r="4" fill="{color}" fill-opacity=".45"/>' for each in top1[name]]
             marks.append(line((x_of(mean), y - 8), (x_of(mean), y + 8), color=color, width=3))
             y += ROW
-    for name, color in (("pyramid", FINE), ("no pyramid", COARSE)):
-        mean = x_of(sum(top1[name]) / len(top1[name]))
-        parts.append(line((mean, 24), (mean, y - 6), color=color, width=1.2, dash="4 3"))
-        parts.append(text(mean, 16, name))
+    means = {name: sum(top1[name]) / len(top1[name]) for name in ("pyramid", "no pyramid")}
+    for name, mean in means.items():
+        parts.append(line((x_of(mean), 24), (x_of(mean), y - 6), color=FINE if name == "pyramid" else COARSE, dash="4 3"))
+        side = -1 if mean == min(means.values()) else 1
+        parts.append(text(x_of(mean) + 3 * side, 16, name, anchor="end" if side < 0 else "start"))
     for tick in range(LOWEST, HIGHEST + 1, 20):
         parts.append(text(x_of(tick), y + 14, f"{tick} %"))
     title = "Top-1 accuracy of each variant, one dot for each seed and a bar at their mean"

@@ -68,7 +68,7 @@ def measure(train: Path, test: Path, args: argparse.Namespace) -> dict[str, Any]
         folder = args.output / f"{train.stem} {name}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         trained = tpn.train(train, model=start, output=folder, verbose=False, **options).model
-        evaluation = tpn.evaluate(trained, test, workers=0)
+        evaluation = tpn.evaluate(trained, test, workers=1)
         result[name] = (100 * evaluation.class_accuracy).round(1).tolist()
         if neck is None:
             classifier = tpn.VideoClassifier(trained, device="cpu")
