@@ -25,6 +25,10 @@ CLASSIFIER = {
     "mmaction2_tpn_tsm_r50_sthv1_s0_224x224": "cls_head.new_cls",
 }
 
+GRADIENT_TOLERANCE = 1e-3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-2
+"""Of the norm of a gradient. The reference ran on a CPU with AVX-512, whose order of sums only such a CPU repeats. In float64, the
+norms differ from the reference's float32 by up to 6e-3, on a CPU with AVX2 by up to 7e-3."""
+
 
 def each(cases):
     return pytest.mark.parametrize(
@@ -80,8 +84,8 @@ def test_eval(case):
 def two_threads():
     """Use two threads or more, as the reference did: the number of threads determines the order of sums.
 
-    Another order changes the sign of some values near zero before a ReLU, which changes the gradients of these small clips by
-    3e-3; so does float64.
+    Another order changes the sign of some values near zero before a ReLU, which changes the gradients of these small clips; see
+    `GRADIENT_TOLERANCE`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, 2))
@@ -106,6 +110,6 @@ def test_train_step(case):
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     assert {ours[name] for name in expected["grad_norm"]} == parameters.keys()
     got = {name: parameters[ours[name]].grad.norm().item() for name in expected["grad_norm"]}
-    assert got == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert got == pytest.approx(expected["grad_norm"], rel=GRADIENT_TOLERANCE)
     got = {name: buffers[ours[name]].norm().item() for name in expected["running_mean_norm_after"]}
     assert got == pytest.approx(expected["running_mean_norm_after"], rel=1e-4)
