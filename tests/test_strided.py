@@ -389,7 +389,7 @@ def test_other_files_are_not_overwritten(folder, images):
             extract(images, videos, out)
         assert (out / name).read_text() == content
         (out / name).unlink()
-    (out / "annotations.json").write_text("{}")  # of no video here
+    (out / "timeline.json").write_text('{"stride": 2, "source": "a.mp4"}')  # of no video here
     assert extract(images, videos, out) == list(videos)
     with pytest.raises(NotADirectoryError, match=r"a\.npy.*folder"):
         extract(images, videos, out / "a.npy")
@@ -402,6 +402,7 @@ def test_videos_with_the_same_name(folder, images):
         extract(images, {str(one): "a", str(two): "a"}, out)
     assert not out.exists()
     extract(images, {str(one): "a"}, out)
+    assert extract(images, {os.path.relpath(one): "a"}, out) == []
     with pytest.raises(ValueError, match=r"a\.npy would have the features of .*videos/a\.mp4 and of .*bung/a\.mp4"):
         extract(images, {str(two): "a"}, out)
 

@@ -18,7 +18,7 @@ from tpn import tempo
 from tpn.predict import VideoClassifier
 from tpn.tempo import Clip
 from tpn.video import motion
-from tpn.video.datasets import RawFrames, VideoFolder
+from tpn.video.datasets import RawFrames, VideoFolder, VideoList
 from tpn.video.encode import write_video
 from tpn.video.live import Camera, raw_frames
 
@@ -253,6 +253,8 @@ def test_segments_without_a_class():
     (none,) = tempo.segments(clips_of([0, 1], 0.75), fps=1.0, min_probability=0.76)
     assert (none.label, none.start, none.end, none.probability) == (None, 0.0, 4.0, 0.75)
     assert not list(tempo.segments([], fps=1.0))
+    with pytest.raises(ValueError, match="min_probability.*got 50"):
+        list(tempo.segments(clips_of([0]), fps=1.0, min_probability=50))
     (whole,) = tempo.segments(clips_of([3]), fps=2.0)
     assert (whole.start, whole.end) == (0.0, 1.5)
 
@@ -354,12 +356,14 @@ def test_tempo_follows_the_duration(classifier, data):
 def test_datasets_that_cannot_be_measured(classifier, data, tmp_path):
     spec = classifier.spec
     (tmp_path / "list.txt").write_text("a 3 0\n")
+    (tmp_path / "parts.csv").write_text("path,label,end\na.mp4,growing,2\n")
     (tmp_path / "dancing").mkdir()
     (tmp_path / "dancing" / "a.mp4").touch()
     for dataset, message in (
         (VideoFolder(data, replace(spec, target_fps=12), train=False), "target_fps"),
         (RawFrames(tmp_path / "list.txt", spec, train=False), "VideoFolder or VideoList"),
         (VideoFolder(tmp_path, spec, train=False), "'dancing'"),
+        (VideoList(tmp_path / "parts.csv", spec, train=False), "whole videos"),
     ):
         with pytest.raises(ValueError, match=message):
             tempo.dataset_tempos(classifier, dataset)

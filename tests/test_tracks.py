@@ -16,9 +16,10 @@ from test_cli import run
 
 import tpn
 from tpn import tempo, tracks
+from tpn.cli.tracks import _caption
 from tpn.predict import Prediction
 from tpn.training.config import TrainConfig
-from tpn.training.data import open_data
+from tpn.training.data import facts_of, open_data
 from tpn.video import annotate, decode, encode, motion
 from tpn.video.annotate import Caption, color_of, draw_labels
 from tpn.video.crops import crop_frame, square_boxes
@@ -102,8 +103,16 @@ def test_forms_of_tracks(tmp_path):
     (tmp_path / "b.csv").write_text(
         f"{corners}\r\np,2,4,3,1,0,0\r\np,9,8,1,0,5,5\r\np,3,5,3,2,1,1\r\np,4,4,3,4,-2.5,0\r\n", "utf-8-sig"
     )
+    (tmp_path / "c.csv").write_text(f",{header}\n0,1,3,0,0,2,4\n1,0,1,5,5,4,3\n2,2,3,1,1,2,4\n3,4,3,-2.5,0,6.5,4\n")  # pandas
     rows = np.array([[1, 3, 0, 0, 2, 4, 9], [0, 1, 5, 5, 4, 3, 9], [2, 3, 1, 1, 2, 4, 9], [4, 3, -2.5, 0, 6.5, 4, 9]])
-    for source in (tmp_path / "mot.txt", str(tmp_path / "a.csv"), tmp_path / "b.csv", rows, dict(sorted(boxes.items()))):
+    for source in (
+        tmp_path / "mot.txt",
+        str(tmp_path / "a.csv"),
+        tmp_path / "b.csv",
+        tmp_path / "c.csv",
+        rows,
+        dict(sorted(boxes.items())),
+    ):
         found = read_tracks(source)
         assert [track.id for track in found] == [1, 3]
         for track in found:
@@ -166,11 +175,15 @@ def test_other_sources_are_refused():
         ([0, 0], [[0, 0, 1, 1]] * 2),
         ([], []),
         ([0], [[0, 0, 1]]),
+        ([0, 1, 2], [[0, 0, 1, 1]] * 2),
         ([0], [[0, 0, 0, 1]]),
         ([-1], [[0, 0, 1, 1]]),
     ):
         with pytest.raises(ValueError, match="track 7"):
             read_tracks({7: (frames, boxes)})
+    for arrays in (np.zeros((5, 4)), 5):
+        with pytest.raises(ValueError, match="track 7: expected a pair"):
+            read_tracks({7: arrays})
     with pytest.raises(TypeError, match="id must be an integer, got 'x'"):
         read_tracks({"x": ([0], [[0, 0, 1, 1]])})
     assert read_tracks({}) == read_tracks(np.zeros((0, 6))) == []
@@ -417,6 +430,16 @@ def test_timeline_of_tracks(pair, tmp_path):
         assert min(picture.size) > 400
 
 
+def test_captions_cover_the_clips_of_a_track(pair):
+    """Each frame has one caption, also where segments meet in the middle of a frame."""
+    track, probs = steady(LEFT, range(7, 60)), torch.eye(3)[[0, 0, 1, 2]] * torch.tensor([0.9, 0.9, 0.9, 0.4])[:, None]
+    clips = [tempo.Clip(first, first + 8, each) for first, each in zip((7, 14, 21, 28), probs, strict=True)]
+    found = tracks.segments(track, clips, fps=29.97)
+    captions = [_caption(each, None if each.label is None else "ab"[each.label], 29.97) for each in found]
+    assert [each.text for each in captions] == ["a 90%", "b 90%", "-"]
+    assert [frame for each in captions for frame in range(each.first, each.last + 1)] == list(range(7, 37))
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -580,6 +603,14 @@ def test_tracks_of_one_video_stay_on_one_side(pair, tmp_path):
     data.write(tmp_path / "split.csv")
     again = VideoList(tmp_path / "split.csv", data.train.spec, train=True)
     assert {(item.tracks, item.track) for item in again.items} == {(str(pair / "pair.txt"), 1), (str(pair / "pair.txt"), 2)}
+
+
+def test_facts_of_tracks(pair, tmp_path):
+    """The length of a clip follows from that of the tracks."""
+    (tmp_path / "t.txt").write_text(mot(steady(LEFT, range(10, 50)), steady(RIGHT, range(30), 2)))
+    rows = [["pair.mp4", "a", tmp_path / "t.txt", 1], ["pair.mp4", "b", tmp_path / "t.txt", 2, 1, ""]]
+    data = VideoList(table(tmp_path / "t.csv", *rows, ["pair.mp4", "a", "t.txt", 3]), tpn.InputSpec(1), train=True, root=pair)
+    assert facts_of(data).frames == (40 + 6) / 2
 
 
 def test_train_and_evaluate_on_tracks(pair, tmp_path):

@@ -1,6 +1,7 @@
 """Features of videos: the output of a model before its classifier, in a file that later runs extend."""
 
 import json
+import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -180,10 +181,10 @@ class FeatureFolder:
         self._known: dict[str, tuple[str, int]] = {}  # path of the video and number of windows, by name
         for file in self.path.rglob("*.json"):
             found = _read_json(file)
-            if "stride" in found and not file.parent.name.startswith(".incomplete-"):
+            if found.get("level") == "window" and not file.parent.name.startswith(".incomplete-"):
                 about.check_same(found, file, "folder")
                 name = file.relative_to(self.path).as_posix().removesuffix(".json")
-                self._known[name] = found["video"], len(found["time"])
+                self._known[name] = os.path.abspath(found["video"]), len(found["time"])
 
     def missing(self, videos: Mapping[str, str]) -> list[str]:
         """Return the videos, given with their names, that have no complete features.
@@ -194,10 +195,11 @@ class FeatureFolder:
         missing = []
         for video, name in videos.items():
             array, about = self._files(name)
-            owner = owners.setdefault(name, utf8_name(video))
-            if owner != utf8_name(video):
+            path = os.path.abspath(utf8_name(video))
+            owner = owners.setdefault(name, path)
+            if owner != path:
                 raise ValueError(
-                    f"{array} would have the features of {owner} and of {printable(video)}; pass the folder that holds both, or "
+                    f"{array} would have the features of {owner} and of {printable(path)}; pass the folder that holds both, or "
                     "write to another folder"
                 )
             if name not in self._known and (array.exists() or about.exists()):
@@ -322,7 +324,7 @@ def is_table(out: str | PathLike[str]) -> bool:
 def check_path(path: str | PathLike[str]) -> None:
     """Raise the errors that a `FeatureFile` at `path` would raise for its suffix and folder, before the work starts."""
     path = Path(path)
-    if path.suffix not in (".npz", ".parquet"):
+    if not is_table(path):
         raise ValueError(f"the name of a feature file must end in .npz or .parquet, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")

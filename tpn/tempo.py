@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tpn.config import InputSpec
 from tpn.predict import Prediction, VideoClassifier
+from tpn.validation import check_number
 from tpn.video import decode
 from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
@@ -182,6 +183,7 @@ def segments(clips: Iterable[Clip], *, fps: float, min_probability: float = 0.5)
         fps: frame rate of the video.
         min_probability: of the class, 0..1. Clips below it are in segments without a class, whose `label` is None.
     """
+    check_number("min_probability", min_probability, minimum=0, maximum=1)
     before: Clip | None = None
     label: int | None = None
     start, total, count = 0.0, 0.0, 0  # of the current segment
@@ -258,17 +260,19 @@ def dataset_tempos(
 
     Args:
         classifier: its labels must include the classes of the dataset.
-        dataset: a `VideoFolder` or `VideoList`, whose `spec` has no `target_fps`.
+        dataset: a `VideoFolder` or `VideoList` of whole videos, whose `spec` has no `target_fps`.
         stride, frame_interval: as in `slide`.
 
     Yields:
         The tempo of each video, or the reason why it is unreadable.
 
     Raises:
-        ValueError: the classifier lacks a class, or the dataset does not have the videos' own frame rates.
+        ValueError: the classifier lacks a class, or the dataset does not have whole videos at their own frame rates.
     """
     if isinstance(dataset, RawFrames) or dataset.spec.target_fps is not None:
         raise ValueError("tempo is measured at the videos' own frame rates; pass a VideoFolder or VideoList without target_fps")
+    if any(item.is_part for item in dataset.items):
+        raise ValueError("tempo is measured in whole videos; pass a VideoList without the columns start, end, and track")
     unknown = [name for name in dataset.classes if name not in classifier.labels]
     if unknown:
         raise ValueError(f"the model has no class {unknown[0]!r}; pass classes=classifier.labels to the dataset")

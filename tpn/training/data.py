@@ -16,6 +16,7 @@ from tpn.models.classifier import TPNClassifier
 from tpn.training.config import TrainConfig
 from tpn.validation import shown
 from tpn.video import decode, lists, tables
+from tpn.video.crops import track_of
 from tpn.video.datasets import Item, VideoDataset, open_dataset
 from tpn.video.decode import VideoError
 from tpn.video.tables import Row
@@ -249,9 +250,10 @@ def facts_of(data: VideoDataset, target_fps: float | None = None) -> DataFacts:
             continue
         try:
             fps, count = decode.header(item.path)
+            count = len(track_of(item)) if item.track is not None else count
         except (VideoError, OSError):
             continue  # reported when it is drawn
-        if item.is_segment:
+        if item.track is None and item.is_segment:
             length = count / fps if fps and count else math.inf
             seconds = max(min(item.end or math.inf, length) - (item.start or 0), 0)
             count = round(seconds * fps) if fps and seconds < math.inf else None

@@ -129,12 +129,7 @@ def read_track(
     Raises:
         VideoError, OSError: the video or the file of tracks cannot be read, or there is no such track.
     """
-    assert item.track is not None
-    first, last = 0, MAX_FRAME
-    if item.is_segment:
-        _, _, first, end = decode.find_segment(item.path, item.start, item.end)
-        last = end - 1
-    crops = SquareCrops(_find_track(item.tracks, item.track, first, last), size)
+    crops = SquareCrops(track_of(item), size)
     if target_fps is not None:
         sample = at_frame_rate(sample, decode.header(item.path)[0], target_fps)
     indices = sample(len(crops))
@@ -144,6 +139,16 @@ def read_track(
     except IndexError as error:
         raise VideoError(str(error)) from error
     return frames, positions.reshape(indices.shape)
+
+
+def track_of(item: Item) -> Track:
+    """Return the track of an item of a dataset, in its segment. Raises as `read_track` does."""
+    assert item.track is not None
+    first, last = 0, MAX_FRAME
+    if item.is_segment:
+        _, _, first, end = decode.find_segment(item.path, item.start, item.end)
+        last = end - 1
+    return _find_track(item.tracks, item.track, first, last)
 
 
 def _find_track(path: str, id: int, first: int, last: int) -> Track:

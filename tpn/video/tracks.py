@@ -114,7 +114,7 @@ def read_tracks(source: TrackSource, *, max_gap: int = MAX_GAP) -> list[Track]:
     """
     check_int("max_gap", max_gap, minimum=0)
     if isinstance(source, Mapping):
-        tracks = [_sorted(id, *arrays) for id, arrays in source.items()]
+        tracks = [_sorted(id, arrays) for id, arrays in source.items()]
     elif isinstance(source, str | os.PathLike):
         tracks = _group(*_read_file(source))
     elif isinstance(source, np.ndarray):
@@ -139,7 +139,7 @@ def _read_file(path: PathLike) -> tuple[Boxes, Callable[[int], str]]:
     if head is None:
         raise ValueError(f"{path}: the file is empty; expected lines of {','.join(COLUMNS)}")
     names = [cell.strip().lower() for cell in head[1]]
-    has_header = names[0].isidentifier()
+    has_header = names[0].isidentifier() or "frame" in names  # pandas writes a first column without a name
     expected = CORNERS if has_header and "w" not in names else COLUMNS
     if has_header and not set(expected) <= set(names):
         found = shown(", ".join(head[1]))
@@ -197,10 +197,14 @@ def _group(rows: Boxes, place: Callable[[int], str]) -> list[Track]:
     return [Track(int(part[0, 1]), part[:, 0].astype(np.int64), part[:, 2:]) for part in parts]
 
 
-def _sorted(id: int, frames: ArrayLike, boxes: ArrayLike) -> Track:
-    frames, boxes = np.asarray(frames), np.asarray(boxes)
-    order = np.argsort(frames, kind="stable")
-    return Track(id, frames[order], boxes[order]) if frames.ndim == 1 == boxes.ndim - 1 else Track(id, frames, boxes)
+def _sorted(id: int, arrays: tuple[ArrayLike, ArrayLike]) -> Track:
+    if not isinstance(arrays, list | tuple) or len(arrays) != 2:
+        raise ValueError(f"track {id}: expected a pair of frames (N,) and boxes (N, 4), got {shown(arrays)}")
+    frames, boxes = (np.asarray(each) for each in arrays)
+    if frames.ndim == 1 and frames.shape == boxes.shape[:1]:  # `Track` refuses other shapes
+        order = np.argsort(frames, kind="stable")
+        frames, boxes = frames[order], boxes[order]
+    return Track(id, frames, boxes)
 
 
 def _split(track: Track, max_gap: int) -> list[Track]:
