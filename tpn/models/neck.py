@@ -104,6 +104,7 @@ class TemporalPyramid(nn.Module):
 
     Attributes:
         silent_args: arguments that change what the same weights compute.
+        default_scales: the `temporal_scales` of a pyramid that is built without this argument.
 
     Shape:
         L maps (B, C_i, T_i, H_i, W_i) float → (B, out_channels, T_out, H_L, W_L), where
@@ -136,10 +137,10 @@ class TemporalPyramid(nn.Module):
         for name, modulated in modulation.items():
             check_bool(name, modulated)
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
-        all_frames = frames if temporal_modulation else (1,) * num_levels
-        temporal = _per_level("temporal_scales", all_frames if temporal_scales is None else temporal_scales, num_levels)
+        default_scales = frames if temporal_modulation else (1,) * num_levels
+        temporal = _per_level("temporal_scales", default_scales if temporal_scales is None else temporal_scales, num_levels)
         if not temporal_modulation and max(temporal) > 1:
-            raise ValueError(f"temporal_scales must be {all_frames} with temporal_modulation=False, got {temporal}")
+            raise ValueError(f"temporal_scales must be {default_scales} with temporal_modulation=False, got {temporal}")
         halvings = tuple(2**i for i in reversed(range(num_levels)))
         spatial = _per_level("spatial_scales", halvings if spatial_scales is None else spatial_scales, num_levels)
         if any(scale & (scale - 1) for scale in spatial):
@@ -162,7 +163,7 @@ class TemporalPyramid(nn.Module):
         flows = FLOWS[flow_order]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
-        self.num_frames, self.temporal_scales = frames, temporal
+        self.num_frames, self.temporal_scales, self.default_scales = frames, temporal, default_scales
         self.flow_order = flow_order
         self.left_out = [name for name, modulated in modulation.items() if not modulated]
         self.spatial_modulation = nn.ModuleList(
