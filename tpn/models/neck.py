@@ -133,9 +133,8 @@ class TemporalPyramid(nn.Module):
             raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
         if flow_order not in get_args(FlowOrder):
             raise ValueError(f"flow_order must be one of {', '.join(map(repr, get_args(FlowOrder)))}, got {flow_order!r}")
-        modulation = {"spatial_modulation": spatial_modulation, "temporal_modulation": temporal_modulation}
-        for name, modulated in modulation.items():
-            check_bool(name, modulated)
+        check_bool("spatial_modulation", spatial_modulation)
+        check_bool("temporal_modulation", temporal_modulation)
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
         default_scales = frames if temporal_modulation else (1,) * num_levels
         temporal = _per_level("temporal_scales", default_scales if temporal_scales is None else temporal_scales, num_levels)
@@ -165,7 +164,6 @@ class TemporalPyramid(nn.Module):
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
         self.num_frames, self.temporal_scales, self.default_scales = frames, temporal, default_scales
         self.flow_order = flow_order
-        self.left_out = [name for name, modulated in modulation.items() if not modulated]
         self.spatial_modulation = nn.ModuleList(
             SpatialModulation(channels, out_channels, scale) if spatial_modulation else max_pool(space=scale)
             for channels, scale in zip(in_channels, spatial, strict=True)
@@ -189,8 +187,7 @@ class TemporalPyramid(nn.Module):
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def extra_repr(self) -> str:
-        changed = "".join(f", {name}=False" for name in self.left_out)
-        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}{changed}"
+        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}"
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.forward_intermediates(features)["pyramid_fusion"]
