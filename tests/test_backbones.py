@@ -54,7 +54,7 @@ def test_family(name, tmp_path, caplog):
 def test_one_map_at_two_rates(name, last, scales, tmp_path):
     """The network runs once, and each level has its own tempo."""
     args = {"out_indices": (last, last), "temporal_scales": scales, "num_frames": 8, "drop_rate": 0.0}
-    model = small(name, **args) if "/" in name else tpn.create_model(name, num_classes=5, base_channels=4, **args)
+    model = switch_on(small(name, **args) if "/" in name else tpn.create_model(name, num_classes=5, base_channels=4, **args))
     calls = []
     network = getattr(model.backbone, "net", model.backbone)
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))

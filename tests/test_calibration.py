@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import run
 from test_metrics import evaluation
 
@@ -19,6 +20,7 @@ from tpn.training.metrics import calibration_error
 from tpn.video import motion
 from tpn.video.encode import write_video
 from tpn.zoo.publish import model_card
+from tpn.zoo.saved import save_temperature
 
 NAME = "tpn_slowonly_tiny_motion"
 CLASSES = ("left", "blinking", "growing")
@@ -224,6 +226,21 @@ def test_saved(hot, tmp_path):
         tpn.create_model(tmp_path)
 
 
+def test_saving_it_changes_nothing_else(hot, tmp_path):
+    tpn.save_pretrained(hot.half(), tmp_path)
+    weights, about = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"comment": "north entrance"}))
+    save_temperature(tmp_path, 1.5)
+    after = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in weights.items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    about["model"]["head"]["temperature"] = 1.5
+    got = json.loads((tmp_path / "config.json").read_text())
+    assert got.pop("weights_sha256") != about.pop("weights_sha256")
+    assert got == about | {"comment": "north entrance"}
+    assert tpn.create_model(tmp_path).temperature == 1.5
+
+
 def test_files_of_earlier_versions(model, tmp_path):
     tpn.save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -303,6 +320,22 @@ def test_evaluate_sets_it_in_a_model(videos):
     assert result.temperature == 1
     assert result.calibrated.temperature == other.temperature != 1
     assert tpn.evaluate(other, videos / "list.txt").metrics["loss"] < result.metrics["loss"]
+
+
+def test_results_of_another_temperature_are_not_resumed(videos, tmp_path):
+    """Unreadable videos leave the evaluation unfinished. A model put together by hand has no config."""
+    (tmp_path / "list.txt").write_text((videos / "list.txt").read_text() + "missing.mp4 left\n")
+    other = small_model()
+    other.neck = torch.nn.Sequential(other.neck)
+    args = {"root": videos, "output": tmp_path / "out"}
+    before = tpn.evaluate(other, tmp_path / "list.txt", **args)
+    fitted = tpn.evaluate(other, tmp_path / "list.txt", calibrate=True, **args).calibrated
+    after = tpn.evaluate(other, tmp_path / "list.txt", **args)
+    assert after.failed
+    assert before.metrics["loss"] > after.metrics["loss"] == pytest.approx(fitted.metrics["loss"], abs=1e-4)
+    other.temperature = 1
+    with pytest.raises(ValueError, match="other weights"):
+        tpn.evaluate(other, tmp_path / "list.txt", **args)
 
 
 @pytest.mark.parametrize(

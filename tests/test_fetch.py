@@ -196,7 +196,8 @@ def test_arguments_that_change_the_network_are_refused_before_the_download(serve
         ({"spatial_modulation": False}, r"not in the model.*neck\.spatial_modulation"),
         ({"temporal_modulation": False}, r"neck\.temporal_modulation.*3, 1, 1\) instead of .*1, 1, 1\)"),
         ({"out_indices": (1, 2, 3)}, r"missing.*neck\.bottom_up\.1"),
-        ({"out_indices": (3, 3), "temporal_scales": (4, 8), "num_classes": 3}, r"neck\.spatial_modulation"),
+        ({"out_indices": (3, 3), "num_classes": 3}, r"neck\.spatial_modulation"),
+        ({"temporal_scales": (2, 8)}, r"temporal_scales=\(8, 8\).*temporal_scales=\(2, 8\)"),
         ({"mid_channels": 12, "in_chans": 1}, r"neck\.bottom_up"),
     ):
         with pytest.raises(CheckpointError, match=f"{SLOWONLY}.*{says}.*Leave out"):

@@ -3,6 +3,7 @@
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -298,6 +299,16 @@ def test_saved_weights_know_arguments_that_no_shape_shows(tmp_path, caplog):
     assert not caplog.records
     make(checkpoint_path=path, temporal_scales=(2, 4))
     assert re.search(r"backbone.*\{'act_layer': 'gelu'\}.*\{\}", caplog.text)
+
+
+@pytest.mark.parametrize(("args", "scales", "other"), [({}, (8, 8), (2, 8)), ({"temporal_modulation": False}, (1, 1), None)])
+def test_saved_weights_know_their_default_scales(args, scales, other, tmp_path):
+    small = partial(tpn.create_model, "tpn_slowonly_r50_k400", base_channels=4, num_classes=3, **args)
+    path = tpn.save_pretrained(small(), tmp_path) / "model.safetensors"
+    assert small(checkpoint_path=path, temporal_scales=scales).neck.temporal_scales == scales
+    if other is not None:
+        with pytest.raises(CheckpointError, match=r"trained with temporal_scales=\(8, 8\).* built with temporal_scales=\(2, 8\)"):
+            small(checkpoint_path=path, temporal_scales=other)
 
 
 def test_weights_of_another_kind_of_neck(tmp_path):

@@ -35,7 +35,7 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_temperature(value: Any) -> None:
-    """Raise TypeError or ValueError if logits cannot be divided by a value."""
+    """Raise TypeError or ValueError unless a value is a temperature of probabilities."""
     check_number("temperature", value, minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)
 
 

@@ -79,9 +79,7 @@ def timeline(
     frame_interval: Annotated[
         int | None, typer.Option(min=1, help="Step between the frames of a clip. Default: as published.")
     ] = None,
-    min_probability: Annotated[
-        float, typer.Option(min=0, max=1, help="Below this probability, no class is reported, but -.")
-    ] = 0.5,
+    min_probability: Annotated[float, typer.Option(min=0, max=1, help="Print - where no class reaches this probability.")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to draw.")] = 5,
     tracks: TracksOption = None,
     annotate: AnnotateOption = None,

@@ -104,6 +104,7 @@ class TemporalPyramid(nn.Module):
 
     Attributes:
         silent_args: arguments that change what the same weights compute.
+        default_scales: the `temporal_scales` of a pyramid that is built without this argument.
 
     Shape:
         L maps (B, C_i, T_i, H_i, W_i) float → (B, out_channels, T_out, H_L, W_L), where
@@ -132,14 +133,13 @@ class TemporalPyramid(nn.Module):
             raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
         if flow_order not in get_args(FlowOrder):
             raise ValueError(f"flow_order must be one of {', '.join(map(repr, get_args(FlowOrder)))}, got {flow_order!r}")
-        modulation = {"spatial_modulation": spatial_modulation, "temporal_modulation": temporal_modulation}
-        for name, modulated in modulation.items():
-            check_bool(name, modulated)
+        check_bool("spatial_modulation", spatial_modulation)
+        check_bool("temporal_modulation", temporal_modulation)
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
-        all_frames = frames if temporal_modulation else (1,) * num_levels
-        temporal = _per_level("temporal_scales", all_frames if temporal_scales is None else temporal_scales, num_levels)
+        default_scales = frames if temporal_modulation else (1,) * num_levels
+        temporal = _per_level("temporal_scales", default_scales if temporal_scales is None else temporal_scales, num_levels)
         if not temporal_modulation and max(temporal) > 1:
-            raise ValueError(f"temporal_scales must be {all_frames} with temporal_modulation=False, got {temporal}")
+            raise ValueError(f"temporal_scales must be {default_scales} with temporal_modulation=False, got {temporal}")
         halvings = tuple(2**i for i in reversed(range(num_levels)))
         spatial = _per_level("spatial_scales", halvings if spatial_scales is None else spatial_scales, num_levels)
         if any(scale & (scale - 1) for scale in spatial):
@@ -162,9 +162,8 @@ class TemporalPyramid(nn.Module):
         flows = FLOWS[flow_order]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
-        self.num_frames, self.temporal_scales = frames, temporal
+        self.num_frames, self.temporal_scales, self.default_scales = frames, temporal, default_scales
         self.flow_order = flow_order
-        self.left_out = [name for name, modulated in modulation.items() if not modulated]
         self.spatial_modulation = nn.ModuleList(
             SpatialModulation(channels, out_channels, scale) if spatial_modulation else max_pool(space=scale)
             for channels, scale in zip(in_channels, spatial, strict=True)
@@ -188,8 +187,7 @@ class TemporalPyramid(nn.Module):
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def extra_repr(self) -> str:
-        changed = "".join(f", {name}=False" for name in self.left_out)
-        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}{changed}"
+        return f"num_frames={self.num_frames}, temporal_scales={self.temporal_scales}, flow_order={self.flow_order!r}"
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.forward_intermediates(features)["pyramid_fusion"]

@@ -31,9 +31,9 @@ from tpn.training.wording import calibration_line
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
 from tpn.video.decode import VideoError
-from tpn.zoo.create import create_model, input_spec
+from tpn.zoo.create import input_spec
 from tpn.zoo.names import is_exported, local_folder
-from tpn.zoo.saved import save_pretrained
+from tpn.zoo.saved import save_temperature
 
 PathLike = str | os.PathLike[str]
 Network = TPNClassifier | ExportedClassifier
@@ -127,7 +127,7 @@ def evaluate(
         fitted = evaluation.calibrate()
         evaluation = replace(evaluation, calibrated=fitted)
         if folder is not None:
-            run_on_rank0(lambda: _save_temperature(folder, fitted.temperature))
+            run_on_rank0(lambda: save_temperature(folder, fitted.temperature))
         else:
             network.temperature = fitted.temperature
     if journal is not None:
@@ -300,12 +300,6 @@ def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
     return folder
 
 
-def _save_temperature(folder: Path, temperature: float) -> None:
-    model = create_model(folder)
-    model.temperature = temperature
-    save_pretrained(model, folder)
-
-
 def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
     """Raise ValueError if the labels of the videos are not those of the model."""
     if len(data.classes) != model.num_classes:
@@ -324,16 +318,17 @@ def _identity(model: Network, data: VideoDataset) -> dict[str, Any]:
     config = None
     with suppress(ValueError):  # models put together by hand have no config
         config = repr(model.config)
-    return {"weights": weights_hash(model), "videos": videos.hexdigest(), "model": config}
+    about = {"videos": videos.hexdigest(), "model": config, "temperature": model.temperature}
+    return {"weights": weights_hash(model)} | about
 
 
 def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: str) -> None:
-    """Write the results, and remove the journal if no video is left to read."""
+    """Write the results, and remove the journal if no video is left to read, or the temperature of its results is outdated."""
     folder = journal.folder.parent
     write_results(evaluation, folder, model=name)
     facts = {"Frame interval": str(evaluation.frame_interval)} if evaluation.frame_interval else {}
     if evaluation.calibrated is not None:
         facts["Calibration"] = calibration_line(evaluation)
     write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}", facts=facts)
-    if not evaluation.failed:
+    if not evaluation.failed or evaluation.calibrated is not None:
         rmtree(journal.folder)

@@ -88,7 +88,7 @@ def load_weights(model: TPNClassifier, weights: Weights, *, new_classifiers: boo
     With `new_classifiers`, classifiers (`head.fc` and `aux_head.fc`) with another number of classes keep their untrained values.
     The model gets the temperature that was saved with the classifier; a new classifier has 1. If the number of input channels
     differs from three, an RGB stem is adapted as timm does for images. One log line says so. The weights of the auxiliary head
-    are dropped if a model with a neck has none. Everything else must match.
+    are dropped if the model has none. Everything else must match.
 
     Raises CheckpointError.
     """
@@ -134,7 +134,7 @@ def check_published(model: TPNClassifier, entry: Checkpoint) -> None:
 def _adapted(model: TPNClassifier, weights: Weights) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors for a model that may have other channels or no auxiliary head, and whether the stem changed."""
     tensors, built = dict(weights.tensors), dict(model.named_parameters())
-    if model.neck is not None and model.aux_head is None:
+    if model.aux_head is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("aux_head.")}
     # Of any other shape, a tensor that repeats a stored number could take terabytes.
     kernels = [t[STEM].shape[:1] + t[STEM].shape[2:] if STEM in t else None for t in (tensors, built)]
@@ -197,8 +197,10 @@ def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
         elif weights.layout != "tpn":  # the one argument in which the two code bases differ
             args = {"shift_shortcut": weights.layout == "original"}
         same_frames = weights.trained and weights.trained.input_spec.num_frames == model.input_spec.num_frames
-        if args.get("temporal_scales") is None or not same_frames:
-            args.pop("temporal_scales", None)  # by default all frames are pooled, whatever their number
+        if not same_frames:  # the scales change with them
+            args.pop("temporal_scales", None)
+        elif "temporal_scales" in args and args["temporal_scales"] is None:
+            args["temporal_scales"] = module.default_scales
         for arg in args.keys() & set(silent or ()):
             if args[arg] != (own := getattr(module, arg)):
                 raise CheckpointError(

@@ -31,7 +31,7 @@ from tpn.zoo.checkpoints import get_checkpoint
 from tpn.zoo.convert import check_fit
 from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE
 from tpn.zoo.overrides import custom_config, override
-from tpn.zoo.reader import read_header, without_wrappers
+from tpn.zoo.reader import read_checkpoint, read_header, without_wrappers
 
 # What `_config_of` raises for values that no version saved.
 _CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError)
@@ -64,16 +64,31 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
         "num_classes": config.num_classes,
         "pretrained_cfg": model.pretrained_cfg,
         "model": config.to_dict(),
-        "tpn_version": __version__,
     }
+    return _write(folder, tensors, values)
+
+
+def save_temperature(folder: Path, temperature: float) -> None:
+    """Replace the temperature of a saved model. The weights keep their values and dtypes.
+
+    Raises FileNotFoundError, CheckpointError; OSError if a file cannot be written.
+    """
+    config, values = _parse(folder / CONFIG_FILE)
+    tensors, _ = read_checkpoint(folder / WEIGHTS_FILE)
+    config = replace(config, head=replace(config.head, temperature=temperature))
+    _write(folder, tensors, values | {"model": config.to_dict()})
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> Path:
+    """Write the weights and config.json, which gets their SHA-256."""
     # One key: safetensors writes several in random order, and equal models should give equal files.
     metadata = {"model": json.dumps({"model": values["model"]})}
     with atomic_write(folder / WEIGHTS_FILE) as unfinished:
         try:
-            save_file(tensors, unfinished, metadata=metadata)
+            save_file(dict(tensors), unfinished, metadata=metadata)
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder / WEIGHTS_FILE} could not be written: {error}") from error
-        values["weights_sha256"] = file_sha256(unfinished)
+        values |= {"tpn_version": __version__, "weights_sha256": file_sha256(unfinished)}
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (unfinished.parent / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder
