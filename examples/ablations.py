@@ -33,7 +33,7 @@ from tpn.video import motion
 
 TEMPOS = (2.0, 8.0)
 """Slowest and fastest tempo, 0.5x to 2x of one in the middle: a cycle of the motion takes 32 to 8 frames."""
-SIZE, BATCH_SIZE, LR = 48, 16, 4e-3
+SIZE, BATCH_SIZE, LR = 48, 16, 2e-3
 CHANNELS, WIDTH = 32, 8  # of the frame maps, and of the trained network's stem
 SPLITS = {"train": (1, 20), "test": (2, 32)}
 """Seed and frames of the videos."""
@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--clips", type=positive_int, default=200, help="training clips per class")
     parser.add_argument("--test-clips", type=positive_int, default=40, help="test clips per class")
-    parser.add_argument("--steps", type=positive_int, default=500, help="training steps of each run")
+    parser.add_argument("--steps", type=positive_int, default=1500, help="training steps of each run")
     parser.add_argument("--table", action="store_true", help="print the results so far, and stop")
     return parser.parse_args()
 
@@ -102,7 +102,8 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def frame_maps(args: argparse.Namespace, split: str) -> NDArray[np.float16]:
     """Return what the frozen stages make of each frame, (videos, T, C, H, W), class by class. It is computed once."""
-    path = args.output / f"{split}.npy"
+    count = args.clips if split == "train" else args.test_clips
+    path = args.output / f"{split}-{count}.npy"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             model = tpn.create_model("tpn_slowonly_tiny_motion", pretrained=True).eval()
@@ -110,7 +111,7 @@ def frame_maps(args: argparse.Namespace, split: str) -> NDArray[np.float16]:
             frozen = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2)
             (seed, frames), maps = SPLITS[split], []
             for label in range(len(motion.CLASSES)):
-                for i in range(args.clips if split == "train" else args.test_clips):
+                for i in range(count):
                     tempo = float(np.exp(np.random.default_rng([seed, label, i]).uniform(*np.log(TEMPOS))))
                     video = torch.from_numpy(motion.render(label, tempo=tempo, seed=(seed, i), num_frames=frames))
                     small = F.interpolate(video.permute(0, 3, 1, 2).float(), (SIZE, SIZE), mode="area").round().byte()
@@ -163,7 +164,7 @@ def test(model: tpn.TPNClassifier, maps: NDArray[np.float16], interval: int) -> 
     right = []
     for label, videos in enumerate(np.split(maps, len(motion.CLASSES))):
         logits = model(torch.stack([clip(video, start, model, interval) for video in videos]))
-        right.append(100 * float((logits.argmax(dim=1) == label).float().mean()))
+        right.append(round(100 * (logits.argmax(dim=1) == label).double().mean().item(), 2))
     return right
 
 
@@ -189,8 +190,8 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         print(json.dumps(row), flush=True)
 
 
-def settings(args: argparse.Namespace) -> dict[str, int]:
-    return {"clips": args.clips, "test_clips": args.test_clips, "steps": args.steps}
+def settings(args: argparse.Namespace) -> dict[str, float]:
+    return {"clips": args.clips, "test_clips": args.test_clips, "steps": args.steps, "lr": LR}
 
 
 def check_settings(args: argparse.Namespace) -> None:
