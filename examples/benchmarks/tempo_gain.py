@@ -77,7 +77,16 @@ def measure(train: Path, test: Path, args: argparse.Namespace) -> dict[str, Any]
             result["classes"] = list(dataset.classes)
             result["variance"] = tempo.tempo_variance(tempos, len(dataset.classes)).round(4).tolist()
             result["videos"] = [sum(each.item.labels[0] == label for each in tempos) for label in range(len(dataset.classes))]
-    return {"fold": train.stem.removesuffix("_train"), **result, "minutes": round((time.perf_counter() - begin) / 60, 1)}
+    return {
+        "fold": train.stem.removesuffix("_train"),
+        **settings(args),
+        **result,
+        "minutes": round((time.perf_counter() - begin) / 60, 1),
+    }
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"steps": args.steps, "batch_size": args.batch_size}
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
@@ -94,12 +103,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     before, after, variance = (np.concatenate([row[key] for row in rows]) for key in ("without", "with", "variance"))
     for row in sorted(rows, key=lambda row: row["fold"]):
-        for name, videos, one, two, spread in zip(
+        for name, videos, one, two, squared in zip(
             *(row[key] for key in ("classes", "videos", "without", "with", "variance")), strict=True
         ):
-            lines.append(f"| {row['fold']} | {name} | {videos} | {one:.1f} | {two:.1f} | {two - one:+.1f} | {spread:.3f} |")
+            lines.append(f"| {row['fold']} | {name} | {videos} | {one:.1f} | {two:.1f} | {two - one:+.1f} | {squared:.3f} |")
     both = tempo.gain_against_variance(before, after, variance)
-    folds = [np.mean(row["with"]) - np.mean(row["without"]) for row in rows]
+    folds = [np.nanmean(row["with"]) - np.nanmean(row["without"]) for row in rows]
     error = f" ± {np.std(folds, ddof=1) / len(folds) ** 0.5:.1f}" if len(folds) > 1 else ""
     lines += ["", f"gain, mean over folds: {np.mean(folds):+.1f}{error} points"]
     lines += [f"gain and variance, {both.num_classes} pairs: Pearson {both.pearson:+.2f}, Spearman {both.spearman:+.2f}"]
@@ -112,6 +121,9 @@ def main() -> None:
     if not args.table:
         if args.data is None:
             raise ValueError("DATA is missing: a folder with the lists fold0_train.txt, fold0_test.txt, ...; --table needs none")
+        for row in read_rows(args.output):
+            if not settings(args).items() <= row.items():
+                raise ValueError(f"{args.output} has results of other settings: {row}. Choose another --output")
         small = args.output / "videos"
         scale_down(args.data, [path for fold in fold_lists(args.data) for path in fold], small)
         for train, test in fold_lists(small):

@@ -94,7 +94,11 @@ class Bench:
         return sum(max(layer.operations / per_s, layer.elements * dtype.itemsize / bytes_per_s) for layer in work)
 
     def limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return the measured limits: operations per second of a large product or convolution, bytes per second of a copy."""
+        """Return the measured limits: operations per second of a large product or convolution, bytes per second of a copy.
+
+        For a CPU without bfloat16 instructions, they are those of float32: PyTorch is slower in other precisions there.
+        """
+        dtype = torch.float32 if self.device.type == "cpu" and fastest_dtype(self.device) == torch.float32 else dtype
         if dtype not in self._limits:
             size, images = (8192, 64) if self.device.type == "cuda" else (2048, 4)
             like: dict[str, Any] = {"device": self.device, "dtype": dtype, "memory_format": torch.channels_last}
