@@ -21,25 +21,27 @@ from tpn.cli.script import run_cli
 from tpn.video import decode
 from tpn.video.tracks import MAX_GAP, read_tracks
 
-PERSON = 1
-"""Class of the detector."""
+PERSON, MIN_SCORE = 1, 0.7
+"""Class of the detector, and the score from which a box counts."""
+MIN_IOU = 0.3
+"""Overlap with which a box continues a track."""
 
 Detector = Callable[[Tensor], Tensor]
 """Returns the boxes (N, 4) of the people in a frame, uint8 (3, H, W)."""
 
 
-def load_detector(min_score: float = 0.7) -> Detector:
+def load_detector() -> Detector:
     network = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights="DEFAULT").eval()
 
     @torch.inference_mode()
     def detect(frame: Tensor) -> Tensor:
         (found,) = network([frame / 255])
-        return found["boxes"][(found["labels"] == PERSON) & (found["scores"] >= min_score)]
+        return found["boxes"][(found["labels"] == PERSON) & (found["scores"] >= MIN_SCORE)]
 
     return detect
 
 
-def follow(video: str, detect: Detector, min_iou: float = 0.3) -> Iterator[str]:
+def follow(video: str, detect: Detector) -> Iterator[str]:
     """Yield lines of MOT text. The pairs of a track and a box that overlap most are matched first."""
     latest: dict[int, tuple[int, Tensor]] = {}  # id: its last frame and box there
     next_id = 1
@@ -52,7 +54,7 @@ def follow(video: str, detect: Detector, min_iou: float = 0.3) -> Iterator[str]:
             for place in overlaps.flatten().argsort(descending=True).tolist():
                 row, box = divmod(place, len(boxes))
                 id = list(latest)[row]
-                if overlaps[row, box] >= min_iou and id not in ids.values() and box not in ids:
+                if overlaps[row, box] >= MIN_IOU and id not in ids.values() and box not in ids:
                     ids[box] = id
         for i, box in enumerate(boxes):
             if i not in ids:

@@ -354,9 +354,10 @@ def test_weights_of_another_file(model, videos, tmp_path):
         tpn.evaluate(tmp_path, videos / "list.txt", calibrate=True, checkpoint=tmp_path / "model.safetensors")
 
 
-def test_a_failed_fit_leaves_the_model_as_it_was(model, videos, tmp_path):
+def test_too_few_videos_are_refused_before_one_is_classified(model, videos, tmp_path, monkeypatch):
     folder, _ = saved(model, videos, tmp_path)
     before = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()
+    monkeypatch.setattr("tpn.training.evaluation._classify_all", None)
     (videos / "few.txt").write_text("0.mp4 left\n1.mp4 growing\n")
     done = run("evaluate", folder, videos / "few.txt", "--calibrate", cwd=tmp_path)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: calibration needs at least 20 videos, got 2")

@@ -80,7 +80,7 @@ def test_maps_are_those_of_forward(flow_order):
         assert torch.equal(found["level_fusion"], neck.level_fusion(levels))
         assert FeatureModel(model, "level_fusion")(x).shape == (2, 128)
     assert list(model.forward_intermediates(x, ["pyramid_fusion", "c5"])[1]) == ["pyramid_fusion", "c5"]
-    with pytest.raises(ValueError, match="no intermediate 'c6'; there are c4, c5, spatial_modulation.0"):
+    with pytest.raises(ValueError, match="no intermediate map 'c6'; there are c4, c5, spatial_modulation.0"):
         model.forward_intermediates(x, ["c4", "c6"])
 
 
@@ -92,7 +92,7 @@ def test_feature_models_share_the_weights_and_return_the_named_map():
     assert torch.equal(FeatureModel(model, "c4")(x), model.backbone(x)[0].mean((2, 3, 4)))
     assert FeatureModel(model, "c4").num_features == 64
     assert FeatureModel(model).model is model
-    with pytest.raises(ValueError, match="no intermediate 'c6'"):
+    with pytest.raises(ValueError, match="no intermediate map 'c6'"):
         FeatureModel(model, "c6")
     with pytest.raises(ValueError, match="precision and compile.*FeatureModel"):
         tpn.VideoClassifier(FeatureModel(model), precision="float32")
@@ -260,7 +260,7 @@ def test_command(folder):
     assert (again.returncode, again.stdout) == (0, "out.npz: 0 videos added, 2 already there, 0 unreadable\n")
     unknown = run("features", "0.mp4", "--out", "o.npz", "--model", TINY, "--feature", "c9", cwd=folder)
     assert unknown.returncode == 1
-    assert unknown.stderr.startswith("error: names: no intermediate 'c9'; there are c4, c5,")
+    assert unknown.stderr.startswith("error: no intermediate map 'c9'; there are c4, c5,")
     assert not (folder / "o.npz").exists()
 
 

@@ -1,7 +1,10 @@
 """Every network of the zoo: shapes, gradients, classifiers, memory formats, compilation; and its parts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from backbones import Pyramid
 from timm.models import group_parameters
 from torch import nn
 
@@ -38,7 +41,7 @@ def relative_error(got, expected):
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", tpn.list_models())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "r101" in n else n for n in tpn.list_models()])
 def test_model(name):
     spec = tpn.input_spec(name)
     model = tpn.create_model(name, drop_rate=0.0, base_channels=16)
@@ -366,6 +369,20 @@ def test_group_matcher_covers_every_parameter():
     assert len(groups) == 1 + 3 + 4 + 6 + 3 + 1
     assert len(group_parameters(model, model.group_matcher(coarse=True))) == 1 + 4 + 1
     assert {n.split(".")[0] for n in groups[max(groups)]} == {"neck", "head", "aux_head"}
+
+
+def test_groups_of_a_backbone_that_timm_describes():
+    """Alternatives, as in its ResNet, and lists of patterns, as in its transformer: the last norm is in the last group."""
+
+    class Net(Pyramid):
+        def group_matcher(self, coarse=False):
+            return {"stem": "^a|b", "blocks": [(r"^c\.(\d+)", None), ("^norm", (99999,))]}
+
+    matcher = tpn.build(Net(), num_classes=2, input_spec=tpn.InputSpec(8, 2)).group_matcher()
+    names = [f"backbone.{each}.weight" for each in ("a", "b", "c.0", "c.1", "norm")]
+    others = ["neck.b", "head.fc.weight"]
+    found = group_parameters(SimpleNamespace(named_parameters=lambda: [(name, None) for name in names + others]), matcher)
+    assert [found[i] for i in sorted(found)] == [names[:2], names[2:3], names[3:], others]
 
 
 def test_channels_last_and_frozen_batch_norm():

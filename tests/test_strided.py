@@ -407,6 +407,29 @@ def test_videos_with_the_same_name(folder, images):
         extract(images, {str(two): "a"}, out)
 
 
+def test_relative_paths_are_those_of_the_run_that_wrote_them(folder, images, monkeypatch):
+    """Another video of the same relative path, in another folder, is another video."""
+    monkeypatch.chdir(folder / "videos")
+    extract(images, {"a.mp4": "a"}, folder / "out")
+    monkeypatch.chdir(folder / "videos" / "Übung")
+    with pytest.raises(ValueError, match=r"a\.npy would have the features of .*videos/a\.mp4 and of .*bung/a\.mp4"):
+        extract(images, {"a.mp4": "a"}, folder / "out")
+
+
+def test_another_process_works_on_the_same_folder(folder, images, monkeypatch):
+    """It writes all videos after this one has looked into the folder."""
+    videos, out = names(folder), folder / "out"
+
+    class Late(features.FeatureFolder):
+        def missing(self, videos):
+            monkeypatch.undo()
+            assert extract(images, videos, out) == list(videos)
+            return super().missing(videos)
+
+    monkeypatch.setattr(strided, "FeatureFolder", Late)
+    assert extract(images, videos, out) == []
+
+
 def test_features_beyond_float16(folder, images):
     scaled = tpn.VideoClassifier(FeatureModel(FAMILIES["images"](), "c5"))
     scaled.model.model.backbone.net.stage.weight.data *= 1e8

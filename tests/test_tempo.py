@@ -255,6 +255,9 @@ def test_segments_without_a_class():
     assert not list(tempo.segments([], fps=1.0))
     with pytest.raises(ValueError, match="min_probability.*got 50"):
         list(tempo.segments(clips_of([0]), fps=1.0, min_probability=50))
+    for fps in (0, float("nan")):
+        with pytest.raises(ValueError, match=f"fps.*got {fps}"):
+            list(tempo.segments(clips_of([0]), fps=fps))
     (whole,) = tempo.segments(clips_of([3]), fps=2.0)
     assert (whole.start, whole.end) == (0.0, 1.5)
 

@@ -128,6 +128,7 @@ def test_forms_of_tracks(tmp_path):
     [
         ("", "t.txt: the file is empty"),
         ("1,1,0,0,2,2\n1,2,0,0,2\n", "line 2: expected numbers .*'1,2,0,0,2'"),
+        ("1,1,0.1,0.2,0.3,0.8\n2,1,0.5,0.2,0.3,0.8\n", "must be pixels"),
         ("1 1 0 0 2 2\n", "line 1: .*commas, got '1 1 0"),
         ("1,1,0,0,2,2\n1,2,0,0,two,2\n", "line 2: .*two"),
         ("1,1,0,0,2,2\n0,1,0,0,2,2\n", "line 2: .*in MOT files 1"),
@@ -194,6 +195,16 @@ def test_an_id_that_comes_back_is_another_track():
     found = read_tracks({1: (frames, np.tile(LEFT, (4, 1)))})
     assert [(track.id, track.frames.tolist()) for track in found] == [(1, frames[:3]), (1, frames[3:])]
     assert len(read_tracks({1: (frames, np.tile(LEFT, (4, 1)))}, max_gap=0)) == 3
+
+
+def test_a_part_of_a_track_has_a_box_for_each_frame():
+    """Also between two that the tracker gave."""
+    track = Track(1, np.array([0, 20, 40]), np.array([(0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)]))
+    part = track.between(5, 15)
+    assert part.frames.tolist() == list(range(5, 16))
+    assert np.array_equal(part.boxes, track.filled()[5:16])
+    assert track.between(-5, 0).frames.tolist() == [0]
+    assert track.between(41, 50) is None
 
 
 # Squares and crops
@@ -346,6 +357,15 @@ def test_no_tracks_and_files_that_cannot_be_read(small, pair, tmp_path):
         small.tracks(tmp_path / "none.mp4", pair / "pair.txt")
     with pytest.raises(VideoError, match="not a video"):
         small.tracks(pair / "pair.txt", pair / "pair.txt")
+
+
+def test_damage_before_the_first_track_is_an_error_of_each(small, pair, tmp_path):
+    data = bytearray((pair / "pair.mp4").read_bytes())
+    start = data.index(b"mdat")
+    data[start + 3000 : start + 6000] = bytes(3000)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    results = small.tracks(tmp_path / "damaged.mp4", [steady(LEFT, range(40, 60)), steady(RIGHT, range(50, 60), 2)])
+    assert [type(result) for result in results] == [VideoError, VideoError]
 
 
 def test_tracks_before_the_damage_are_classified(small, pair, monkeypatch):

@@ -180,27 +180,33 @@ class FeatureFolder:
         self.path, self.about = Path(path), about
         self._known: dict[str, tuple[str, int]] = {}  # path of the video and number of windows, by name
         for file in self.path.rglob("*.json"):
-            found = _read_json(file)
-            if found.get("level") == "window" and not file.parent.name.startswith(".incomplete-"):
-                about.check_same(found, file, "folder")
-                name = file.relative_to(self.path).as_posix().removesuffix(".json")
-                self._known[name] = os.path.abspath(found["video"]), len(found["time"])
+            if not file.parent.name.startswith(".incomplete-"):
+                self._note(file)
+
+    def _note(self, file: Path) -> None:
+        """Remember what the JSON of a video says. Raises ValueError for other settings."""
+        found = _read_json(file)
+        if found.get("level") == "window":
+            self.about.check_same(found, file, "folder")
+            self._known[file.relative_to(self.path).as_posix().removesuffix(".json")] = found["video"], len(found["time"])
 
     def missing(self, videos: Mapping[str, str]) -> list[str]:
         """Return the videos, given with their names, that have no complete features.
 
         Raises ValueError: a name is that of two videos, or of files that are no features.
         """
-        owners = {name: video for name, (video, _) in self._known.items()}
+        owners: dict[str, str] = {}
         missing = []
         for video, name in videos.items():
             array, about = self._files(name)
             path = os.path.abspath(utf8_name(video))
-            owner = owners.setdefault(name, path)
+            if name not in self._known and about.exists():
+                self._note(about)  # another process has written it since
+            owner = owners.setdefault(name, self._known[name][0] if name in self._known else path)
             if owner != path:
                 raise ValueError(
-                    f"{array} would have the features of {owner} and of {printable(path)}; pass the folder that holds both, or "
-                    "write to another folder"
+                    f"{array} would have the features of {owner} and of {printable(path)}; rename one of them, pass the folder "
+                    "that holds both, or write to another folder"
                 )
             if name not in self._known and (array.exists() or about.exists()):
                 raise ValueError(f"{array if array.exists() else about} exists and is not from tpn; write to another folder")
@@ -216,7 +222,13 @@ class FeatureFolder:
         if not np.isfinite(features).all():
             raise ValueError(f"{printable(video)}: the features exceed {self.about.dtype}; write float32")
         windows = {key: columns[key].tolist() for key in ("first", "last", "time")}
-        facts = {"video": utf8_name(video), "fps": fps, "total_frames": total_frames, **asdict(self.about), **windows}
+        facts = {
+            "video": os.path.abspath(utf8_name(video)),
+            "fps": fps,
+            "total_frames": total_frames,
+            **asdict(self.about),
+            **windows,
+        }
         with atomic_write(array) as unfinished:
             unfinished.with_name(about.name).write_text(json.dumps(facts), encoding="utf-8")
             with unfinished.open("wb") as file:  # np.save would append .npy to other names

@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from tpn.models.features import FeatureModel
 from tpn.models.layers import reference_tensor
 from tpn.predict import Unreadable, VideoClassifier
 from tpn.tempo import Frame, PathLike, preprocess, sliding_spec, sliding_windows
+from tpn.validation import check_int
 from tpn.video import decode
 from tpn.video.decode import VideoError
 
@@ -76,8 +78,7 @@ def window_features(
         >>> features = torch.stack([window.features for window in window_features(classifier, "video.mp4", stride=16)])
     """
     model, spec = feature_model(classifier), window_spec(classifier.spec, window)
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1 frame, got {stride}")
+    check_int("stride", stride, minimum=1)
     if any(part.training for part in model.modules()):
         raise ValueError("the model is in training mode; call model.eval()")
     if isinstance(frames, str | os.PathLike):
@@ -199,16 +200,10 @@ def _read(classifier: VideoClassifier, video: str, stride: int, window: int | No
 def _run_in_batches(
     model: FeatureModel, spec: InputSpec, windows: Generator[tuple[int, int, list[_Frame]]], batch_size: int
 ) -> Generator[Window]:
-    batch: list[tuple[int, int, list[_Frame]]] = []
     with closing(windows):
-        for window in windows:
-            batch.append(window)
-            if len(batch) == batch_size:
-                yield from _run(model, spec, batch)
-                batch = []
-                del window  # its frames
-        if batch:
+        while batch := list(islice(windows, batch_size)):
             yield from _run(model, spec, batch)
+            batch.clear()  # of its frames, the next windows need only some
 
 
 def _run(model: FeatureModel, spec: InputSpec, batch: list[tuple[int, int, list[_Frame]]]) -> list[Window]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tpn.config import InputSpec
 from tpn.predict import Prediction, VideoClassifier
-from tpn.validation import check_number
+from tpn.validation import check_int, check_number
 from tpn.video import decode
 from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
@@ -133,8 +133,7 @@ def slide(
         raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
     spec = sliding_spec(classifier.spec, frame_interval)
     stride = default_stride(spec) if stride is None else stride
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1 frame, got {stride}")
+    check_int("stride", stride, minimum=1)
     if isinstance(frames, str | os.PathLike):
         frames = decode.iter_frames(frames)
     windows = sliding_windows(frames, spec, stride, partial(preprocess, spec=spec, device=classifier.device))
@@ -154,8 +153,6 @@ def sliding_spec(spec: InputSpec, frame_interval: int | None = None) -> InputSpe
             " (--frame-interval) in frames of the video"
         )
     interval = spec.frame_interval if frame_interval is None else frame_interval
-    if interval < 1:
-        raise ValueError(f"frame_interval must be at least 1, got {interval}")
     return replace(spec, sampling="dense", frame_interval=interval, num_clips=1, num_crops=1, flip=False)
 
 
@@ -184,6 +181,8 @@ def segments(clips: Iterable[Clip], *, fps: float, min_probability: float = 0.5)
         min_probability: of the class, 0..1. Clips below it are in segments without a class, whose `label` is None.
     """
     check_number("min_probability", min_probability, minimum=0, maximum=1)
+    if not fps > 0:
+        raise ValueError(f"fps must be greater than 0, got {fps}")
     before: Clip | None = None
     label: int | None = None
     start, total, count = 0.0, 0.0, 0  # of the current segment

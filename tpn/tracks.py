@@ -20,7 +20,7 @@ from tpn.predict import Prediction, Progress, Unreadable, VideoClassifier
 from tpn.tempo import Clip
 from tpn.validation import check_int
 from tpn.video import decode
-from tpn.video.crops import MARGIN, SMOOTHING, SquareCrops
+from tpn.video.crops import SquareCrops
 from tpn.video.decode import VideoError
 from tpn.video.sampling import FrameSampler, at_frame_rate, dense_indices
 from tpn.video.sources import Array, Clips, Path, channels_first
@@ -36,8 +36,6 @@ def classify(
     *,
     num_clips: int | None = None,
     num_crops: int | None = None,
-    margin: float = MARGIN,
-    smoothing: int = SMOOTHING,
     progress: Progress | None = None,
 ) -> list[Prediction | Unreadable]:
     """Return a prediction for each track of a video.
@@ -47,7 +45,6 @@ def classify(
         video: a path, or frames, uint8 RGB (T, H, W, 3) or (T, 3, H, W).
         tracks: see `read_tracks`.
         num_clips, num_crops: as in `VideoClassifier`.
-        margin, smoothing: see `square_boxes`.
         progress: called with (tracks done, tracks).
 
     Returns:
@@ -64,7 +61,7 @@ def classify(
     sample: FrameSampler = spec.indices
     if spec.target_fps is not None and path is not None:
         sample = at_frame_rate(sample, decode.header(path)[0], spec.target_fps)
-    crops = [SquareCrops(track, spec.short_side, margin=margin, smoothing=smoothing) for track in tracks]
+    crops = [SquareCrops(track, spec.short_side) for track in tracks]
     requests = [[sample(len(track))] for track in tracks]
     if spec.num_crops == 3:
         spec = replace(spec, num_crops=1, short_side=spec.three_crop_size, crop_size=spec.three_crop_size)
@@ -83,13 +80,11 @@ def slide(
     *,
     stride: int | None = None,
     frame_interval: int | None = None,
-    margin: float = MARGIN,
-    smoothing: int = SMOOTHING,
 ) -> Generator[tuple[Track, list[Clip], Unreadable | None]]:
     """Classify a clip that slides along each track, as `tempo.slide` does along a video.
 
     Args:
-        classifier, video, tracks, margin, smoothing: as in `classify`.
+        classifier, video, tracks: as in `classify`.
         stride, frame_interval: as in `tempo.slide`. The clips of a track start at its first frame.
 
     Yields:
@@ -107,7 +102,7 @@ def slide(
     if not classifier.model.num_classes:
         raise ValueError("the model has no classes (num_classes=0), and cannot classify tracks")
     requests = [_sliding_indices(len(track), spec, stride) for track in tracks]
-    crops = [SquareCrops(track, spec.short_side, margin=margin, smoothing=smoothing) for track in tracks]
+    crops = [SquareCrops(track, spec.short_side) for track in tracks]
     found: dict[int, list[Clip]] = {place: [] for place in range(len(tracks))}
     for place, result in _classify(classifier, video, crops, requests, spec):
         track, clips = tracks[place], found[place]
@@ -191,7 +186,8 @@ def _read(
         for number in track.numbers.tolist():
             needed[number].append(place)
     failure: VideoError | None = None
-    number = None
+    if isinstance(video, str | os.PathLike):
+        decode.header(video)  # not a video at all: an error of all tracks
     try:
         for frame, number in _frames(video, sorted(needed)):
             for place in needed.pop(number):
@@ -204,8 +200,6 @@ def _read(
                     yield place, error
                     del tracks[place]
     except VideoError as error:
-        if number is None:
-            raise
         failure = error
     for place, track in tracks.items():
         if track.requests:

@@ -244,7 +244,7 @@ class TPNClassifier(nn.Module):
             features = self._fuse(maps)
         unknown = [name for name in names or () if name not in found]
         if unknown:
-            raise ValueError(f"names: no intermediate {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
+            raise ValueError(f"no intermediate map {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
         return features, found if names is None else {name: found[name] for name in names}
 
     def get_classifier(self) -> nn.Module:
@@ -277,7 +277,7 @@ class TPNClassifier(nn.Module):
         """
         if hasattr(self.backbone, "group_matcher"):
             groups = cast("Any", self.backbone).group_matcher(coarse)
-            return {name: pattern.replace("^", r"^backbone\.", 1) for name, pattern in groups.items()}
+            return {name: _below_backbone(pattern) for name, pattern in groups.items()}
         layers = [re.escape(f"backbone.{name}.") for name in layer_names(self.backbone, coarse=coarse)]
         return {"stem": rf"^(?!{'|'.join(layers)})backbone\.", **{f"block{i}": f"^{layer}" for i, layer in enumerate(layers)}}
 
@@ -310,6 +310,14 @@ def build_backbone(config: ModelConfig, *, pretrained: bool = False, cache_dir: 
     spec = config.input_spec
     context = {"in_chans": spec.in_chans, "num_frames": spec.num_frames, "crop_size": spec.crop_size}
     return BACKBONES.build(config.backbone, **context, pretrained=pretrained, cache_dir=cache_dir)
+
+
+def _below_backbone(pattern: Any) -> Any:
+    """Return a pattern of a backbone's `group_matcher`, or a list of tuples that begin with one, for the whole model."""
+    if isinstance(pattern, str):
+        anchored = re.sub(r"(^|[|])\^", r"\1", pattern)
+        return rf"^backbone\.(?:{anchored})"
+    return [(_below_backbone(each), *rest) for each, *rest in pattern]
 
 
 def _describe(kind: str, module: nn.Module) -> None:

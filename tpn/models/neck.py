@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from tpn.models.registry import register_neck
 from tpn.validation import check_bool
 
 FlowOrder = Literal["cascade", "parallel", "top_down", "bottom_up", "isolation"]
-FLOWS: dict[FlowOrder, tuple[str, ...]] = {
+FUSED: dict[FlowOrder, tuple[str, ...]] = {
     "cascade": ("top_down", "bottom_up"),
     "parallel": ("top_down", "bottom_up"),
     "top_down": ("top_down",),
     "bottom_up": ("bottom_up",),
-    "isolation": (),
+    "isolation": ("level",),
 }
 
 
@@ -131,8 +131,8 @@ class TemporalPyramid(nn.Module):
         num_levels = len(in_channels)
         if num_levels < 2:
             raise ValueError(f"a pyramid needs two levels or more, got in_channels={tuple(in_channels)}")
-        if flow_order not in get_args(FlowOrder):
-            raise ValueError(f"flow_order must be one of {', '.join(map(repr, get_args(FlowOrder)))}, got {flow_order!r}")
+        if flow_order not in FUSED:
+            raise ValueError(f"flow_order must be one of {', '.join(map(repr, FUSED))}, got {flow_order!r}")
         check_bool("spatial_modulation", spatial_modulation)
         check_bool("temporal_modulation", temporal_modulation)
         frames = _per_level("num_frames", (num_frames,) * num_levels if isinstance(num_frames, int) else num_frames, num_levels)
@@ -159,7 +159,7 @@ class TemporalPyramid(nn.Module):
         ratios = [fine // coarse for fine, coarse in pairwise(lengths)]
         fusion_scales = [length // lengths[-1] for length in lengths]
         fusion = partial(LevelFusion, mid_channels, out_channels, fusion_scales, groups)
-        flows = FLOWS[flow_order]
+        flows = FUSED[flow_order]
 
         self.in_channels, self.out_channels = tuple(in_channels), out_channels
         self.num_frames, self.temporal_scales, self.default_scales = frames, temporal, default_scales
@@ -181,9 +181,9 @@ class TemporalPyramid(nn.Module):
         if "bottom_up" in flows:
             self.bottom_up = nn.ModuleList(TemporalConvPool(mid_channels, mid_channels, r) for r in ratios)
             self.bottom_up_fusion = fusion()
-        if not flows:
+        if "level" in flows:
             self.level_fusion = fusion()
-        self.pyramid_fusion = ConvBnAct(max(len(flows), 1) * out_channels, out_channels, (1, 1, 1))
+        self.pyramid_fusion = ConvBnAct(len(flows) * out_channels, out_channels, (1, 1, 1))
         init_weights(self, conv=nn.init.xavier_uniform_)
 
     def extra_repr(self) -> str:
@@ -210,7 +210,7 @@ class TemporalPyramid(nn.Module):
         found.update(_named("spatial_modulation", levels))
         levels = [modulate(x) for x, modulate in zip(levels, self.temporal_modulation, strict=True)]
         found.update(_named("temporal_modulation", levels))
-        flows = FLOWS[self.flow_order]
+        flows = FUSED[self.flow_order]
         if "top_down" in flows:
             top_down = self.top_down_flow(levels)
             found.update(_named("top_down", top_down))
@@ -219,10 +219,9 @@ class TemporalPyramid(nn.Module):
             bottom_up = self.bottom_up_flow(top_down if self.flow_order == "cascade" else levels)
             found.update(_named("bottom_up", bottom_up))
             found["bottom_up_fusion"] = self.bottom_up_fusion(bottom_up)
-        if not flows:
+        if "level" in flows:
             found["level_fusion"] = self.level_fusion(levels)
-        fused = [x for name, x in found.items() if name.endswith("_fusion")]
-        found["pyramid_fusion"] = self.pyramid_fusion(torch.cat(fused, dim=1))
+        found["pyramid_fusion"] = self.pyramid_fusion(torch.cat([found[f"{name}_fusion"] for name in flows], dim=1))
         return found
 
     def top_down_flow(self, levels: Sequence[Tensor]) -> list[Tensor]:

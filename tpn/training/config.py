@@ -198,7 +198,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "warmup": 1 / 15,
         "label_smoothing": 0.1,
         "ema": 0.998,
-        "amp": "bfloat16",
         "schedule": "cosine",
     },
 }

@@ -24,7 +24,7 @@ from tpn.models.layers import evaluating, reference_tensor
 from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
-from tpn.training.metrics import Evaluation, write_results
+from tpn.training.metrics import Evaluation, check_calibration, write_results
 from tpn.training.report import write_report
 from tpn.training.state import weights_hash
 from tpn.training.wording import calibration_line
@@ -114,6 +114,8 @@ def evaluate(
     _, _, place = join_processes(device or str(reference_tensor(network).device), "gloo")  # processes exchange only results
     dataset = open_validation(data, spec, classes=network.labels, root=root, template=frames, first=first_frame)
     _check_classes(network, dataset, data)
+    if calibrate:
+        check_calibration(dataset.targets.numpy())
     journal = None
     if output is not None:
         settings = {"precision": precision, "frames": [frames, first_frame], "input": spec.to_dict()}
@@ -294,8 +296,8 @@ def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
         return None
     if (folder := local_folder(model)) is None:
         raise ValueError(
-            f"calibrate saves the temperature with the model, and {model} is not a folder. Save it in one: "
-            f"tpn.save_pretrained(tpn.create_model({model!r}, pretrained=True), FOLDER), and evaluate FOLDER"
+            f"calibrate saves the temperature with the model, and {model} is not a folder. Save a published model in one: "
+            "tpn.save_pretrained(tpn.create_model(NAME, pretrained=True), FOLDER), and evaluate FOLDER"
         )
     return folder
 

@@ -128,10 +128,7 @@ class Evaluation:
             ValueError: there are fewer than 20 videos, or all of them have the same class; or no temperature fits, as for a
                 model that is always right.
         """
-        if len(self.items) < MIN_CALIBRATION_VIDEOS:
-            raise ValueError(f"calibration needs at least {MIN_CALIBRATION_VIDEOS} videos, got {len(self.items)}")
-        if (self.targets == self.targets[0]).all():
-            raise ValueError("calibration needs videos of two or more classes, got one")
+        check_calibration(self.targets)
         change = _fit_temperature(self.probs, self.targets, multi_label=self.multi_label)
         temperature = self.temperature * change
         if not MIN_TEMPERATURE < temperature < MAX_TEMPERATURE:
@@ -141,6 +138,14 @@ class Evaluation:
                 "model gets wrong, and more that it gets right. Calibrate on other videos"
             )
         return self.at_temperature(temperature)
+
+
+def check_calibration(targets: NDArray[np.float32]) -> None:
+    """Raise ValueError if a temperature cannot be fitted to videos with these targets (N, K)."""
+    if len(targets) < MIN_CALIBRATION_VIDEOS:
+        raise ValueError(f"calibration needs at least {MIN_CALIBRATION_VIDEOS} videos, got {len(targets)}")
+    if (targets == targets[0]).all():
+        raise ValueError("calibration needs videos of two or more classes, got one")
 
 
 def calibration_error(probs: NDArray[np.floating], targets: NDArray[np.floating], *, multi_label: bool) -> float:

@@ -18,7 +18,7 @@ from tpn.video.tracks import MAX_FRAME, MAX_GAP, Track, read_tracks
 from tpn.video.transforms import resize_short_side
 
 MARGIN, SMOOTHING = 0.25, 5
-"""Defaults of `square_boxes`; training always uses them."""
+"""Defaults of `square_boxes`, which models are trained and used with."""
 
 MAX_ENLARGEMENT = 4
 """Side of a square in units of the longer side of the picture. A larger box belongs to another video."""
@@ -83,15 +83,14 @@ class SquareCrops:
     Args:
         track: the boxes.
         size: side of the resized crops in pixels.
-        margin, smoothing: see `square_boxes`.
 
     Attributes:
         first: number of the first frame of the track.
     """
 
-    def __init__(self, track: Track, size: int, *, margin: float = MARGIN, smoothing: int = SMOOTHING) -> None:
+    def __init__(self, track: Track, size: int) -> None:
         self.track, self.first, self.size = track, track.first, size
-        _, self.boxes = square_boxes(track, margin=margin, smoothing=smoothing)
+        _, self.boxes = square_boxes(track)
         self._picture: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -143,32 +142,22 @@ def read_track(
 
 def track_of(item: Item) -> Track:
     """Return the track of an item of a dataset, in its segment. Raises as `read_track` does."""
-    assert item.track is not None
-    first, last = 0, MAX_FRAME
+    first, last, where = 0, MAX_FRAME, ""
     if item.is_segment:
         _, _, first, end = decode.find_segment(item.path, item.start, item.end)
         last = end - 1
-    return _find_track(item.tracks, item.track, first, last)
-
-
-def _find_track(path: str, id: int, first: int, last: int) -> Track:
-    """Return the track of a file with an id, in the frames `first` to `last`.
-
-    Raises:
-        VideoError: the file is not valid, there is no such track, or it has several parts there.
-        OSError: the file cannot be read.
-    """
-    status = os.stat(path)
+        where = f" in frames {first} to {last}"
+    status = os.stat(item.tracks)
     try:
-        tracks = _read_cached(path, status.st_size, status.st_mtime_ns)
+        tracks = _read_cached(item.tracks, status.st_size, status.st_mtime_ns)
     except ValueError as error:
         raise VideoError(str(error)) from error
-    parts = [part for track in tracks if track.id == id and (part := track.between(first, last))]
+    parts = [part for track in tracks if track.id == item.track and (part := track.between(first, last))]
     if not parts:
-        raise VideoError(f"{path}: no track {id}" + (f" in frames {first} to {last}" if last < MAX_FRAME else ""))
+        raise VideoError(f"{item.tracks}: no track {item.track}{where}")
     if len(parts) > 1:
         raise VideoError(
-            f"{path}: track {id} is absent for more than {MAX_GAP} frames after frame {parts[0].last}; "
+            f"{item.tracks}: track {item.track} is absent for more than {MAX_GAP} frames after frame {parts[0].last}; "
             "choose a part by the columns start and end"
         )
     return parts[0]

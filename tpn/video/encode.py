@@ -33,7 +33,7 @@ def write_video(
     options = dict(CODECS[codec])
     if deterministic and codec == "libx264":
         options["x264-params"] = "no-asm=1"  # the output of x264's assembly code is not deterministic
-    rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
+    rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))  # such as 30000/1001
     with atomic_write(path) as unfinished, av.open(f"file:{unfinished}", "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt = "yuv420p"

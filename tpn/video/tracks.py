@@ -88,9 +88,11 @@ class Track:
         return np.stack([np.interp(every, self.frames, column) for column in self.boxes.T], axis=1)
 
     def between(self, first: int, last: int) -> "Track | None":
-        """Return the part in the frames `first` to `last`, including both; None if there is no box."""
-        inside = (self.frames >= first) & (self.frames <= last)
-        return Track(self.id, self.frames[inside], self.boxes[inside]) if inside.any() else None
+        """Return the part in the frames `first` to `last`, including both, with a box for each frame; None if there is none."""
+        first, last = max(first, self.first), min(last, self.last)
+        if first > last:
+            return None
+        return Track(self.id, np.arange(first, last + 1), self.filled()[first - self.first : last - self.first + 1])
 
 
 TrackSource = PathLike | Mapping[int, tuple[ArrayLike, ArrayLike]] | NDArray[Any] | Sequence[Track]
@@ -127,6 +129,9 @@ def read_tracks(source: TrackSource, *, max_gap: int = MAX_GAP) -> list[Track]:
         return list(source)
     else:
         raise TypeError(f"tracks must be a file, a mapping, an array, or a list of Track, got {type(source).__name__}")
+    if tracks and max(np.abs(track.boxes).max() for track in tracks) <= 1:
+        name = source if isinstance(source, str | os.PathLike) else "tracks"
+        raise ValueError(f"{name}: coordinates must be pixels; all of these are at most 1, as fractions of the picture are")
     return [part for track in tracks for part in _split(track, max_gap)]
 
 

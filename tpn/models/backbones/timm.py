@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tpn import hub
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError, WeightsUnavailableError
-from tpn.models.backbones.tsm import shift_every, temporal_shift
-from tpn.models.feature_maps import FeatureShape, measure
+from tpn.models.backbones.tsm import FOLD, UNFOLD, shift_every, temporal_shift
+from tpn.models.feature_maps import FeatureShape, measure, to_feature_list
 from tpn.models.registry import register_backbone
 
 RESERVED = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights", "features_only"}
@@ -28,7 +28,7 @@ class FoldedBackbone(nn.Module):
     """A network for images that is run on the frames of a clip one by one, folded into its batch.
 
     Args:
-        net: (N, C, H, W) → a sequence of maps (N, C_i, H_i, W_i), finest first.
+        net: (N, C, H, W) → a sequence or dictionary of maps (N, C_i, H_i, W_i), finest first, or one map.
         channels_last: the maps are (N, H_i, W_i, C_i) instead.
         repeats: how often each map is returned. Default: once.
 
@@ -47,9 +47,8 @@ class FoldedBackbone(nn.Module):
         num_frames = x.shape[2]
         if self.num_frames not in (None, num_frames):
             raise ValueError(f"num_frames must be {self.num_frames}, which the temporal shifts were built for, got {num_frames}")
-        pattern = "(b t) h w c -> b c t h w" if self.channels_last else "(b t) c h w -> b c t h w"
-        maps = self.net(rearrange(x, "b c t h w -> (b t) c h w"))
-        maps = [rearrange(each, pattern, t=num_frames) for each in maps]
+        pattern = "(b t) h w c -> b c t h w" if self.channels_last else UNFOLD
+        maps = [rearrange(each, pattern, t=num_frames) for each in to_feature_list(self.net(rearrange(x, FOLD)))]
         return [each for each, times in zip(maps, self.repeats or [1] * len(maps), strict=True) for _ in range(times)]
 
     def forward_frames(self, x: Tensor) -> list[Tensor]:
