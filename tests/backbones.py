@@ -10,24 +10,24 @@ FIXED = {"img_size": 64}  # networks that are built for one size
 
 BACKBONES = {
     "timm/resnet18": {},
-    "timm/seresnet18": {"temporal_shift": True},
-    "timm/resnetv2_50": {"temporal_shift": True, "backbone_args": {"width_factor": 0.25}},
     "timm/regnety_002": {"temporal_shift": True},
     "timm/convnext_atto": {},
     "timm/mobilenetv3_small_050": {},
-    "timm/rexnet_100": {"in_chans": 2},  # 185 channels
-    "timm/mambaout_femto": {},  # channels last
     "timm/swin_tiny_patch4_window7_224": {"backbone_args": FIXED | {"depths": (1, 1, 1, 1), "embed_dim": 24, "window_size": 2}},
-    "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
     "timm/vit_tiny_patch16_224": {"backbone_args": FIXED, "out_indices": (5, 11)},
-    "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
     "timm/xcit_nano_12_p8_224": {},
     "torchvision/r3d_18": {"num_frames": 4},
-    "torchvision/mc3_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
 }
-"""One small network of each family, with arguments that make it cheap."""
+"""Small networks of the main families, with arguments that make them cheap."""
 
 MORE_BACKBONES = {
+    "timm/seresnet18": {"temporal_shift": True},
+    "timm/resnetv2_50": {"temporal_shift": True, "backbone_args": {"width_factor": 0.25}},
+    "timm/rexnet_100": {"in_chans": 2},  # 185 channels
+    "timm/mambaout_femto": {},  # channels last
+    "timm/maxvit_rmlp_pico_rw_256": {"backbone_args": FIXED},
+    "timm/eva02_tiny_patch14_224": {"backbone_args": {"img_size": 56}, "crop_size": 56},
+    "torchvision/mc3_18": {"num_frames": 4, "out_indices": (0, 1, 2, 3)},
     "timm/inception_v3": {"crop_size": 139},  # convolutions without padding
     "timm/hrnet_w18_small": {},
     "torchvision/r2plus1d_18": {"num_frames": 4},
@@ -51,7 +51,7 @@ MORE_BACKBONES = {
     "timm/starnet_s1": {},
     "timm/mixer_s32_224": {"backbone_args": FIXED},
 }
-"""Families whose feature maps are like those of the ones above."""
+"""Further families, for slow tests."""
 
 WITHOUT_GRADIENT = {
     "timm/xcit_nano_12_p8_224": r"backbone\.net\.model\.cls_token$",  # timm 1.0.16 keeps it

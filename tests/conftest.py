@@ -22,6 +22,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "NO_PROXY": "127.0.0.1",
+    "RAY_worker_niceness": "0",  # with Ray's own, low priority, its processes get nothing done beside other tests
 }
 
 

@@ -108,6 +108,7 @@ VALUES = st.one_of(
 EXTREMES = [None, True, "", "x" * 10**5, [], {}, [[]], -1, 0, 10**8, 2**62, 10**400, float("nan"), float("inf"), 1e-300]
 
 
+@pytest.mark.slow
 def test_every_field_with_extreme_values(saved):
     """Also those that take memory: a network or a clip of such a size is never built."""
     config, ends = json.loads(saved.text), []
@@ -128,6 +129,7 @@ def place_names(place):
     return [key for key in place if isinstance(key, str)][place[:1] == ("model",) and len(place) > 1 :]
 
 
+@pytest.mark.slow
 @examples(40)
 @hypothesis.given(data=st.data())
 def test_random_values(saved, data):
@@ -141,6 +143,7 @@ def add(inside, name, value):
     inside.update({name: value}) if isinstance(inside, dict) else inside.append(value)
 
 
+@pytest.mark.slow
 @examples(25)
 @hypothesis.given(data=st.data())
 def test_missing_and_further_fields(saved, data):

@@ -48,7 +48,7 @@ def test_family(name, tmp_path, caplog):
         ("tpn_slowonly_r50_k400", 3, (4, 8)),
         ("tpn_tsm_r50_sthv1", 3, (4, 8)),
         ("timm/resnet18", -1, (4, 8)),
-        ("torchvision/mc3_18", 3, (4, 8)),
+        pytest.param("torchvision/mc3_18", 3, (4, 8), marks=pytest.mark.slow),
     ],
 )
 def test_one_map_at_two_rates(name, last, scales, tmp_path):
@@ -140,7 +140,9 @@ def test_networks_with_residual_blocks(name, shifts):
     assert net.add_temporal_shift(8) == shifts
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto", "torchvision/r3d_18"])
+@pytest.mark.parametrize(
+    "name", ["timm/resnet18", "timm/convnext_atto", pytest.param("torchvision/r3d_18", marks=pytest.mark.slow)]
+)
 def test_other_sizes(name):
     """Built for one size, run at another; at 32 pixels the coarsest map has a single pixel."""
     model = small(name).eval()
@@ -185,7 +187,7 @@ def test_input_spec_follows_the_backbone():
     assert small("timm/resnet18", in_chans=2).input_spec.mean == (114.495, 114.495)
 
 
-@pytest.mark.parametrize("name", ["timm/convnext_atto", "torchvision/r3d_18"])
+@pytest.mark.parametrize("name", ["timm/convnext_atto", pytest.param("torchvision/r3d_18", marks=pytest.mark.slow)])
 def test_grad_checkpointing(name):
     model = small(name, drop_rate=0.0)
     x = clips(model)
@@ -240,10 +242,8 @@ def last_map_to_logits(network, x):
     return network.head(x.mean((2, 3, 4)))
 
 
-SLOW_VIDEO_NETWORKS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mc3_18", "r2plus1d_18", "s3d", "swin3d_t")]
-
-
-@pytest.mark.parametrize("name", ["r3d_18", *SLOW_VIDEO_NETWORKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"])
 def test_video_networks_start_from_their_own_weights(name, tmp_path, monkeypatch):
     """Their last map is the one that torchvision classifies."""
     torch.manual_seed(1)
@@ -268,6 +268,7 @@ def test_video_networks_start_from_their_own_weights(name, tmp_path, monkeypatch
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_damaged_weights_of_a_video_network_are_fetched_again(tmp_path, monkeypatch):
     state, fetched = torchvision.models.get_model("r3d_18").state_dict(), []
     monkeypatch.setattr(transfer, "download", lambda url, path, **_: fetched.append(url) or torch.save(state, path))

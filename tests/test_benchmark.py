@@ -5,12 +5,18 @@ import json
 import re
 
 import pytest
-from scripts import run_example
+from scripts import ROOT, call_example, run_example
 from videos import write_video
 
 from tpn.video import encode, motion
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _modules(monkeypatch):
+    """A script finds its neighbors."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
 
 
 def test_every_part(tmp_path):
@@ -44,7 +50,7 @@ def test_openvino(tmp_path):
     assert loading[3]["file_mb"] < 0.5 * loading[1]["file_mb"]
     assert all(row["memory_gib"] > 0 for row in loading)
     assert [row["what"].removeprefix("predict_each, ") for row in end][-3:] == files
-    done = run_example("benchmarks/speed", "--only", "loading", check=False)
+    done = call_example("benchmarks/speed", "--only", "loading")
     assert (done.returncode, "got loading" in done.stderr) == (2, True)
 
 
@@ -52,7 +58,7 @@ def test_loader(tmp_path):
     video = write_video(tmp_path / "v.mp4", 40)
     (tmp_path / "list.txt").write_text(f"{video} 0\n")
     options = ["--model", "tpn_slowonly_tiny_motion", "--clips", 2, "--repeats", 1]
-    done = run_example("benchmarks/loader", tmp_path / "list.txt", *options)
+    done = call_example("benchmarks/loader", tmp_path / "list.txt", *options)
     assert done.stdout.count(" clips/s per process") == 3
     assert done.stdout.splitlines()[1].endswith(" 1.00x")
 
@@ -60,7 +66,7 @@ def test_loader(tmp_path):
 def test_strided(tmp_path):
     video = write_video(tmp_path / "v.mp4", 40)
     options = ["--models", "tiny", "--window", 16, "--repeats", 1, "--output", tmp_path / "results.json"]
-    done = run_example("benchmarks/strided", video, *options)
+    done = call_example("benchmarks/strided", video, *options)
     ((title, rows),) = json.loads((tmp_path / "results.json").read_text())["results"].items()
     assert title == "tiny: 2 windows of 16 frames, stride 16"
     assert [row["what"] for row in rows] == ["read each clip", "decode once", "tpn"]
@@ -78,23 +84,23 @@ def test_startup(tmp_path):
 def test_results_before_an_error_are_kept(tmp_path):
     small = ["--model", "tpn_slowonly_tiny_motion", "--batch-size", 2, "--repeats", 1, "--device", "cpu"]
     parts = ["--only", "latency", "decode", "--video", tmp_path / "none.mp4"]
-    done = run_example("benchmarks/speed", *small, *parts, "--output", tmp_path / "results.json", check=False)
+    done = call_example("benchmarks/speed", *small, *parts, "--output", tmp_path / "results.json")
     assert done.returncode == 1
     assert [title.partition(":")[0] for title in json.loads((tmp_path / "results.json").read_text())["results"]] == ["latency"]
 
 
 def test_errors():
-    done = run_example("benchmarks/speed", "--device", "warp", check=False)
+    done = call_example("benchmarks/speed", "--device", "warp")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.match("error: .*'warp'", done.stderr)
-    done = run_example("benchmarks/speed", "--against", "torchvision", "--only", "inference", "training", check=False)
+    done = call_example("benchmarks/speed", "--against", "torchvision", "--only", "inference", "training")
     assert done.returncode == 2
     assert re.search("error: .*--against torchvision.*inference", done.stderr)
-    done = run_example("benchmarks/speed", "--against", "mmaction2", "--model", "tpn_tsm_r50_sthv1", check=False)
+    done = call_example("benchmarks/speed", "--against", "mmaction2", "--model", "tpn_tsm_r50_sthv1")
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*tpn_slowonly_r50_k400.*got tpn_tsm_r50_sthv1\n", done.stderr)
     if importlib.util.find_spec("mmaction") is None:
-        done = run_example("benchmarks/speed", "--against", "mmaction2", check=False)
+        done = call_example("benchmarks/speed", "--against", "mmaction2")
         assert done.returncode == 1
         assert re.match("error: .*No module named 'mmaction'.*pip install mmaction2", done.stderr)
 
@@ -107,7 +113,7 @@ def test_calibration(tmp_path):
         encode.write_video(tmp_path / f"{i}.mp4", motion.render(label, tempo=3, seed=i, num_frames=32), fps=motion.FPS)
         lines.append(f"{i}.mp4 {label if i % 5 else 7}\n")
     (tmp_path / "list.txt").write_text("".join(lines))
-    done = run_example("benchmarks/calibration", tmp_path / "list.txt", "--folds", 2)
+    done = call_example("benchmarks/calibration", tmp_path / "list.txt", "--folds", 2)
     *folds, mean, _ = [line.split() for line in done.stdout.splitlines() if line.split()[0] in ("0", "1", "mean", "std")]
     assert [len(row) for row in folds] == [9, 9]
     assert float(mean[1]) > 1  # the temperature

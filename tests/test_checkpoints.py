@@ -49,6 +49,7 @@ def test_model_of_the_table(name):
     assert model.config == info.checkpoint.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_recorded_size(entry):
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, example, run_example
+from scripts import ROOT, call_example, example, run_example
 
 import tpn
 from tpn.video.motion import write_dataset
@@ -29,13 +29,13 @@ OPTIONS = ["--model", "tpn_slowonly_tiny_motion", "--device", "cpu", "--precisio
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with 240 videos, three unreadable ones, and a list of all of them in reversed order."""
+    """Return a folder with 60 videos, three unreadable ones, and a list of all of them in reversed order."""
     folder = tmp_path_factory.mktemp("many")
-    write_dataset(folder / "videos", 18, seed=3)
-    paths = sorted(folder.rglob("*.mp4"))[:240]
+    write_dataset(folder / "videos", 5, seed=3)
+    paths = sorted(folder.rglob("*.mp4"))[:60]
     (folder / "videos" / "empty.mp4").touch()
     (folder / "videos" / "text.mp4").write_text("no video\n" * 50)
-    paths[100:100] = [folder / "videos" / name for name in ("empty.mp4", "missing.mp4", "text.mp4")]
+    paths[30:30] = [folder / "videos" / name for name in ("empty.mp4", "missing.mp4", "text.mp4")]
     lines = "".join(f"{path.relative_to(folder)}\n" for path in paths[::-1])
     (folder / "list.txt").write_text(lines)
     return folder
@@ -104,41 +104,31 @@ def assert_complete(output, expected, shard_size):
         assert tuple(labels) == result.labels
 
 
-def test_a_killed_model_process_is_replaced(folder, expected, tmp_path):
-    run = Run(folder / "list.txt", "--output", tmp_path / "out", "--shard-size", 20)
-    run.wait_for(lambda: list((tmp_path / "out").glob("shard-*")))
-    workers = run.processes(b"MapWorker(MapBatches(Classify")
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    assert "240 videos classified, 3 unreadable" in run.finish()
-    assert_complete(tmp_path / "out", expected, 20)
-    run.wait_for(lambda: not run.processes())
-
-
-def test_a_killed_run_resumes(folder, expected, tmp_path):
+def test_a_killed_run_resumes_and_a_killed_process_is_replaced(folder, expected, tmp_path):
     out = tmp_path / "out"
-    run = Run(folder / "list.txt", "--output", out, "--shard-size", 20)
+    run = Run(folder / "list.txt", "--output", out, "--shard-size", 5)
     run.wait_for(lambda: len(list(out.glob("shard-*"))) > 2)
     run.process.kill()
     run.process.communicate()
-    run.wait_for(lambda: not run.processes(b"ray::Map"), seconds=60)  # Ray's agents take a minute to exit
+    run.wait_for(lambda: not run.processes(b"ray::Map"))  # Ray's agents take a minute to exit
     done = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert 2 < len(done) < 13
 
-    printed = Run(folder / "list.txt", "--output", out, "--shard-size", 20).finish()
-    assert f"{20 * len(done)} of 243 videos are finished" in printed
-    assert_complete(out, expected, 20)
+    run = Run(folder / "list.txt", "--output", out, "--shard-size", 5)
+    workers = run.wait_for(lambda: run.processes(b"MapWorker(MapBatches(Classify"))
+    os.kill(workers[0], signal.SIGKILL)
+    assert f"{5 * len(done)} of 63 videos are finished" in run.finish()
+    assert_complete(out, expected, 5)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert "243 of 243 videos are finished" in Run(folder / "list.txt", "--output", out, "--shard-size", 20).finish()
 
-    other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 30, *OPTIONS, check=False)
+    other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 6, *OPTIONS, check=False)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert re.search("another run.*shard size.*--output", other.stderr)
 
 
 def test_a_video_that_kills_its_reader(folder, tmp_path):
     """Its reader is killed at every attempt. The video then has a row with an error, like other bad files."""
-    names = (folder / "list.txt").read_text().splitlines()[:40]
+    names = (folder / "list.txt").read_text().splitlines()[:20]
     killer = names[7]
     pq.write_table(pq.read_table(_parquet(tmp_path, names)), tmp_path / "list.parquet")
     source = SCRIPT.read_text()
@@ -148,7 +138,7 @@ def test_a_video_that_kills_its_reader(folder, tmp_path):
     (tmp_path / "changed.py").write_text(changed)
     options = ["--root", folder, "--column", "file", "--output", tmp_path / "out"]
     printed = Run(tmp_path / "list.parquet", *options, script=tmp_path / "changed.py").finish()
-    assert "39 videos classified, 1 unreadable" in printed
+    assert "19 videos classified, 1 unreadable" in printed
     (row,) = (row for row in pq.read_table(tmp_path / "out").to_pylist() if row["error"])
     assert row["path"].endswith(killer)
     assert row["error"].endswith("crashed 2 times")
@@ -206,7 +196,7 @@ def test_errors_before_ray_starts(tmp_path, content, options, message):
         pq.write_table(pa.table(content), videos)
     elif content is not None:
         videos.write_text(content)
-    done = run_example("classify_many", videos, "--output", tmp_path / "out", *OPTIONS, *options, check=False)
+    done = call_example("classify_many", videos, "--output", tmp_path / "out", *OPTIONS, *options)
     assert done.returncode == 1
     assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()

@@ -52,6 +52,7 @@ def test_predict_prints_names(folder):
     assert all(line.split("%  ")[1] in labels for line in rest)
 
 
+@pytest.mark.slow
 def test_precision(folder):
     exact, half = (
         json.loads(run("predict", "a video.mp4", "-m", "local-dir:model", "--json", *options, cwd=folder).stdout)
@@ -173,6 +174,7 @@ def test_version_help_and_closed_pipe(folder):
 TINY = ("--model", "tpn_slowonly_tiny_motion", "--views", "1x1")
 
 
+@pytest.mark.slow
 def test_results_are_printed_above_the_progress_bars(folder):
     """As whole lines, although the terminal is narrower than the results."""
     code, _, text = run_in_terminal("predict", "a video.mp4", "missing.mp4", "b.mp4", *TINY, "--top", 2, cwd=folder, columns=20)
@@ -188,6 +190,7 @@ def test_results_are_printed_above_the_progress_bars(folder):
     ]
 
 
+@pytest.mark.slow
 def test_redirected_results_are_plain_text(folder):
     """The terminal still shows the bars."""
     _, stdout, text = run_in_terminal("predict", "b.mp4", "b.mp4", *TINY, "--json", cwd=folder, stdout=subprocess.PIPE)

@@ -335,6 +335,7 @@ def test_other_errors_of_a_thread_are_reported(monkeypatch, tmp_path):
     assert seen == [ValueError]
 
 
+@pytest.mark.slow
 def test_a_terminated_run_continues_with_the_printed_command(videos, tmp_path):
     command = [sys.executable, "-m", "tpn", "train", str(videos), "-o", "out", *SMALL, "--epochs", "6", "--val-interval", "6"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

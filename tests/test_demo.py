@@ -39,6 +39,7 @@ def test_no_network(monkeypatch):
     assert tpn.create_model(NAME, pretrained=True, num_classes=3).num_classes == 3
 
 
+@pytest.mark.slow
 def test_accuracy_on_new_videos(classifier, tmp_path):
     """Video files rendered with seeds of neither training nor validation."""
     motion.write_dataset(tmp_path, 2, seed=987)
@@ -47,6 +48,7 @@ def test_accuracy_on_new_videos(classifier, tmp_path):
     assert np.mean(right) > 0.85  # a model with 98 % fails once in thousands of draws
 
 
+@pytest.mark.slow
 def test_accuracy_without_motion_is_near_chance(classifier, tmp_path):
     """On one repeated frame. Chance is 1 in 14."""
     motion.write_dataset(tmp_path, 2, seed=988, num_frames=34, order="one frame")

@@ -117,6 +117,7 @@ print(hubconf.tpn_slowonly_r101_k400.__doc__)
 """
 
 
+@pytest.mark.slow
 def test_torch_hub_without_an_installed_tpn(tmp_path):
     out, _ = run_python(TORCH_HUB.replace("sys.argv[1]", repr(str(ROOT))), tmp_path)
     shape, names, doc, *_ = out.splitlines()

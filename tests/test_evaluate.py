@@ -197,6 +197,7 @@ Journal.add = killing
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
     process = start_python(f"{KILL}\nsys.argv = {['tpn', *arguments(folder, tmp_path / 'run')]}\ncli.main()", folder)
     process.communicate(timeout=120)

@@ -57,6 +57,7 @@ def test_features(run, video):
     assert lines == [f"1.000  {copy}", "2 videos, 64 features each"]
 
 
+@pytest.mark.slow
 def test_own_backbone(run):
     lines = run("own_backbone")
     assert lines[0] == "your own: clips (2, 3, 16, 112, 112), levels (channels: frames) {64: 8, 128: 4, 256: 2}, logits (2, 12)"
@@ -99,6 +100,7 @@ def test_track_people(monkeypatch, capsys, video, tmp_path):
     assert first == "1,1,10.1,10.0,49.9,80.0,1,-1,-1,-1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["model.onnx", "model.pt2"])
 def test_export(run, video, output):
     difference, *predictions = run("export", video, "--output", output)

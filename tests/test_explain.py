@@ -66,6 +66,7 @@ def times_area(maps, masks):
     return float(inside.mean() / masks.mean())
 
 
+@pytest.mark.slow
 def test_maps_point_at_the_moving_shape(classifier, moving):
     """Random maps and maps of other clips do not."""
     for method, count, least in ((occlusion, 14, (2.5, 2.5)), (grad_cam, 28, (1.4, 1.15))):  # 14: one of each class
@@ -140,7 +141,10 @@ MODELS = {
 """Name, arguments, number of levels, and flows of each model."""
 
 
-@pytest.mark.parametrize("which", MODELS)
+QUICK = ("levels of other lengths", "isolation", "timm")
+
+
+@pytest.mark.parametrize("which", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_every_model(which, video, tmp_path):
     name, kwargs, num_levels, flows = MODELS[which]
     model = build(name, **kwargs)

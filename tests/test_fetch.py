@@ -361,6 +361,7 @@ def test_full_disk(server, monkeypatch, cache):
     tpn.create_model(SLOWONLY, pretrained=True)
 
 
+@pytest.mark.slow
 def test_read_only_cache(published, hub):
     """Weights that are in it load, from the table and from the Hub."""
     with tempfile.TemporaryDirectory(prefix="tpn-tests-") as folder:  # one that every user may enter, unlike pytest's
@@ -391,6 +392,7 @@ def test_read_only_cache(published, hub):
     assert "TPN_CACHE or cache_dir" in error
 
 
+@pytest.mark.slow
 def test_killed_while_converting(server, published, cache, tmp_path):
     script = small.script_of(published) + (
         "import os, signal, tpn\n"
@@ -409,6 +411,7 @@ def test_killed_while_converting(server, published, cache, tmp_path):
     assert sorted(os.listdir(cache / SLOWONLY)) == ["config.json", WEIGHTS_FILE]
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_downloads(server, published, tmp_path):
     script = small.script_of(published) + (
         f"import tpn\nprint(flush=True)\nprint(tpn.create_model({SLOWONLY!r}, pretrained=True).head.fc.weight.sum().item())\n"

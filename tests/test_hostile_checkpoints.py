@@ -41,10 +41,12 @@ def folder(tmp_path):
     return tpn.save_pretrained(model, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_crafted_files(tmp_path):
     assert read_elsewhere("crafted", 1, tmp_path) == dict.fromkeys(hostile.CRAFTED, "refused")
 
 
+@pytest.mark.slow
 def test_altered_pickles(tmp_path):
     """Most programs are refused; some still describe tensors."""
     ends = read_elsewhere("pickles", 3000, tmp_path)
@@ -64,6 +66,7 @@ def test_altered_safetensors(folder):
     assert ends["refused"] > ends["read"] > 0
 
 
+@pytest.mark.slow
 def test_sizes_in_both_files(folder):
     """A configuration with huge sizes, and weights that confirm it: nothing is built that is larger than the file."""
     assert read_elsewhere("sizes", 1, folder)["refused"] > 20

@@ -50,6 +50,7 @@ def test_retry_after(hub, commit, cached, status, method):
     assert len(hub.requests) == (1 if method == "HEAD" else 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

@@ -77,7 +77,8 @@ def test_incomplete_repository(hub, commit, missing):
         load()
 
 
-@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("warm", [False, True])
 def test_main_moves_between_two_requests(hub, commit, cache, warm):
     """Also after several of them, to commits whose files have equal lengths."""
     for label in "abcdef":
@@ -123,6 +124,7 @@ def test_malformed_name(hub, name):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_caches(hub, commit, tmp_path, monkeypatch):
     """HF_HOME, TPN_CACHE and cache_dir each determine where both files are, and other processes need no network."""
     commit("a")

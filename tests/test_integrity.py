@@ -39,6 +39,7 @@ def hashed(monkeypatch):
 # The Hub's cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage"), [*itertools.product([CONFIG_FILE, WEIGHTS_FILE], DAMAGES), (CONFIG_FILE, "nested")])
 def test_damaged_copy(hub, commit, cache, caplog, monkeypatch, name, damage):
     """It is named where it cannot be downloaded again."""
@@ -175,6 +176,7 @@ def test_converted_weights(cache, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["output"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [b"", b"\xff", b"[]", b"{", b'{"sha256": null}', b'{"size": 1}'])
 def test_damaged_record(server, published, cache, record):
     """It is as good as none."""

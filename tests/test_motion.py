@@ -62,6 +62,7 @@ def states(label):
     return np.array(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", range(len(CLASSES)))
 def test_single_frames_do_not_reveal_the_class(label):
     """Each quantity has the same distribution in two classes, by the Kolmogorov-Smirnov statistic."""

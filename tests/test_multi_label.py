@@ -123,6 +123,7 @@ def test_optimized(model, folder):
     assert difference > 0
 
 
+@pytest.mark.slow
 def test_exported(model, folder, tmp_path):
     expected = VideoClassifier(model)(folder / "0.mp4", **ONE_VIEW)
     export.export_pt2(model, tmp_path / "model.pt2", size=model.input_spec.crop_size)

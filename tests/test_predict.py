@@ -448,6 +448,7 @@ def in_child(ok):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
 def test_a_classifier_works_after_a_fork(tmp_path):
     """PyTorch's OpenMP threads do not exist in a forked process."""

@@ -82,6 +82,7 @@ def test_models_load_in_another_process(hub, tmp_path, capsys):
     assert run_python(script, tmp_path, HF_HOME=str(tmp_path / "home"), HF_TOKEN="")[0] == capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_published_checkpoint_loads_in_every_way(hub, server, published, cache, table, monkeypatch, caplog):
     table(SLOWONLY)
     (done,) = publish.publish("us")

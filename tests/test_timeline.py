@@ -281,6 +281,7 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_segments_are_printed_above_the_progress_bar(motions, tmp_path):
     _, _, text = run_in_terminal("timeline", motions / "both.mp4", *OF_TINY, "--stride", 16, "--min-probability", 0, cwd=tmp_path)
     assert "\x1b[2K" in text

@@ -145,6 +145,7 @@ def plain(videos, tmp_path_factory):
     return steps(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -167,6 +168,7 @@ def test_an_option_changes_something(videos, tmp_path, plain, option, value):
     assert lines[0]["lr"] == pytest.approx(plain[0]["lr"])  # with layer_decay, that of the classifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", [{"checkpointing": True}, {"channels_last": False}, {"compile": True}, {"deterministic": True}]
 )

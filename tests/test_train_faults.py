@@ -52,6 +52,7 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(videos, tmp_path):
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_ten_infinite_gradients_in_a_row_stop_the_run(videos, tmp_path):
     with pytest.raises(FloatingPointError, match=r"10 steps.*lr"):
         fit(videos, tmp_path, epochs=5, observer=Poison(set(range(3, 99))))
@@ -73,6 +74,7 @@ def test_weights_that_are_not_finite_are_not_saved(videos, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(videos, tmp_path, monkeypatch):
     write_bytes, count = type(tmp_path).write_bytes, []
 
@@ -92,6 +94,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(videos, tmp_path, monkeypatch):
     assert steps(tmp_path / "whole") == steps(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped bit", "text"])
 def test_a_damaged_checkpoint_is_refused(videos, tmp_path, damage):
     fit(videos, tmp_path, epochs=1)
@@ -145,10 +148,8 @@ VideoDataset.__getitem__ = kill
 """
 
 
-@pytest.mark.parametrize(
-    ("count", "workers"),
-    [pytest.param(1, 1, id="loader process"), pytest.param(2, 0, id="process of torchrun", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "workers"), [(1, 1), (2, 0)], ids=["loader process", "process of torchrun"])
 def test_processes_end_with_their_parent(videos, tmp_path, count, workers):
     """While they read a video that takes long. They would keep the lock on the folder."""
     options = {**SMALL, "batch_size": 2, "data": str(videos), "output": str(tmp_path / "run"), "workers": workers}
@@ -212,6 +213,7 @@ def test_several_labels_of_the_models_own_classes(videos, tmp_path):
     assert tpn.create_model(f"local-dir:{tmp_path / 'run'}").multi_label
 
 
+@pytest.mark.slow
 def test_early_stopping(videos, tmp_path, monkeypatch):
     """No validation is better than the first one."""
     monkeypatch.setattr(loop, "validate", lambda *args, **kwargs: result)
