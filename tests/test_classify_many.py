@@ -110,16 +110,20 @@ def test_a_killed_run_resumes_and_a_killed_process_is_replaced(folder, expected,
     run.wait_for(lambda: len(list(out.glob("shard-*"))) > 2)
     run.process.kill()
     run.process.communicate()
-    run.wait_for(lambda: not run.processes(b"ray::Map"))  # Ray's agents take a minute to exit
+    run.wait_for(lambda: not run.processes(b"ray::Map"), seconds=60)  # Ray's agents take a minute to exit
     done = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert 2 < len(done) < 13
 
     run = Run(folder / "list.txt", "--output", out, "--shard-size", 5)
-    workers = run.wait_for(lambda: run.processes(b"MapWorker(MapBatches(Classify"))
+    run.wait_for(lambda: len(list(out.glob("shard-*"))) > len(done))
+    workers = run.processes(b"MapWorker(MapBatches(Classify")
+    assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     assert f"{5 * len(done)} of 63 videos are finished" in run.finish()
     assert_complete(out, expected, 5)
     assert {path: path.stat().st_mtime_ns for path in done} == done
+    run.wait_for(lambda: not run.processes())
+    assert "63 of 63 videos are finished" in Run(folder / "list.txt", "--output", out, "--shard-size", 5).finish()
 
     other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 6, *OPTIONS, check=False)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)

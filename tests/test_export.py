@@ -33,7 +33,8 @@ MODELS = {
     "tiny": (TINY, {}),
     "levels of other lengths": (TINY, {"temporal_scales": (4, 16), "flow_order": "parallel"}),
     "isolation": (TINY, {"flow_order": "isolation", "spatial_modulation": False, "out_indices": (1, 2, 3)}),
-    "no temporal modulation": (TINY, {"flow_order": "bottom_up", "temporal_modulation": False, "num_frames": 7}),
+    "one flow": (TINY, {"flow_order": "bottom_up", "num_frames": 7, "temporal_scales": (2, 4)}),
+    "no temporal modulation": (TINY, {"temporal_modulation": False, "num_frames": 4}),
     "one map at two rates": (TINY, {"out_indices": (3, 3), "temporal_scales": (4, 8), "aux_head": False}),
     "SlowOnly R50": ("tpn_slowonly_r50_k400", {}),
     "TSM": ("tpn_tsm_r50_sthv1", {}),
@@ -232,7 +233,7 @@ def test_a_wrong_file_is_not_left_behind(folder, model, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_options_of_the_command(tmp_path):
-    tpn.save_pretrained(build("no temporal modulation"), tmp_path / "mine")
+    tpn.save_pretrained(build("one flow"), tmp_path / "mine")
     done = run("export", "local-dir:mine", "-f", "pt2", "--size", 40, "--num-classes", 3, "--views", "2x1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     exported = export.load(tmp_path / "mine.pt2")

@@ -187,7 +187,7 @@ def _read(
             needed[number].append(place)
     failure: VideoError | None = None
     if isinstance(video, str | os.PathLike):
-        decode.header(video)  # not a video at all: an error of all tracks
+        decode.header(video)  # raises for a file that is not a video
     try:
         for frame, number in _frames(video, sorted(needed)):
             for place in needed.pop(number):
