@@ -103,10 +103,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     before, after, variance = (np.concatenate([row[key] for row in rows]) for key in ("without", "with", "variance"))
     for row in sorted(rows, key=lambda row: row["fold"]):
-        for name, videos, one, two, squared in zip(
+        for name, videos, one, two, each in zip(
             *(row[key] for key in ("classes", "videos", "without", "with", "variance")), strict=True
         ):
-            lines.append(f"| {row['fold']} | {name} | {videos} | {one:.1f} | {two:.1f} | {two - one:+.1f} | {squared:.3f} |")
+            lines.append(f"| {row['fold']} | {name} | {videos} | {one:.1f} | {two:.1f} | {two - one:+.1f} | {each:.3f} |")
     both = tempo.gain_against_variance(before, after, variance)
     folds = [np.nanmean(row["with"]) - np.nanmean(row["without"]) for row in rows]
     error = f" ± {np.std(folds, ddof=1) / len(folds) ** 0.5:.1f}" if len(folds) > 1 else ""
