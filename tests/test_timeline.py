@@ -22,7 +22,7 @@ from videos import write_video as write_numbered
 
 import tpn
 from tpn import demo, predict, tempo
-from tpn.cli import timeline
+from tpn.cli import results, timeline
 from tpn.video import live, motion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -265,10 +265,10 @@ def test_models_of_segments_need_an_interval(motions, tmp_path):
 
 
 def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
-    monkeypatch.setattr(timeline, "MAX_POINTS", 8)
+    monkeypatch.setattr(results, "MAX_POINTS", 8)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(3), size=50).astype(np.float32)
-    curves = timeline.Curves(("a", "b", "c"))
+    curves = results.Curves(("a", "b", "c"))
     for i, row in enumerate(probs):
         curves.add(float(i), row, i + 1.0)
     times, means = curves.means()
@@ -277,7 +277,7 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
     np.testing.assert_allclose(means[:6], probs[:48].reshape(6, 8, 3).mean(axis=1), atol=1e-6)
     np.testing.assert_allclose(means[6], probs[48:].mean(axis=0), atol=1e-6)
     assert (curves.num_clips, curves.duration) == (50, 50.0)
-    timeline.draw([("", curves)], 2, tmp_path / "a.png")
+    results.draw([("", curves)], 2, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpn.cli.app import err, print_result, progress_bars, require_parent_folder
+from tpn.cli.app import err, progress_bars, require_parent_folder
+from tpn.cli.results import Curves, clip_entry, draw, print_failure, print_prediction, print_segment, segment_entry
 from tpn.cli.script import one_line_message
 from tpn.files import atomic_write
 
@@ -65,7 +66,6 @@ def predict_tracks(
     **views: Any,
 ) -> bool:
     """Print the classes of each track, and write the annotated video. Return whether all tracks could be classified."""
-    from tpn.cli.videos import print_failure, print_prediction
     from tpn.predict import Prediction
     from tpn.video import decode
     from tpn.video.annotate import Caption
@@ -117,7 +117,6 @@ def timeline_tracks(
         sliding: arguments of `tpn.tracks.slide`.
     """
     from tpn import tracks as tracking
-    from tpn.cli.timeline import Curves, draw
 
     captions: list[tuple[Track, list[Caption]]] = []
     panels: list[tuple[str, Curves]] = []
@@ -133,8 +132,7 @@ def timeline_tracks(
             found = tracking.segments(track, clips, fps=fps, min_probability=min_probability)
             segments = [(each, None if each.label is None else classifier.labels[each.label]) for each in found]
             for segment, label in segments:
-                span = f"{segment.start:.1f} s – {segment.end:.1f} s"
-                print_result(f"track {track.id}  {span}  {label or '-'}  {segment.probability:.1%}")
+                print_segment(segment, label, f"track {track.id}  ")
             if error is not None:
                 all_read = False
                 err.print(f"error: {one_line_message(error)}")
@@ -160,8 +158,6 @@ def _entry(
     track: "Track", clips: "Sequence[Clip]", segments: "Sequence[tuple[Segment, str | None]]", error: Exception | None, fps: float
 ) -> dict[str, Any]:
     """Return the JSON object of a track, with clips and segments as in that of a video."""
-    from tpn.cli.timeline import clip_entry, segment_entry
-
     return {
         **_facts(track, fps),
         "clips": [clip_entry(clip, clip.time(fps)) for clip in clips],

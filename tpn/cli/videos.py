@@ -1,7 +1,6 @@
 """The commands demo, predict, and check."""
 
 import errno
-import json
 import os
 from itertools import chain
 from pathlib import Path
@@ -25,7 +24,7 @@ from tpn.cli.app import (
     require_parent_folder,
     require_picture_path,
 )
-from tpn.cli.script import one_line_message
+from tpn.cli.results import print_failure, print_prediction
 from tpn.cli.tracks import AnnotateOption, TracksOption, open_tracks, predict_tracks
 
 MAX_SHOWN_BAD_FILES = 10
@@ -170,25 +169,3 @@ def check(
     if num_bad:
         err.print(f"error: {report} lists the unreadable files")
         raise typer.Exit(1)
-
-
-def print_failure(video: Path, error: Exception, as_json: bool, **facts: Any) -> None:
-    if as_json:
-        print_result(json.dumps({"file": str(video), **facts, "error": one_line_message(error)}))
-    err.print(f"error: {one_line_message(error)}")
-
-
-def print_prediction(
-    video: Path, prediction: Any, top: int, as_json: bool, part: str = "", *, min_probability: float = 0.0, **facts: Any
-) -> None:
-    """Print the classes of a video, or of a part of it; JSON has `facts` about the part instead of the text."""
-    best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
-    if as_json:
-        scores = [{"label": label, "probability": probability} for label, probability in best]
-        print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}, ensure_ascii=False))
-        return
-    print_result(f"{video}{part}  ({num_views} views)")
-    for label, probability in best:
-        print_result(f"  {probability:7.2%}  {label}")
-    if not best:
-        print_result("  -")
