@@ -364,6 +364,19 @@ def test_too_few_videos_are_refused_before_one_is_classified(model, videos, tmp_
     assert ((folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()) == before
 
 
+def test_a_fit_that_fails_leaves_the_model(model, videos, tmp_path):
+    """No temperature fits a model that is wrong about every video."""
+    folder, data = saved(model, videos, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = tpn.evaluate(folder, data)
+    wrong = [CLASSES[(label + 1) % 3] for label in result.probs.argmax(axis=1)]
+    lines = [f"{item.name} {label}\n" for item, label in zip(result.items, wrong, strict=True)]
+    (videos / "wrong.txt").write_text("".join(lines))
+    with pytest.raises(ValueError, match=f"{NUM_VIDEOS} videos"):
+        tpn.evaluate(folder, videos / "wrong.txt", calibrate=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 # None of the classes
 
 
