@@ -20,6 +20,7 @@ from tpn.files import atomic_write
 from tpn.models.features import FeatureModel
 from tpn.predict import Prediction, Unreadable, VideoClassifier
 from tpn.training.state import weights_hash
+from tpn.video.tables import import_pyarrow
 
 Level = Literal["video", "clip"]
 DType = Literal["float32", "float16"]
@@ -118,7 +119,7 @@ class FeatureFile:
                 if self.path.suffix == ".npz":
                     np.savez(unfinished, about=about, **columns, features=features)
                 else:
-                    pa, pq = _import_pyarrow()
+                    pa, pq = import_pyarrow()
                     columns["features"] = pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
                     pq.write_table(pa.table(columns).replace_schema_metadata({"tpn": about}), unfinished)
             self._version_read = self._version()
@@ -153,7 +154,7 @@ class FeatureFile:
             with np.load(self.path) as file:
                 columns = {name: file[name] for name in file}
                 return json.loads(str(columns.pop("about"))), columns.pop("path").tolist(), columns
-        _, pq = _import_pyarrow()
+        _, pq = import_pyarrow()
         table = pq.read_table(self.path)
         columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("path", "features")}
         features = np.asarray(table["features"].combine_chunks().flatten(), dtype=np.float32).reshape(len(table), -1)
@@ -341,7 +342,7 @@ def check_path(path: str | PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
     if path.suffix == ".parquet":
-        _import_pyarrow()
+        import_pyarrow()
 
 
 def check_folder(path: str | PathLike[str]) -> None:
@@ -363,15 +364,6 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = 
 def utf8_name(path: str) -> str:
     """Replace bytes of a file name that are not UTF-8: neither format can store them."""
     return path.encode("utf-8", "backslashreplace").decode()
-
-
-def _import_pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError('Parquet files need pyarrow: pip install "tpn[parquet]", or write an .npz file') from error
-    return pyarrow, pyarrow.parquet
 
 
 def _read_json(path: Path) -> dict[str, Any]:

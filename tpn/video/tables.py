@@ -124,7 +124,7 @@ def write_table(file: PathLike, rows: Iterable[Row], *, multi_label: bool = Fals
             columns[name] = [getattr(row, name) for row in rows]
     with atomic_write(file) as unfinished:
         if _is_parquet(file):
-            arrow, parquet = _import_pyarrow()
+            arrow, parquet = import_pyarrow()
             parquet.write_table(arrow.table(columns), unfinished)
             return
         with open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as text:
@@ -171,7 +171,7 @@ def _read_csv(file: PathLike) -> tuple[list[str], Cells]:
 
 
 def _read_parquet(file: PathLike) -> tuple[list[str], Cells]:
-    arrow, parquet = _import_pyarrow()
+    arrow, parquet = import_pyarrow()
     with open(file, "rb") as opened:  # Python's own errors for missing files
         try:
             header = list(parquet.read_schema(opened).names)
@@ -251,10 +251,12 @@ def _parse_seconds(place: str, name: str, cell: str) -> float | None:
     return seconds
 
 
-def _import_pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
+    """Return pyarrow and pyarrow.parquet."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError('Parquet tables need pyarrow: pip install "tpn[parquet]", or use a CSV table') from error
+        message = 'Parquet files need pyarrow: pip install "tpn[parquet]", or use a CSV table, and .npz for features'
+        raise ImportError(message) from error
     return pyarrow, pyarrow.parquet
