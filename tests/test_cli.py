@@ -182,10 +182,10 @@ def test_results_are_printed_above_the_progress_bars(folder):
     assert "views \x1b[" in text
     shape = [re.sub(r" +\d+\.\d\d%  [a-z -]+", "  %  label", line) for line in screen(text, 20) if line]
     assert shape == [
-        "a video.mp4  (1 views)",
+        "a video.mp4  (1 view)",
         *["  %  label"] * 2,
         "error: missing.mp4: No such file or directory",
-        "b.mp4  (1 views)",
+        "b.mp4  (1 view)",
         *["  %  label"] * 2,
     ]
 

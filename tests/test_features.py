@@ -272,14 +272,14 @@ def test_interrupted_command(folder, monkeypatch):
     monkeypatch.setattr(features, "extract", interrupted)
     done = run("features", "0.mp4", "1.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (130, "")
-    assert re.fullmatch(r"interrupted; added 1 videos to a\.npz.*\n", done.stderr)
+    assert re.fullmatch(r"interrupted; added 1 video to a\.npz.*\n", done.stderr)
 
 
 def test_empty_folders_and_deleted_videos(folder):
     (folder / "nothing").mkdir()
     done = run("features", "nothing", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in this folder\n")
-    assert done.stdout == "a.npz: 1 videos added, 0 already there, 0 unreadable\n"
+    assert done.stdout == "a.npz: 1 video added, 0 already there, 0 unreadable\n"
     (folder / "0.mp4").unlink()  # its row is in the file
     done = run("features", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (0, "a.npz: 0 videos added, 1 already there, 0 unreadable\n")

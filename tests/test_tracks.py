@@ -418,9 +418,9 @@ def test_predict_prints_each_track(pair, tmp_path):
     done = run("predict", pair / "pair.mp4", "--tracks", "t.txt", "--top", 1, "--views", "1x1", *OF_TINY, cwd=tmp_path)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{pair / 'pair.mp4'}  track 1, frames 0–63, 0.0 s – 2.7 s  (1 views)"
+    assert lines[0] == f"{pair / 'pair.mp4'}  track 1, frames 0–63, 0.0 s – 2.7 s  (1 view)"
     assert lines[1].endswith(f"%  {NAMES[0]}")
-    assert lines[2].endswith("track 2, frames 10–39, 0.4 s – 1.7 s  (1 views)")
+    assert lines[2].endswith("track 2, frames 10–39, 0.4 s – 1.7 s  (1 view)")
     assert len(lines) == 4
     assert done.stderr == "error: track 8: the video ends before its frame 70\n"
     done = run("predict", pair / "pair.mp4", "--tracks", "t.txt", "--json", "--views", "1x1", *OF_TINY, cwd=tmp_path)

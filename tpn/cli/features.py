@@ -113,6 +113,8 @@ def _find_videos(videos: list[Path]) -> tuple[dict[str, str], list[Path]]:
 
 def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_videos: int) -> int:
     """Run the extraction, and print what happened. Return the number of unreadable videos."""
+    from tpn.training.wording import plural
+
     added = failed = 0
     with progress_bars() as progress:
         try:
@@ -124,7 +126,7 @@ def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_
                     err.print(f"error: {one_line_message(error)}")
         except KeyboardInterrupt:
             results.close()
-            err.print(f"interrupted; added {added} videos to {out}. Run the same command to resume.")
+            err.print(f"interrupted; added {plural(added, 'video')} to {out}. Run the same command to resume.")
             raise
-    print_result(f"{out}: {added} videos added, {num_videos - added - failed} already there, {failed} unreadable")
+    print_result(f"{out}: {plural(added, 'video')} added, {num_videos - added - failed} already there, {failed} unreadable")
     return failed

@@ -30,12 +30,14 @@ def print_prediction(
     video: Path, prediction: "Prediction", top: int, as_json: bool, part: str = "", *, min_probability: float = 0.0, **facts: Any
 ) -> None:
     """Print the classes of a video, or of a part of it; JSON has `facts` about the part instead of the text."""
+    from tpn.training.wording import plural
+
     best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
     if as_json:
         scores = [{"label": label, "probability": probability} for label, probability in best]
         print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}, ensure_ascii=False))
         return
-    print_result(f"{video}{part}  ({num_views} views)")
+    print_result(f"{video}{part}  ({plural(num_views, 'view')})")
     for label, probability in best:
         print_result(f"  {probability:7.2%}  {label}")
     if not best:
