@@ -14,6 +14,7 @@ import pytest
 from scripts import ROOT, call_example, example, run_example
 
 import tpn
+from tpn.video.decode import VideoError
 from tpn.video.motion import write_dataset
 
 pytest.importorskip("ray", reason='pip install ".[ray]"')
@@ -104,9 +105,16 @@ def assert_complete(output, expected, shard_size):
         assert tuple(labels) == result.labels
 
 
-def test_a_killed_run_resumes_and_a_killed_process_is_replaced(folder, expected, tmp_path):
-    out = tmp_path / "out"
-    run = Run(folder / "list.txt", "--output", out, "--shard-size", 5)
+def test_killed_processes(folder, expected, tmp_path):
+    """A killed run resumes, a killed process is replaced, and a video that kills its reader at every attempt is a bad file."""
+    out, killer = tmp_path / "out", expected[50][0]
+    source = SCRIPT.read_text()
+    place = "    try:\n        frames, clips = decode.sample_frames"
+    assert source.count(place) == 1
+    script = tmp_path / "changed.py"
+    script.write_text(source.replace(place, f"    if path == {str(killer)!r}:\n        os.kill(os.getpid(), 9)\n{place}"))
+    options = [_parquet(tmp_path, expected), "--column", "file", "--output", out, "--shard-size", 5]
+    run = Run(*options, script=script)
     run.wait_for(lambda: len(list(out.glob("shard-*"))) > 2)
     run.process.kill()
     run.process.communicate()
@@ -114,45 +122,30 @@ def test_a_killed_run_resumes_and_a_killed_process_is_replaced(folder, expected,
     done = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert 2 < len(done) < 13
 
-    run = Run(folder / "list.txt", "--output", out, "--shard-size", 5)
+    run = Run(*options, script=script)
     run.wait_for(lambda: len(list(out.glob("shard-*"))) > len(done))
     workers = run.processes(b"MapWorker(MapBatches(Classify")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     assert f"{5 * len(done)} of 63 videos are finished" in run.finish()
-    assert_complete(out, expected, 5)
+    crash = pq.read_table(out).to_pylist()[50]["error"]
+    assert crash.endswith("crashed 2 times")
+    assert_complete(out, [(path, VideoError(crash) if path == killer else result) for path, result in expected], 5)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     run.wait_for(lambda: not run.processes())
-    assert "63 of 63 videos are finished" in Run(folder / "list.txt", "--output", out, "--shard-size", 5).finish()
+    assert "63 of 63 videos are finished" in Run(*options).finish()
 
-    other = run_example("classify_many", folder / "list.txt", "--output", out, "--shard-size", 6, *OPTIONS, check=False)
+    options[-1] = 6
+    other = run_example("classify_many", *options, *OPTIONS, check=False)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert re.search("another run.*shard size.*--output", other.stderr)
 
 
-def test_a_video_that_kills_its_reader(folder, tmp_path):
-    """Its reader is killed at every attempt. The video then has a row with an error, like other bad files."""
-    names = (folder / "list.txt").read_text().splitlines()[:20]
-    killer = names[7]
-    pq.write_table(pq.read_table(_parquet(tmp_path, names)), tmp_path / "list.parquet")
-    source = SCRIPT.read_text()
-    place = "    try:\n        frames, clips = decode.sample_frames"
-    assert source.count(place) == 1
-    changed = source.replace(place, f"    if path.endswith({killer!r}):\n        os.kill(os.getpid(), 9)\n{place}")
-    (tmp_path / "changed.py").write_text(changed)
-    options = ["--root", folder, "--column", "file", "--output", tmp_path / "out"]
-    printed = Run(tmp_path / "list.parquet", *options, script=tmp_path / "changed.py").finish()
-    assert "19 videos classified, 1 unreadable" in printed
-    (row,) = (row for row in pq.read_table(tmp_path / "out").to_pylist() if row["error"])
-    assert row["path"].endswith(killer)
-    assert row["error"].endswith("crashed 2 times")
-
-
-def _parquet(folder, names):
+def _parquet(folder, videos):
     import pyarrow as pa
 
     path = folder / "names.parquet"
-    pq.write_table(pa.table({"number": list(range(len(names))), "file": names}), path)
+    pq.write_table(pa.table({"number": list(range(len(videos))), "file": [str(path) for path, _ in videos]}), path)
     return path
 
 

@@ -158,20 +158,6 @@ def test_order_of_frames_matters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpn_slowonly_tiny_motion", "tpn_tsm_r50_sthv1"])
-def test_compile_and_export(name):
-    model = randomize_norms(tpn.create_model(name, base_channels=8, num_frames=8)).eval()
-    x = torch.randn(2, 3, 8, 32, 32)
-    with torch.no_grad():
-        expected = model(x)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert relative_error(compiled(x), expected) < 2e-5
-        exported = torch.export.export(model, (x,)).module()
-        assert relative_error(exported(x), expected) < 2e-5
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
 def test_compiled_training_step():
     model = randomize_norms(tpn.create_model("tpn_slowonly_tiny_motion", drop_rate=0.0, base_channels=4, num_frames=4))
     x = torch.randn(2, 3, 4, 32, 32)
