@@ -8,6 +8,7 @@ import pytest
 from scripts import ROOT, call_example, run_example
 from videos import write_video
 
+import tpn
 from tpn.video import encode, motion
 
 pytestmark = pytest.mark.slow
@@ -120,3 +121,10 @@ def test_calibration(tmp_path):
     assert float(mean[5]) < float(mean[4])  # the loss
     assert mean[-1] == "100.00"
     assert done.stdout.endswith("40 videos\n")
+    for fold in range(2):
+        tpn.save_pretrained(tpn.create_model("tpn_slowonly_tiny_motion", pretrained=True), tmp_path / f"fold{fold} model")
+        (tmp_path / f"fold{fold}_train.txt").touch()
+        (tmp_path / f"fold{fold}_test.txt").write_text("".join(lines[20 * fold : 20 * fold + 20]))
+    of_folds = call_example("benchmarks/calibration", tmp_path, "--model", tmp_path / "{fold} model")
+    assert of_folds.stdout.splitlines()[-2].split()[0] == "together"
+    assert of_folds.stdout.endswith("40 videos\n")
