@@ -89,9 +89,7 @@ def test_onnx(which, tmp_path, capfd):
     assert max(differences(model, export.load(path), 64)) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted", "isolation"))]
-)
+@pytest.mark.parametrize("which", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted"))])
 def test_pt2(which, tmp_path, capfd):
     model = build(which)
     model.temperature = 2.5
