@@ -212,9 +212,9 @@ def read_rows(output: Path) -> Rows:
     return rows
 
 
-def spread(values: Sequence[float], sign: str = "-", root: float = 0.0) -> str:
-    """Format a mean and the standard deviation over seeds; with root=0.5, its standard error."""
-    error = f" ± {np.std(values, ddof=1) / len(values) ** root:.1f}" if len(values) > 1 else ""
+def spread(values: Sequence[float], sign: str = "-", *, of_mean: bool = False) -> str:
+    """Format a mean and the standard deviation over seeds, or the standard error of the mean."""
+    error = f" ± {np.std(values, ddof=1) / (len(values) ** 0.5 if of_mean else 1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.1f}{error}"
 
 
@@ -226,7 +226,7 @@ def tables(rows: Rows) -> str:
         for name in filter(rows.get, names):
             runs, reference = list(rows[name].values()), rows[names[0]]
             gains = [run["top1"] - reference[run["seed"]]["top1"] for run in runs if run["seed"] in reference]
-            gain = spread(gains, "+", 0.5) if gains and name != names[0] else ""
+            gain = spread(gains, "+", of_mean=True) if gains and name != names[0] else ""
             cost = (
                 f"{runs[0]['parameters']:,} | {runs[0]['mmacs']:.1f} | {len(runs)} | {np.mean([r['minutes'] for r in runs]):.1f}"
             )

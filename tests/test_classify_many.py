@@ -127,7 +127,9 @@ def test_killed_processes(folder, expected, tmp_path):
     workers = run.processes(b"MapWorker(MapBatches(Classify")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
-    assert f"{5 * len(done)} of 63 videos are finished" in run.finish()
+    printed = run.finish()
+    assert f"{5 * len(done)} of 63 videos are finished" in printed
+    assert re.search(r"^\d+ videos classified, [1-4] unreadable; results", printed, re.MULTILINE)
     crash = pq.read_table(out).to_pylist()[50]["error"]
     assert crash.endswith("crashed 2 times")
     assert_complete(out, [(path, VideoError(crash) if path == killer else result) for path, result in expected], 5)

@@ -3,6 +3,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -13,7 +15,7 @@ from videos import write_video
 
 import tpn
 from tpn import cli
-from tpn.cli import models
+from tpn.cli import models, results
 from tpn.zoo import saved
 from tpn.zoo.checkpoints import get_checkpoint
 
@@ -73,6 +75,15 @@ def test_unreadable_files_are_reported_and_skipped(folder):
     assert len(rows[0]["top"]) == 5
     errors = done.stderr.splitlines()
     assert [line.split(": ")[:2] for line in errors] == [["error", name] for name in videos[1:5]]
+
+
+def test_json_is_ascii(capsys):
+    """Whatever the encoding of the output: one that lacks a character would write an escape that JSON does not have."""
+    prediction = SimpleNamespace(top=lambda *_, **__: [("Tür", 1.0)], view_logits=[0])
+    results.print_prediction(Path("é😀.mp4"), prediction, 1, as_json=True)
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert json.loads(printed)["file"] == "é😀.mp4"
 
 
 def test_missing_files_are_reported_before_the_model_is_downloaded(folder):

@@ -37,7 +37,7 @@ MODELS = {
     "no temporal modulation": (TINY, {"temporal_modulation": False, "num_frames": 4}),
     "one map at two rates": (TINY, {"out_indices": (3, 3), "temporal_scales": (4, 8), "aux_head": False}),
     "SlowOnly R50": ("tpn_slowonly_r50_k400", {}),
-    "TSM": ("tpn_tsm_r50_sthv1", {}),
+    "TSM": ("tpn_tsm_r50_sthv1", {"shift_shortcut": True}),
     "SlowOnly without pyramid": ("slowonly_r50_k400", {"depth": 18}),
     "timm": ("tpn", {"backbone": "timm/resnet18", "flow_order": "top_down", "num_classes": 5, "input_spec": SPEC}),
     "timm, shifted": ("tpn", {"backbone": "timm/regnety_002", "temporal_shift": True, "num_classes": 5, "input_spec": SPEC}),

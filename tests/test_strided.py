@@ -106,6 +106,7 @@ def assert_close(found, expected):
 
 def stacked(windows):
     windows = list(windows)
+    assert not any(each.features.is_inference() for each in windows)
     return [(each.first, each.last) for each in windows], torch.stack([each.features for each in windows])
 
 
@@ -391,8 +392,8 @@ def test_other_files_are_not_overwritten(folder, images):
         (out / name).unlink()
     (out / "timeline.json").write_text('{"stride": 2, "source": "a.mp4"}')  # of no video here
     assert extract(images, videos, out) == list(videos)
-    with pytest.raises(NotADirectoryError, match=r"a\.npy.*folder"):
-        extract(images, videos, out / "a.npy")
+    with pytest.raises(NotADirectoryError, match=r"a\.json.*folder"):
+        extract(images, videos, out / "a.json")
 
 
 def test_videos_with_the_same_name(folder, images):
@@ -477,6 +478,7 @@ def test_command(folder):
         (["--stride", "4", "--views", "1x1", "--out", "d"], "--views.*not valid with --stride"),
         (["--out", "d"], r"\.npz or \.parquet, got 'd'"),
         (["--stride", "4", "--out", "videos/a.mp4"], "is a file"),
+        (["--stride", "4", "--out", "a.NPZ"], r"\.npz or \.parquet, got 'a\.NPZ'"),
     ],
 )
 def test_command_with_wrong_options(folder, options, message):

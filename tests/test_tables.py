@@ -375,5 +375,5 @@ def test_a_folder_of_train_and_val_has_no_class_folders(tmp_path, capsys):
     assert VideoFolder(tmp_path / "Train", SPEC, train=True).classes == ("a class",)
     with pytest.raises(typer.Exit):
         check(tmp_path, None, None, 1, 2, tmp_path / "bad.txt")
-    assert "3 videos in 1 classes, 3 unreadable" in capsys.readouterr().out
+    assert "3 videos in 1 class, 3 unreadable" in capsys.readouterr().out
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 3

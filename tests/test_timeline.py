@@ -270,7 +270,7 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
     probs = rng.dirichlet(np.ones(3), size=50).astype(np.float32)
     curves = results.Curves(("a", "b", "c"))
     for i, row in enumerate(probs):
-        curves.add(float(i), row, i + 1.0)
+        curves.add(tempo.Clip(i, i, torch.from_numpy(row)), 1.0)
     times, means = curves.means()
     # 50 clips: 6 points of 8 clips, and one of the last 2
     np.testing.assert_allclose(times, [3.5, 11.5, 19.5, 27.5, 35.5, 43.5, 48.5])

@@ -230,6 +230,12 @@ def test_squares_are_those_of_a_simple_loop():
         assert boxes.tolist() == wanted
 
 
+def test_the_square_of_a_box_that_rests_does_not_move():
+    boxes = np.tile([100.3, 100.3, 142.3, 142.3], (20_000, 1))
+    _, squares = square_boxes(Track(1, np.arange(len(boxes)), boxes))
+    assert len(np.unique(squares, axis=0)) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "error"), [({"margin": -0.1}, ValueError), ({"margin": "x"}, TypeError), ({"smoothing": 4}, ValueError)]
 )
@@ -407,7 +413,7 @@ def test_clips_of_a_track_are_those_of_its_crops(classifier, pair, decoded):
 def test_sliding_options_are_checked(small, pair):
     for options, message in (({"stride": 0}, "stride"), ({"frame_interval": 0}, "frame_interval")):
         with pytest.raises(ValueError, match=message):
-            list(tracks.slide(small, pair / "pair.mp4", pair / "pair.txt", **options))
+            tracks.slide(small, pair / "pair.mp4", pair / "pair.txt", **options)
 
 
 # Shell

@@ -346,7 +346,9 @@ def check_path(path: str | PathLike[str]) -> None:
 
 
 def check_folder(path: str | PathLike[str]) -> None:
-    """Raise NotADirectoryError if a `FeatureFolder` cannot be at `path`, before the work starts."""
+    """Raise ValueError or NotADirectoryError if a `FeatureFolder` cannot be at `path`, before the work starts."""
+    if Path(path).suffix.lower() in (".npz", ".parquet", ".npy", ".csv"):
+        raise ValueError(f"features of windows go to a folder, or to a file that ends in .npz or .parquet, got {str(path)!r}")
     if Path(path).exists() and not Path(path).is_dir():
         raise NotADirectoryError(f"{path} is a file; features of windows need a folder, or a name that ends in .npz or .parquet")
 

@@ -220,4 +220,4 @@ def _run(model: FeatureModel, spec: InputSpec, batch: list[tuple[int, int, list[
         features = model(clips).float().cpu()
     if not features.isfinite().all():
         raise ValueError("the model returned NaN or infinite values; check its weights")
-    return [Window(first, last, each) for (first, last, _), each in zip(batch, features, strict=True)]
+    return [Window(first, last, each.clone()) for (first, last, _), each in zip(batch, features, strict=True)]

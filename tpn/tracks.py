@@ -6,7 +6,7 @@ The video is decoded once for all tracks. In memory are one frame and the crops 
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -103,8 +103,17 @@ def slide(
         raise ValueError("the model has no classes (num_classes=0), and cannot classify tracks")
     requests = [_sliding_indices(len(track), spec, stride) for track in tracks]
     crops = [SquareCrops(track, spec.short_side) for track in tracks]
+    return _slide(tracks, requests, spec, _classify(classifier, video, crops, requests, spec))
+
+
+def _slide(
+    tracks: Sequence[Track],
+    requests: Sequence[Sequence[Indices]],
+    spec: InputSpec,
+    results: Iterable[tuple[int, Prediction | Unreadable]],
+) -> Generator[tuple[Track, list[Clip], Unreadable | None]]:
     found: dict[int, list[Clip]] = {place: [] for place in range(len(tracks))}
-    for place, result in _classify(classifier, video, crops, requests, spec):
+    for place, result in results:
         track, clips = tracks[place], found[place]
         if not isinstance(result, Prediction):
             yield track, found.pop(place), result

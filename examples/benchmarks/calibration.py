@@ -22,7 +22,7 @@ from rich.table import Table
 from settings import fold_lists
 
 import tpn
-from tpn.cli.script import run_cli
+from tpn.cli.script import positive_int, run_cli
 from tpn.training.metrics import Evaluation
 from tpn.video import motion
 from tpn.video.encode import write_video
@@ -70,17 +70,19 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="tpn_slowonly_tiny_motion")
     parser.add_argument("--views", help="such as 1x1; default: those of the model")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the division into folds")
+    parser.add_argument("--folds", type=positive_int, default=5, help="without {fold}; default: 5")
+    parser.add_argument("--seed", type=int, default=0, help="of the division into folds, without {fold}")
     args = parser.parse_args()
 
     if args.data.name == "motion" and not args.data.exists():
         render(args.data)
     if "{fold}" in args.model:
         lists = [(train.stem.removesuffix("_train"), test) for train, test in fold_lists(args.data)]
-        parts = [tpn.evaluate(args.model.format(fold=fold), test, views=args.views) for fold, test in lists]
+        parts = [tpn.evaluate(args.model.replace("{fold}", fold), test, views=args.views) for fold, test in lists]
     else:
         parts = divide(tpn.evaluate(args.model, args.data, views=args.views), args.folds, args.seed)
+    if len(parts) < 2:
+        raise ValueError(f"calibration needs at least two folds, got {len(parts)}")
     temperatures = [join([*parts[:fold], *parts[fold + 1 :]]).calibrate().temperature for fold in range(len(parts))]
     after = [each.at_temperature(temperature) for each, temperature in zip(parts, temperatures, strict=True)]
     rows = np.array([row_of(*each) for each in zip(parts, after, temperatures, strict=True)])

@@ -13,11 +13,13 @@ on the machine. The weights are random, except those of the tiny model.
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from timing import Bench
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import tpn
 from tpn.cli.script import positive_int, run_cli
@@ -60,7 +62,7 @@ def compare(bench: Bench, name: str, classifier: tpn.VideoClassifier, path: str,
         """Run the model on clips, uint8 (T, 3, H, W), in batches."""
         results = []
         with torch.inference_mode():
-            for batch in batches(clips, classifier.batch_size):
+            while batch := list(islice(clips, classifier.batch_size)):
                 x = spec.normalize(center_crop(torch.stack(batch).to(classifier.device), spec.crop_size))
                 results.append(model(x).cpu())
         return torch.cat(results)
@@ -78,37 +80,18 @@ def compare(bench: Bench, name: str, classifier: tpn.VideoClassifier, path: str,
     def one_pass() -> Tensor:
         return torch.stack([each.features for each in window_features(classifier, path, stride=stride, window=window)])
 
-    (expected, by_hand), (found, ours) = (count_macs(model, run) for run in (read_each_clip, one_pass))
+    (expected, by_hand), (found, ours) = (count_macs(run) for run in (read_each_clip, one_pass))
     print(f"{name}: {by_hand / len(starts) / 1e9:.2f} GMAC per window by hand, {ours / len(starts) / 1e9:.2f} by tpn")
     print(f"largest difference, relative to the largest feature: {(found - expected).abs().max() / expected.abs().max():.0e}")
     title = f"{name}: {len(starts)} windows of {window} frames, stride {stride}"
     bench.compare(title, {"read each clip": read_each_clip, "decode once": decode_once, "tpn": one_pass}, clips=len(starts))
 
 
-def count_macs(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """Return the result of a function, and the multiplications that convolutions and linear layers of the model did for it."""
-    macs = 0
-
-    def after(layer: nn.Module, args: object, result: Tensor) -> None:
-        nonlocal macs
-        macs += result.numel() * layer.weight[0].numel()  # type: ignore[operator, index]
-
-    hooks = [each.register_forward_hook(after) for each in model.modules() if isinstance(each, nn.Conv2d | nn.Conv3d | nn.Linear)]
-    result = run()
-    for hook in hooks:
-        hook.remove()
-    return result, macs
-
-
-def batches(clips: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
-    batch: list[Tensor] = []
-    for clip in clips:
-        batch.append(clip)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def count_macs(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Return the result of a function, and the multiplications of its convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    return result, counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")
     if as_json:
-        print_result(json.dumps(metrics.summary_of(result, model=model), ensure_ascii=False))
+        print_result(json.dumps(metrics.summary_of(result, model=model)))
         return
     values = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
     print_result(f"{plural(len(result.items), 'video')}, {plural(result.views, 'view')} each: {values}")

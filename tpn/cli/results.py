@@ -35,7 +35,7 @@ def print_prediction(
     best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
     if as_json:
         scores = [{"label": label, "probability": probability} for label, probability in best]
-        print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}, ensure_ascii=False))
+        print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}))
         return
     print_result(f"{video}{part}  ({plural(num_views, 'view')})")
     for label, probability in best:
@@ -48,9 +48,10 @@ def print_segment(segment: "Segment", label: str | None, part: str = "") -> None
     print_result(f"{part}{segment.start:.1f} s – {segment.end:.1f} s  {label or '-'}  {segment.probability:.1%}")
 
 
-def clip_entry(clip: "Clip", time: float) -> dict[str, Any]:
+def clip_entry(clip: "Clip", fps: float) -> dict[str, Any]:
     """Return the JSON object of a clip."""
-    return {"first": clip.first, "last": clip.last, "time": round(time, 4), "probs": [round(p, 6) for p in clip.probs.tolist()]}
+    probs = [round(p, 6) for p in clip.probs.tolist()]
+    return {"first": clip.first, "last": clip.last, "time": round(clip.time(fps), 4), "probs": probs}
 
 
 def segment_entry(segment: "Segment", label: str | None) -> dict[str, Any]:
@@ -78,19 +79,18 @@ class Curves:
         # Sums over the clips of each point.
         self._probs, self._times, self._counts = np.zeros((MAX_POINTS, len(labels))), np.zeros(MAX_POINTS), np.zeros(MAX_POINTS)
 
-    def add(self, time: float, probs: "NDArray[np.float32]", end: float) -> None:
-        """Add a clip with its middle and its end in seconds, and its probabilities (K,)."""
+    def add(self, clip: "Clip", fps: float) -> None:
         if self.num_clips == MAX_POINTS * self._clips_per_point:
             for sums in (self._probs, self._times, self._counts):
                 sums[: MAX_POINTS // 2] = sums[::2] + sums[1::2]
                 sums[MAX_POINTS // 2 :] = 0
             self._clips_per_point *= 2
         point = self.num_clips // self._clips_per_point
-        self._probs[point] += probs
-        self._times[point] += time
+        self._probs[point] += clip.probs.numpy()
+        self._times[point] += clip.time(fps)
         self._counts[point] += 1
         self.num_clips += 1
-        self.duration = end
+        self.duration = (clip.last + 1) / fps
 
     def means(self) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
         """Return times in seconds (N,) and probabilities (N, K)."""

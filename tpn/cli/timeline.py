@@ -233,10 +233,9 @@ def _follow(
 
         def recorded_clips() -> Iterator["Clip"]:
             for clip in _until_failure(_until_interrupt(clips) if source.live else clips, failures):
-                end = (clip.last + 1) / source.fps
-                document.add_clip(clip, clip.time(source.fps))
-                curves.add(clip.time(source.fps), clip.probs.numpy(), end)
-                progress.update(task, completed=clip.last + 1, description=f"{end:.1f} s")
+                document.add_clip(clip, source.fps)
+                curves.add(clip, source.fps)
+                progress.update(task, completed=clip.last + 1, description=f"{curves.duration:.1f} s")
                 yield clip
 
         for segment in tempo.segments(recorded_clips(), fps=source.fps, min_probability=min_probability):
@@ -294,8 +293,8 @@ class _JsonWriter:
         self._clip_separator = self._segment_separator = "\n"
         file.write(json.dumps(metadata)[:-1] + ', "clips": [')
 
-    def add_clip(self, clip: "Clip", time: float) -> None:
-        self._file.write(self._clip_separator + json.dumps(clip_entry(clip, time)))
+    def add_clip(self, clip: "Clip", fps: float) -> None:
+        self._file.write(self._clip_separator + json.dumps(clip_entry(clip, fps)))
         self._clip_separator = ",\n"
 
     def add_segment(self, segment: "Segment", label: str | None) -> None:

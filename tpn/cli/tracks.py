@@ -141,7 +141,7 @@ def timeline_tracks(
             if clips and picture is not None and len(panels) < MAX_PANELS:
                 curves = Curves(classifier.labels)
                 for clip in clips:
-                    curves.add(clip.time(fps), clip.probs.numpy(), (clip.last + 1) / fps)
+                    curves.add(clip, fps)
                 panels.append((f"track {track.id}", curves))
             captions.append((track, [_caption(*each, fps) for each in segments]))
         file.write("\n]}\n")
@@ -160,7 +160,7 @@ def _entry(
     """Return the JSON object of a track, with clips and segments as in that of a video."""
     return {
         **_facts(track, fps),
-        "clips": [clip_entry(clip, clip.time(fps)) for clip in clips],
+        "clips": [clip_entry(clip, fps) for clip in clips],
         "segments": [segment_entry(*each) for each in segments],
         "error": None if error is None else one_line_message(error),
     }

@@ -147,6 +147,7 @@ def check(
     If you interrupt it, the report lists the unreadable files found so far.
     """
     from tpn.config import InputSpec
+    from tpn.training.wording import plural
     from tpn.video import datasets, lists
 
     spec = InputSpec(num_frames=1)  # required by datasets, but no clip is taken
@@ -165,7 +166,7 @@ def check(
                 with report.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{item.name}\t{reason}\n")
     classes = {name for part in parts for name in part.classes}
-    print_result(f"{num_items} videos in {len(classes)} classes, {num_bad} unreadable")
+    print_result(f"{plural(num_items, 'video')} in {plural(len(classes), 'class')}, {num_bad} unreadable")
     if num_bad:
         err.print(f"error: {report} lists the unreadable files")
         raise typer.Exit(1)

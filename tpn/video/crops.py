@@ -56,6 +56,7 @@ def square_boxes(
     radius = np.minimum(np.minimum(place, place[::-1]), smoothing // 2)
     sums = np.vstack([np.zeros(3), values.cumsum(axis=0)])
     values = (sums[place + radius + 1] - sums[place - radius]) / (2 * radius + 1)[:, None]
+    values = values.round(6)  # the last digits of the sums must not decide how a half is rounded
     sides = np.maximum(np.round(values[:, 2:]), 1)
     corners = np.round(values[:, :2] - sides / 2)
     return track.first + place, np.hstack([corners, corners + sides]).astype(np.int64)

@@ -257,6 +257,6 @@ def import_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        message = 'Parquet files need pyarrow: pip install "tpn[parquet]", or use a CSV table, and .npz for features'
+        message = 'Parquet files need pyarrow: pip install "tpn[parquet]", or use .csv for tables and .npz for features'
         raise ImportError(message) from error
     return pyarrow, pyarrow.parquet
