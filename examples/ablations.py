@@ -222,7 +222,8 @@ def tables(rows: Rows) -> str:
     """Return all tables in Markdown."""
     lines = []
     for title, names in TABLES.items():
-        lines += [f"| {title} | top-1, % | to {names[0]} | parameters | MMACs | seeds | minutes |", "|---" + "|---:" * 6 + "|"]
+        columns = (title, "top-1, %", f"difference to {names[0]}", "parameters", "MMACs", "seeds", "minutes")
+        lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * 6 + "|"]
         for name in filter(rows.get, names):
             runs, reference = list(rows[name].values()), rows[names[0]]
             gains = [run["top1"] - reference[run["seed"]]["top1"] for run in runs if run["seed"] in reference]

@@ -256,7 +256,7 @@ def test_file_stays_small(tmp_path):
     assert len(page.all("img")) == STRIP_FRAMES * len(page.all("li"))
 
 
-def test_a_labelled_segment_is_linked_at_its_time(tmp_path, data):
+def test_a_labeled_segment_is_linked_at_its_time(tmp_path, data):
     items = [Item(str(tmp_path / "long.mp4"), 0, start=90.5, end=92)]
     result = evaluation_of([[0, 1]], classes="ab", targets=[[1, 0]], items=items)
     write_report(

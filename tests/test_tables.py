@@ -1,4 +1,4 @@
-"""Tables of labelled videos: columns, several labels, segments, and what is refused."""
+"""Tables of labeled videos: columns, several labels, segments, and what is refused."""
 
 import csv
 import logging

@@ -131,7 +131,7 @@ def test_forms_of_tracks(tmp_path):
         ("1,1,0.1,0.2,0.3,0.8\n2,1,0.5,0.2,0.3,0.8\n", "must be pixels"),
         ("1 1 0 0 2 2\n", "line 1: .*commas, got '1 1 0"),
         ("1,1,0,0,2,2\n1,2,0,0,two,2\n", "line 2: .*two"),
-        ("1,1,0,0,2,2\n0,1,0,0,2,2\n", "line 2: .*in MOT files 1"),
+        ("1,1,0,0,2,2\n0,1,0,0,2,2\n", "line 2: .*in MOT text at 1"),
         ("1,1,0,0,2,2\n2,1,0,0,0,2\n", "line 2: .*positive width"),
         ("1,1,0,0,nan,2\n", "line 1: .*finite"),
         ("1,1,inf,0,2,2\n", "line 1: .*finite"),

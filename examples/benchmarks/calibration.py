@@ -1,4 +1,4 @@
-"""Measure what calibration does: fit the temperature on all folds of labelled videos except one, and measure on that one.
+"""Measure what calibration does: fit the temperature on all folds of labeled videos except one, and measure on that one.
 
     python examples/benchmarks/calibration.py motion
     python examples/benchmarks/calibration.py videos/val --model runs/doors

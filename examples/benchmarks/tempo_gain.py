@@ -69,7 +69,7 @@ def measure(train: Path, test: Path, args: argparse.Namespace) -> dict[str, Any]
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         trained = tpn.train(train, model=start, output=folder, verbose=False, **options).model
         evaluation = tpn.evaluate(trained, test, workers=1)
-        result[name] = (100 * evaluation.class_accuracy).round(1).tolist()
+        result[name] = (100 * evaluation.class_accuracy).round(2).tolist()
         if neck is None:
             classifier = tpn.VideoClassifier(trained, device="cpu")
             dataset = VideoList(test, trained.input_spec, train=False, classes=trained.labels)

@@ -70,7 +70,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the accuracy of a model on labelled videos, each counted once.
+    """Measure the accuracy of a model on labeled videos, each counted once.
 
     The weights of the model are loaded. With --output, the same command resumes an interrupted run. Unreadable videos are listed
     and not counted; the same command reads only them again. On 8 GPUs: torchrun --nproc-per-node 8 -m tpn evaluate ...

@@ -42,10 +42,11 @@ def features(
     ] = None,
     views: ViewsOption = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Write one row per window, whose step from one to the next is so many frames.")
+        int | None, typer.Option(min=1, help="Write one row per window: frames from the start of a window to that of the next.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Frames that a window spans. Default: as published. Needs --stride.")
+        int | None,
+        typer.Option(min=1, help="The model's frames times the step between them. Default: as published. Needs --stride."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16"] | None, typer.Option(help="Type of the .npy files. Default: float32. Needs --stride.")

@@ -64,7 +64,7 @@ class DataFacts:
     Attributes:
         videos: number of training videos.
         class_counts: of each class.
-        frames: median number of frames of a video, or of a labelled part; None if no header states it.
+        frames: median number of frames of a video, or of a labeled part; None if no header states it.
         fps: median frame rate, None if unknown.
     """
 
@@ -110,7 +110,7 @@ def open_data(data: str, config: TrainConfig, model: TPNClassifier) -> TrainData
     if val is not None:
         given = open_validation(val, spec, classes=whole.classes, **options)
         train = whole.part(_train_items(data, whole), train=True)
-        return TrainData(train, given.part(_as_labelled(val, given.items, whole), train=False), how)
+        return TrainData(train, given.part(_as_labeled(val, given.items, whole), train=False), how)
     if any(item.split for item in whole.items):
         return _divide_by_column(data, whole)
     return _divide_by_class(whole, config)
@@ -143,7 +143,7 @@ def _train_items(source: str, data: VideoDataset) -> list[Item]:
     return chosen
 
 
-def _as_labelled(source: str, items: Sequence[Item], like: VideoDataset) -> list[Item]:
+def _as_labeled(source: str, items: Sequence[Item], like: VideoDataset) -> list[Item]:
     """Return items whose labels have the form of another dataset: tuples in a multi-label one."""
     if like.multi_label:
         return [replace(item, label=item.labels) for item in items]

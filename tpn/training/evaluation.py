@@ -1,4 +1,4 @@
-"""Measure a model on labelled videos, each counted once: `tpn.evaluate`, and the validation of a training."""
+"""Measure a model on labeled videos, each counted once: `tpn.evaluate`, and the validation of a training."""
 
 import base64
 import hashlib
@@ -63,7 +63,7 @@ def evaluate(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure the accuracy of a model on labelled videos, or the average precision of a multi-label model.
+    """Measure the accuracy of a model on labeled videos, or the average precision of a multi-label model.
 
     Every video counts once. Unreadable videos are not counted; `failed` of the result lists them. Under torchrun, each process
     classifies a share of the videos, and all of them return the whole result.

@@ -78,7 +78,7 @@ def train(
     observer: "Observer | None" = None,
     **options: Any,
 ) -> TrainResult:
-    """Train a model on labelled videos, or fine-tune a published one.
+    """Train a model on labeled videos, or fine-tune a published one.
 
     Args:
         data: a folder of class folders, a folder with such folders named train and val, or a table or list of videos.

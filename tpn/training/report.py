@@ -56,7 +56,7 @@ def write_report(
 
     Args:
         path: of the file.
-        evaluation: of a model on labelled videos. None leaves out its parts.
+        evaluation: of a model on labeled videos. None leaves out its parts.
         data: dataset of the evaluation, from which the frames of mistakes are read.
         title: heading, in plain text.
         facts: what else is known, text by name.

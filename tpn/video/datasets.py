@@ -273,7 +273,7 @@ class VideoFolder(_VideoFiles):
 
 
 class VideoList(_VideoFiles):
-    """Videos, or labelled segments of long videos, from a table or a list.
+    """Videos, or labeled segments of long videos, from a table or a list.
 
     A table is a CSV or Parquet file with a header: the columns path and label, and optionally start and end in seconds, split,
     and group; see `tpn.video.tables`. Several labels in one cell are separated by "|". If any cell has several, or if the column

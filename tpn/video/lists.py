@@ -1,4 +1,4 @@
-"""Find labelled videos: in folders, in lists with "path label" or "folder num_frames label", and in Kinetics' CSV files."""
+"""Find labeled videos: in folders, in lists with "path label" or "folder num_frames label", and in Kinetics' CSV files."""
 
 import csv
 import logging

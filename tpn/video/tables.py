@@ -1,4 +1,4 @@
-"""Read and write tables of labelled videos, CSV or Parquet, with these columns in any order:
+"""Read and write tables of labeled videos, CSV or Parquet, with these columns in any order:
 
     path         video file, or folder of extracted frames
     label        class name, or number from 0; several classes of a video are separated by "|"

@@ -173,7 +173,7 @@ def _check(rows: Boxes, place: Callable[[int], str]) -> None:
     sizes = corners[:, 2:] - corners[:, :2]
     for is_bad, problem in (
         (~np.isfinite(rows).all(axis=1), "all numbers must be finite"),
-        (numbers[:, 0] < 0, "the first frame is 0, in MOT files 1"),
+        (numbers[:, 0] < 0, "frames start at 0, in MOT text at 1: add 1 to all frames of such a file"),
         (numbers[:, 0] > MAX_FRAME, f"frame must be at most {MAX_FRAME:,}"),
         (numbers[:, 1] < 0, "id must be at least 0; detections without a track have -1, and need a tracker first"),
         (numbers[:, 1] > MAX_ID, f"id must be at most {MAX_ID:,}"),
