@@ -108,7 +108,7 @@ def quantize(
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function also changes the handlers of others
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level also changes the handlers of others
     decide = _classes_above_half if model.multi_label else _most_probable
 
     def to_clip(pair: tuple[Tensor, Any]) -> NDArray[np.float32]:
