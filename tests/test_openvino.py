@@ -80,7 +80,7 @@ def clips(tmp_path_factory):
     [
         "tiny",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("levels of other lengths", "no temporal modulation")),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("TSM", "timm, shifted", "torchvision")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("SlowOnly R50", "TSM", "timm, shifted", "torchvision")),
         "own",
     ],
 )

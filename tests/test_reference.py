@@ -37,42 +37,26 @@ def test_table_of_published_weights():
         assert row["params"] in (None, tpn.model_info(entry.name).params)
 
 
-def model_of(manifest, name, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [("tpn_slowonly_r50_k400", "mmaction2_tpn_slowonly_r50_8x8_k400"), ("tpn_tsm_r50_sthv1", "mmaction2_tpn_tsm_r50_sthv1")],
+)
+def test_published_protocol_on_a_real_video(name, manifest, tmp_path):
+    expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")
     state = upstream_state_dict(manifest)
     state = {k: torch.as_tensor(v) * (0.2 if k.startswith("cls_head.fc_cls") else 1) for k, v in state.items()}
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
-    return tpn.create_model(name, checkpoint_path=tmp_path / "weights.pth")
-
-
-def assert_logits(views, expected):
-    np.testing.assert_allclose(views, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-
-
-@pytest.mark.slow
-def test_published_protocol_on_a_real_video(tmp_path):
-    manifest = "mmaction2_tpn_tsm_r50_sthv1"
-    expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")
-    model = model_of(manifest, "tpn_tsm_r50_sthv1", tmp_path)
+    model = tpn.create_model(name, checkpoint_path=tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
     prediction = tpn.VideoClassifier(model, precision="float32")(VIDEOS / "arm_wrestling.mp4")
     np.testing.assert_allclose(prediction.probs, expected["probs"], rtol=0, atol=1e-4)
-    assert_logits(prediction.view_logits, expected["view_logits"])
+    bound = 2e-5 * np.abs(expected["view_logits"]).max()
+    np.testing.assert_allclose(prediction.view_logits, expected["view_logits"], rtol=0, atol=bound)
     if fastest_dtype(torch.device("cpu")) == torch.bfloat16:  # minutes for each view otherwise
         half = tpn.VideoClassifier(model, precision="bfloat16")(VIDEOS / "arm_wrestling.mp4")
         np.testing.assert_allclose(half.probs, expected["probs"], rtol=0, atol=5e-3)
         assert half.top(1)[0][0] == prediction.top(1)[0][0]
-
-
-@pytest.mark.slow
-def test_views_of_a_real_video(tmp_path):
-    """The first and the last of SlowOnly's ten clips; all of them take minutes."""
-    manifest = "mmaction2_tpn_slowonly_r50_8x8_k400"
-    expected = np.load(FIXTURES / f"e2e_{manifest}_arm_wrestling_s0.npz")["view_logits"].reshape(3, 10, 400)
-    classify = tpn.VideoClassifier(model_of(manifest, "tpn_slowonly_r50_k400", tmp_path), precision="float32")
-    video = VIDEOS / "arm_wrestling.mp4"
-    indices = classify.spec.indices(probe(video).num_frames)[[0, -1]]
-    distinct, positions = np.unique(indices, return_inverse=True)
-    (prediction,) = classify.classify_each([(read_frames(video, distinct), torch.from_numpy(positions.reshape(indices.shape)))])
-    assert_logits(prediction.view_logits, expected[:, [0, -1]].reshape(6, 400))
 
 
 @pytest.mark.parametrize(
