@@ -11,7 +11,7 @@ from test_cli import run
 from test_metrics import evaluation
 
 import tpn
-from tpn import VideoClassifier, demo, exported, tempo
+from tpn import VideoClassifier, exported, tempo
 from tpn.explain import explain
 from tpn.models.features import FeatureModel
 from tpn.models.heads import ClassificationHead, change_temperature, class_probs
@@ -176,12 +176,10 @@ def test_training_loss_does_not_use_it(hot):
         assert torch.equal(hot(clips), small_model()(clips))
 
 
-def test_explanations_and_pictures(hot, videos):
+def test_explanations(hot, videos):
     explanation = explain(hot, videos / "0.mp4", target="growing")
     one = VideoClassifier(hot)(videos / "0.mp4")
     assert explanation.probability == pytest.approx(float(one.probs[2]), abs=1e-5)
-    analysis = demo.analyze(VideoClassifier(hot), videos / "0.mp4")
-    torch.testing.assert_close(torch.from_numpy(analysis.probs), (analysis.prediction.view_logits / 2.5).softmax(dim=1))
 
 
 def test_optimized(hot, videos):

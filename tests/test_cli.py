@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from videos import write_video
 import tpn
 from tpn import cli
 from tpn.cli import models, results
+from tpn.models.classifier import TPNClassifier
 from tpn.zoo import saved
 from tpn.zoo.checkpoints import get_checkpoint
 
@@ -65,22 +67,96 @@ def test_precision(folder):
 
 
 def test_unreadable_files_are_reported_and_skipped(folder):
-    videos = ["a video.mp4", "empty.mp4", "missing.mp4", ".", "text.mp4", "b.mp4"]
+    videos = ["a video.mp4", "empty.mp4", "missing.mp4", "text.mp4", "b.mp4"]
     done = run("predict", *videos, "-m", "local-dir:model", "--views", "1x1", "--json", cwd=folder)
     assert done.returncode == 1
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["file"] for row in rows] == videos
-    assert ["error" in row for row in rows] == [False, True, True, True, True, False]
+    assert ["error" in row for row in rows] == [False, True, True, True, False]
     assert sum(p["probability"] for p in rows[0]["top"]) <= 1 + 1e-6
     assert len(rows[0]["top"]) == 5
     errors = done.stderr.splitlines()
-    assert [line.split(": ")[:2] for line in errors] == [["error", name] for name in videos[1:5]]
+    assert [line.split(": ")[:2] for line in errors] == [["error", name] for name in videos[1:4]]
+
+
+ONE_VIEW = ("-m", "local-dir:model", "--views", "1x1")
+
+
+@pytest.fixture
+def tree(folder, tmp_path):
+    """A folder with videos at several depths and other files, a folder without videos, and the saved model."""
+    for name in ("videos/b.mp4", "videos/deep/er/[red]c[/].MKV", "videos/a.mp4", "videos/.hidden/d.mp4", "videos/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(folder / "b.mp4")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "model").symlink_to(folder / "model")
+    return tmp_path
+
+
+def test_folders_stand_for_the_videos_below_them(tree):
+    done = run("predict", "videos/notes.txt", "videos", *ONE_VIEW, "--top", 1, cwd=tree)
+    assert done.returncode == 0, done.stderr
+    names = ["videos/notes.txt", "videos/a.mp4", "videos/b.mp4", "videos/deep/er/[red]c[/].MKV"]
+    assert done.stdout.splitlines()[::2] == [f"{name}  (1 view)" for name in names]
+
+
+def test_folders_without_videos_are_errors(tree):
+    done = run("predict", "nothing", "--model", "nonsense", cwd=tree)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: nothing: no videos in this folder\n")
+    done = run("predict", "nothing", "videos/a.mp4", *ONE_VIEW, "--json", cwd=tree)
+    assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in this folder\n")
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == ["nothing", "videos/a.mp4"]
+
+
+def test_csv(tree):
+    (tree / "a, b.mp4").touch()
+    done = run("predict", "videos/a.mp4", "a, b.mp4", *ONE_VIEW, "--top", 2, "--csv", cwd=tree)
+    assert (done.returncode, done.stderr) == (1, "error: a, b.mp4: the file is empty\n")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert list(rows[0]) == ["path", "rank", "label", "probability", "error"]
+    top = json.loads(run("predict", "videos/a.mp4", *ONE_VIEW, "--top", 2, "--json", cwd=tree).stdout)["top"]
+    assert [(row["path"], row["rank"], row["label"], float(row["probability"])) for row in rows[:2]] == [
+        ("videos/a.mp4", str(i), each["label"], each["probability"]) for i, each in enumerate(top, start=1)
+    ]
+    assert list(rows[2].values()) == ["a, b.mp4", "", "", "", "a, b.mp4: the file is empty"]
+    assert len(rows) == 3
+    none = run("predict", "videos/a.mp4", *ONE_VIEW, "--min-probability", 1, "--csv", cwd=tree).stdout
+    assert none.splitlines()[1:] == ["videos/a.mp4,,,,"]
+    assert run("predict", "videos", "--csv", "--json", cwd=tree).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["predict", "demo", "timeline", "explain", "check", "features"])
+@pytest.mark.parametrize("address", ["https://host.example/a%20b.mp4", "s3://bucket/a.mp4", "rtsp://camera:554/1"])
+def test_urls_are_refused(tmp_path, command, address):
+    options = ["--output", "a.npz"] if command == "features" else []
+    done = run(command, address, *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {address} .*download it.*\n", done.stderr)
+
+
+def test_weights_that_need_a_manual_download_are_refused_at_once(folder, monkeypatch):
+    monkeypatch.setattr(TPNClassifier, "from_config", lambda *_, **__: pytest.fail("the model was built"))
+    for command in (
+        ["predict"],
+        ["timeline"],
+        ["demo"],
+        ["explain"],
+        ["features", "--output", "a.npz"],
+        ["evaluate"],
+        ["export"],
+    ):
+        name = "tpn_slowonly_r50_k400.original"
+        args = [name, "--format", "pt2"] if command == ["export"] else ["b.mp4", "--model", name]
+        done = run(*command, *([name, "."] if command == ["evaluate"] else args), cwd=folder, TPN_CACHE=str(folder / "cache3"))
+        assert done.returncode == 1
+        assert re.fullmatch(rf"(.*rendered.*\n)?error: .*{name} .*https://drive.*tpn convert FILE --model {name}\n", done.stderr)
 
 
 def test_json_is_ascii(capsys):
     """Whatever the encoding of the output: one that lacks a character would write an escape that JSON does not have."""
     prediction = SimpleNamespace(top=lambda *_, **__: [("Tür", 1.0)], view_logits=[0])
-    results.print_prediction(Path("é😀.mp4"), prediction, 1, as_json=True)
+    results.PredictionPrinter("json", 1).prediction(Path("é😀.mp4"), prediction)
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert json.loads(printed)["file"] == "é😀.mp4"
@@ -94,7 +170,7 @@ def test_missing_files_are_reported_before_the_model_is_downloaded(folder):
         "none.mp4: No such file or directory",
     ]
     assert done.stderr == "error: no.mp4: No such file or directory\nerror: none.mp4: No such file or directory\n"
-    for command in (["explain"], ["timeline"], ["demo"], ["features", "--out", "a.npz"]):
+    for command in (["explain"], ["timeline"], ["demo"], ["features", "--output", "a.npz"]):
         done = run(*command, "no.mp4", "--model", "nonsense", cwd=folder)
         assert (done.returncode, done.stderr) == (1, "error: no.mp4: No such file or directory\n")
     (folder / "folder.onnx").mkdir()
@@ -111,7 +187,8 @@ def test_missing_files_are_reported_before_the_model_is_downloaded(folder):
         (["predict", "b.mp4", "--model", "nonsense"], 1, "unknown model 'nonsense'"),
         (["predict", "b.mp4", "--model", "local-dir:nowhere"], 1, "nowhere"),
         (["predict", "b.mp4", "-m", NAME, "--checkpoint", "empty.mp4"], 1, "empty.mp4: the file is empty"),
-        (["predict", "b.mp4", "-m", "local-dir:model", "--device", "warp"], 1, "cannot use device 'warp'"),
+        (["predict", "b.mp4", "-m", "local-dir:model", "--device", "warp"], 1, "got 'warp'"),
+        (["predict", "b.mp4", "--precision", "int4"], 2, "'bfloat16'"),
         (["predict"], 2, "Missing argument"),
         (["list", "zzz*"], 1, "no model matches 'zzz*'"),
         (["convert", "text.mp4", "-m", NAME], 1, "neither a safetensors nor a PyTorch file"),

@@ -1,5 +1,6 @@
 """The model that ships with tpn, and `tpn demo`."""
 
+import re
 import socket
 
 import numpy as np
@@ -13,8 +14,9 @@ from videos import write_video
 
 import tpn
 from tpn import demo
-from tpn.predict import VideoClassifier
+from tpn.cli import drawing
 from tpn.video import motion
+from tpn.zoo import fetch
 from tpn.zoo.checkpoints import get_checkpoint
 
 NAME = "tpn_slowonly_tiny_motion"
@@ -56,42 +58,40 @@ def test_accuracy_without_motion_is_near_chance(classifier, tmp_path):
     assert np.mean(right) < 0.25
 
 
-def test_rendered_video_is_classified_scene_by_scene(classifier, tmp_path):
-    demo.render_video(tmp_path / "demo.mp4")
-    analysis = demo.analyze(classifier, tmp_path / "demo.mp4")
-    assert {name for name, _ in analysis.prediction.top(5)} == {name for name, _ in demo.SCENES}
-    for i, (name, _) in enumerate(demo.SCENES):
-        middle = (i + 0.5) * demo.SCENE_FRAMES / motion.FPS
-        nearest = np.abs(analysis.times - middle).argmin()
-        assert motion.CLASSES[analysis.probs[nearest].argmax()] == name
-    np.testing.assert_allclose(analysis.probs.mean(axis=0), analysis.prediction.probs, atol=1e-6)
-    assert analysis.duration == pytest.approx(len(demo.SCENES) * demo.SCENE_FRAMES / motion.FPS)
-
-
-def test_command(tmp_path):
+def test_rendered_video_is_classified_scene_by_scene(tmp_path):
+    """What the command prints, and the files that it writes."""
     done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    found = [re.fullmatch(r"([\d.]+) s – ([\d.]+) s  (.+)  ([\d.]+)%", line).groups() for line in done.stdout.splitlines()]
+    named = [(float(start), float(end), name) for start, end, name, _ in found if name != "-"]
+    assert [name for *_, name in named] == [name for name, _ in demo.SCENES]
+    for i, (start, end, _) in enumerate(named):
+        assert start < (i + 0.5) * demo.SCENE_FRAMES / motion.FPS < end
+    assert done.stderr == "rendered tpn-demo.mp4\nwrote tpn-demo.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tpn-demo.mp4", "tpn-demo.png"]
-    assert len(done.stdout.splitlines()) == 6
-    assert "wrote tpn-demo.png" in done.stderr
     with Image.open(tmp_path / "tpn-demo.png") as picture:
         assert min(picture.size) > 500
 
 
 def test_your_own_video(tmp_path):
-    write_video(tmp_path / "mine.mp4", num_frames=3)
-    done = run("demo", "mine.mp4", "--output", "picture.png", cwd=tmp_path)
+    write_video(tmp_path / "my own.mp4", num_frames=3)
+    done = run("demo", "my own.mp4", "--output", "picture.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("mine.mp4")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.mp4", "picture.png"]
-    (tmp_path / "mine.mp4").write_bytes(b"broken")
-    done = run("demo", "mine.mp4", cwd=tmp_path)
+    assert done.stdout.startswith("0.0 s – 0.1 s  ")
+    note, wrote = done.stderr.splitlines()
+    assert re.fullmatch(rf"{NAME} .*rendered motion only.* tpn timeline 'my own.mp4'", note)
+    assert wrote == "wrote picture.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my own.mp4", "picture.png"]
+    tpn.save_pretrained(tpn.create_model(NAME, base_channels=4), tmp_path / "model")
+    assert run("demo", "my own.mp4", "--model", "./model", cwd=tmp_path).stderr == "wrote tpn-demo.png\n"
+    (tmp_path / "my own.mp4").write_bytes(b"broken")
+    done = run("demo", "my own.mp4", "--model", "./model", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "not a video" in done.stderr
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(drawing, "has_matplotlib", lambda: False)
     done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "tpn-demo.png").exists()
@@ -99,8 +99,10 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert 'pip install "tpn[viz]"' in done.stderr
 
 
-def test_models_of_segments_have_no_predictions_along_time(tmp_path):
-    model = tpn.create_model("tpn_tsm_r50_sthv1", base_channels=4)
-    write_video(tmp_path / "mine.mp4", num_frames=12)
-    with pytest.raises(ValueError, match="samples segments"):
-        demo.analyze(VideoClassifier(model), tmp_path / "mine.mp4")
+@pytest.mark.parametrize("command", ["demo", "timeline"])
+def test_models_of_segments_are_refused_before_their_weights_are_loaded(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(fetch, "weights_file", lambda *_, **__: pytest.fail("weights"))
+    write_video(tmp_path / "mine.mp4", num_frames=3)
+    done = run(command, "mine.mp4", "--model", "tpn_tsm_r50_sthv1", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "samples 8 segments" in done.stderr

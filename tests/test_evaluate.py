@@ -330,7 +330,7 @@ def test_a_frame_interval_is_refused_before_the_download(folder, server, monkeyp
     [
         (["model", "list.txt", "--views", "3"], 2, "CLIPSxCROPS"),
         (["model", "list.txt", "--dump", "x.csv"], 2, ".json, .pkl, .npz"),
-        (["model", "list.txt", "--device", "warp"], 1, "error: cannot use device 'warp'"),
+        (["model", "list.txt", "--device", "warp"], 1, "error: device must be cpu, cuda, cuda:N, mps, or xpu, got 'warp'"),
         (["model", "nowhere.txt"], 1, "error: nowhere.txt: No such file or directory"),
         (["nothing", "list.txt"], 1, "error: unknown model 'nothing'"),
         (["./nothing", "list.txt"], 1, "error: unknown model './nothing'; there is no such folder"),

@@ -16,7 +16,7 @@ from test_models import randomize_norms
 from torch import nn
 
 import tpn
-from tpn import demo
+from tpn.cli import explain as cli_explain
 from tpn.explain import explain, grad_cam, occlusion, overlay
 from tpn.models.layers import freeze_batch_norm
 from tpn.video import motion
@@ -305,6 +305,6 @@ def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options)
 
 
 def test_command_without_matplotlib(video, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(cli_explain, "has_matplotlib", lambda: False)
     done = run("explain", video, "-m", NAME, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, 'error: pictures need matplotlib: pip install "tpn[explain]"\n')

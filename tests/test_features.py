@@ -251,16 +251,16 @@ def test_other_files_are_refused(folder):
 
 
 def test_command(folder):
-    done = run("features", ".", "--out", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
+    done = run("features", ".", "--output", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
     assert done.returncode == 1
     assert done.stdout == "out.npz: 3 videos added, 0 already there, 1 unreadable\n"
     assert done.stderr.startswith("error: bad.mp4: not a video")
     (folder / "bad.mp4").unlink()
-    again = run("features", "0.mp4", "1.mp4", "--out", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
+    again = run("features", "0.mp4", "1.mp4", "--output", "out.npz", "--model", TINY, "--views", "2x1", cwd=folder)
     assert (again.returncode, again.stdout) == (0, "out.npz: 0 videos added, 2 already there, 0 unreadable\n")
-    unknown = run("features", "0.mp4", "--out", "o.npz", "--model", TINY, "--feature", "c9", cwd=folder)
-    assert unknown.returncode == 1
-    assert unknown.stderr.startswith("error: no intermediate map 'c9'; there are c4, c5,")
+    unknown = run("features", "0.mp4", "--output", "o.npz", "--model", TINY, "--feature", "c9", cwd=folder)
+    assert unknown.returncode == 2
+    assert re.search("--feature.*'c9'; there are c4, c5,", " ".join(unknown.stderr.replace("│", "").split()))
     assert not (folder / "o.npz").exists()
 
 
@@ -270,18 +270,18 @@ def test_interrupted_command(folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(features, "extract", interrupted)
-    done = run("features", "0.mp4", "1.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
+    done = run("features", "0.mp4", "1.mp4", "--output", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (130, "")
     assert re.fullmatch(r"interrupted; added 1 video to a\.npz.*\n", done.stderr)
 
 
 def test_empty_folders_and_deleted_videos(folder):
     (folder / "nothing").mkdir()
-    done = run("features", "nothing", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
+    done = run("features", "nothing", "0.mp4", "--output", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stderr) == (1, "error: nothing: no videos in this folder\n")
     assert done.stdout == "a.npz: 1 video added, 0 already there, 0 unreadable\n"
     (folder / "0.mp4").unlink()  # its row is in the file
-    done = run("features", "0.mp4", "--out", "a.npz", "--model", TINY, cwd=folder)
+    done = run("features", "0.mp4", "--output", "a.npz", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (0, "a.npz: 0 videos added, 1 already there, 0 unreadable\n")
 
 

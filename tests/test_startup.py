@@ -40,9 +40,13 @@ del os.environ["_TPN_COMPLETE"]
 run("list")
 run("list", "zzz*", code=1)
 run("info", "tpn_slowonly_r50_k4000", code=1)
+run("predict", "missing.mp4", code=1)
+run("predict", sys.executable, "--precision", "int4", code=2)
+run("predict", sys.executable, "--model", "nonsense", code=1)
 heavy.remove("huggingface_hub")  # its settings name the folder of the cache
 run("list", "--weights")
 run("info", "tpn_slowonly_r50_k400")
+run("predict", sys.executable, "--model", "tsm_r50_sthv1.original", code=1)  # needs a manual download
 """
 
 
@@ -65,6 +69,10 @@ def complete(monkeypatch, *words):
         (["predict", "--prec"], ["--precision"]),
         (["train", "--layer"], ["--layer-decay"]),
         (["explain", "v.mp4", "--method", "grad"], ["grad-cam"]),
+        (["predict", "--precision", "b"], ["bfloat16"]),
+        (["timeline", "--precision", "a"], ["auto"]),
+        (["export", "model", "--format", "o"], ["onnx", "openvino"]),
+        (["train", "--amp", "b"], ["bfloat16"]),
         (["info", "tsm_r50_sthv1."], ["tsm_r50_sthv1.original"]),
         *(
             ([*command, "tpn_tsm_r50"], ["tpn_tsm_r50_sthv1", "tpn_tsm_r50_sthv2"])

@@ -456,14 +456,14 @@ def test_damaged_videos(folder, images):
 
 def test_command(folder):
     (folder / "videos" / "no.mp4").write_text("no video")
-    done = run("features", "videos", "--stride", "16", "--window", "16", "--out", "out", "--model", TINY, cwd=folder)
+    done = run("features", "videos", "--stride", "16", "--window", "16", "--output", "out", "--model", TINY, cwd=folder)
     assert (done.returncode, done.stdout) == (1, "out: 3 videos added, 0 already there, 1 unreadable\n")
     assert done.stderr.startswith("error: videos/no.mp4: not a video")
     assert np.load(folder / "out" / "Übung" / "走る.x.npy").shape == (1, 128)
     (folder / "videos" / "no.mp4").unlink()
-    again = run("features", "videos", "--stride", "16", "--window", "16", "--out", "out", "--model", TINY, cwd=folder)
+    again = run("features", "videos", "--stride", "16", "--window", "16", "--output", "out", "--model", TINY, cwd=folder)
     assert (again.returncode, again.stdout) == (0, "out: 0 videos added, 3 already there, 0 unreadable\n")
-    both = run("features", "videos/a.mp4", "videos/Übung/a.mp4", "--stride", "16", "--out", "b", "--model", TINY, cwd=folder)
+    both = run("features", "videos/a.mp4", "videos/Übung/a.mp4", "--stride", "16", "--output", "b", "--model", TINY, cwd=folder)
     assert both.returncode == 1
     assert both.stderr.startswith("error: b/a.npy would have the features of")
 
@@ -471,14 +471,14 @@ def test_command(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stride", "0", "--out", "d"], "--stride"),
-        (["--window", "16", "--out", "a.npz"], "--window.*needs --stride"),
-        (["--dtype", "float16", "--out", "a.npz"], "--dtype.*needs --stride"),
-        (["--stride", "4", "--level", "clip", "--out", "d"], "--level.*not valid with --stride"),
-        (["--stride", "4", "--views", "1x1", "--out", "d"], "--views.*not valid with --stride"),
-        (["--out", "d"], r"\.npz or \.parquet, got 'd'"),
-        (["--stride", "4", "--out", "videos/a.mp4"], "is a file"),
-        (["--stride", "4", "--out", "a.NPZ"], r"\.npz or \.parquet, got 'a\.NPZ'"),
+        (["--stride", "0", "--output", "d"], "--stride"),
+        (["--window", "16", "--output", "a.npz"], "--window.*needs --stride"),
+        (["--dtype", "float16", "--output", "a.npz"], "--dtype.*needs --stride"),
+        (["--stride", "4", "--level", "clip", "--output", "d"], "--level.*not valid with --stride"),
+        (["--stride", "4", "--views", "1x1", "--output", "d"], "--views.*not valid with --stride"),
+        (["--output", "d"], r"\.npz or \.parquet, got 'd'"),
+        (["--stride", "4", "--output", "videos/a.mp4"], "is a file"),
+        (["--stride", "4", "--output", "a.NPZ"], r"\.npz or \.parquet, got 'a\.NPZ'"),
     ],
 )
 def test_command_with_wrong_options(folder, options, message):

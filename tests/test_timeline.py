@@ -21,8 +21,8 @@ from two_motions import FPS, NAME, SPAN, numbers, raw
 from videos import write_video as write_numbered
 
 import tpn
-from tpn import demo, predict, tempo
-from tpn.cli import results, timeline
+from tpn import predict, tempo
+from tpn.cli import drawing, follow
 from tpn.video import live, motion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,10 +85,31 @@ def test_standard_input_and_an_array_give_the_same(classifier, motions, tmp_path
 
 
 def test_without_matplotlib(motions, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "has_matplotlib", lambda: False)
-    done = command_line(motions / "both.mp4", "--stride", 100, cwd=tmp_path)
+    monkeypatch.setattr(drawing, "has_matplotlib", lambda: False)
+    done = command_line(motions / "both.mp4", "--stride", 30, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, 'no picture without matplotlib: pip install "tpn[viz]"\n')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stride_that_skips_frames_is_reported(motions, tmp_path):
+    for stride, note in ((SPAN, ""), (SPAN + 1, "--stride 32 is longer than a clip of 31 frames")):
+        done = command_line(motions / "both.mp4", "--stride", stride, cwd=tmp_path)
+        assert (done.returncode, done.stderr.startswith(note or "wrote")) == (0, True), done.stderr
+
+
+def test_pictures_are_spaced_evenly_and_few():
+    strip = drawing.Strip()
+    frames = (torch.full((3, 4, 4), i % 256, dtype=torch.uint8) for i in range(3000))
+    for i, frame in enumerate(strip.watch(frames)):
+        assert int(frame[0, 0, 0]) == i % 256
+        assert len(strip._kept) <= drawing.MAX_KEPT
+    found = strip.pictures()
+    assert len(found) == drawing.NUM_PICTURES
+    assert list(found) == pytest.approx([150 + 300 * i for i in range(10)], abs=64)
+    assert all(int(picture[0, 0, 0]) == i % 256 for i, picture in found.items())
+    short = drawing.Strip()
+    assert len(list(short.watch(iter(torch.zeros(3, 3, 4, 4, dtype=torch.uint8))))) == 3
+    assert list(short.pictures()) == [0, 1, 2]
 
 
 def test_clips_before_an_error_are_written(motions, tmp_path, monkeypatch):
@@ -151,8 +172,8 @@ def test_interrupt_while_waiting_for_a_frame(motions, tmp_path, monkeypatch, num
 
 def test_interrupt_while_writing_a_clip(motions, tmp_path, monkeypatch):
     """Of a pipe, the clip is kept; of a file, nothing is."""
-    add = timeline._JsonWriter.add_clip
-    monkeypatch.setattr(timeline._JsonWriter, "add_clip", lambda *args: (signal.raise_signal(signal.SIGINT), add(*args)))
+    add = follow._JsonWriter.add_clip
+    monkeypatch.setattr(follow._JsonWriter, "add_clip", lambda *args: (signal.raise_signal(signal.SIGINT), add(*args)))
     done = command_line(motions / "both.mp4", "--json", "a.json", cwd=tmp_path)
     assert done.returncode == 130
     assert not list(tmp_path.iterdir())
@@ -179,8 +200,8 @@ def test_interrupted_camera_that_hangs(motions, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             gone.wait(20)
 
-    add = timeline._JsonWriter.add_clip
-    monkeypatch.setattr(timeline._JsonWriter, "add_clip", lambda *args: (add(*args), seen.set()))
+    add = follow._JsonWriter.add_clip
+    monkeypatch.setattr(follow._JsonWriter, "add_clip", lambda *args: (add(*args), seen.set()))
     monkeypatch.setattr(live, "Camera", Hanging)
     done = command_line("--camera", "7", "--size", "112x112", "--stride", 100, "--json", "a.json", cwd=tmp_path)
     (reader,) = (thread for thread in threading.enumerate() if thread.name == "tpn-live")
@@ -257,7 +278,7 @@ def test_models_of_segments_need_an_interval(motions, tmp_path):
     model = ("timeline", motions / "both.mp4", "--model", "local-dir:model", "--device", "cpu")
     done = run(*model, cwd=tmp_path)
     assert done.returncode == 1
-    assert "pass frame_interval (--frame-interval)" in done.stderr
+    assert "pass frame_interval (tpn timeline --frame-interval)" in done.stderr
     done = run(*model, "--frame-interval", 4, "--stride", 40, "--json", "a.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = read_document(tmp_path)
@@ -265,19 +286,19 @@ def test_models_of_segments_need_an_interval(motions, tmp_path):
 
 
 def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "MAX_POINTS", 8)
+    monkeypatch.setattr(drawing, "MAX_POINTS", 8)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(3), size=50).astype(np.float32)
-    curves = results.Curves(("a", "b", "c"))
+    curves = drawing.Curves(("a", "b", "c"), 1.0)
     for i, row in enumerate(probs):
-        curves.add(tempo.Clip(i, i, torch.from_numpy(row)), 1.0)
-    times, means = curves.means()
+        curves.add(tempo.Clip(i, i, torch.from_numpy(row)))
+    times, means = tempo.curves(curves.clips, fps=1.0)
     # 50 clips: 6 points of 8 clips, and one of the last 2
     np.testing.assert_allclose(times, [3.5, 11.5, 19.5, 27.5, 35.5, 43.5, 48.5])
     np.testing.assert_allclose(means[:6], probs[:48].reshape(6, 8, 3).mean(axis=1), atol=1e-6)
     np.testing.assert_allclose(means[6], probs[48:].mean(axis=0), atol=1e-6)
     assert (curves.num_clips, curves.duration) == (50, 50.0)
-    results.draw([("", curves)], 2, tmp_path / "a.png")
+    drawing.draw([("", curves)], 2, tmp_path / "a.png", min_probability=0.5)
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 

@@ -428,13 +428,13 @@ def test_predict_prints_each_track(pair, tmp_path):
     assert lines[1].endswith(f"%  {NAMES[0]}")
     assert lines[2].endswith("track 2, frames 10–39, 0.4 s – 1.7 s  (1 view)")
     assert len(lines) == 4
-    assert done.stderr == "error: track 8: the video ends before its frame 70\n"
+    assert done.stderr == f"error: {pair / 'pair.mp4'}: track 8: the video ends before its frame 70\n"
     done = run("predict", pair / "pair.mp4", "--tracks", "t.txt", "--json", "--views", "1x1", *OF_TINY, cwd=tmp_path)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["track"], row["first"], row["last"]) for row in rows] == [(1, 0, 63), (2, 10, 39), (8, 70, 70)]
     assert rows[0]["top"][0]["label"] == NAMES[0]
     assert (rows[1]["start"], rows[1]["end"], rows[1]["views"]) == (pytest.approx(10 / 24), pytest.approx(40 / 24), 1)
-    assert rows[2]["error"] == "track 8: the video ends before its frame 70"
+    assert rows[2]["error"] == f"{pair / 'pair.mp4'}: track 8: the video ends before its frame 70"
 
 
 def test_timeline_of_tracks(pair, tmp_path):

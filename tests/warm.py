@@ -75,7 +75,7 @@ def narrow_networks():
     import torchvision.models  # noqa: F401
 
     import tpn.cli
-    import tpn.demo
+    import tpn.predict
     import tpn.training.loop  # noqa: F401
     from tpn.zoo.checkpoints import CHECKPOINTS, Embedded
 

@@ -43,24 +43,25 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The clips that a model takes, and the views that its accuracy is measured with.
+    """The clips that a model takes, and the views with which its accuracy is measured.
 
-    Each number has a limit, so that a damaged configuration is refused before memory is taken. A clip has at most 2**27 values
+    Each number has a limit, so that a damaged config cannot exhaust memory. A clip has at most 2**27 values
     after resizing, `in_chans * num_frames * short_side**2`: 64 frames of short side 836, for example.
 
     Attributes:
         num_frames: frames of a clip, T, up to 4,096.
         frame_interval: index step between them, up to 10,000; 1 = consecutive. Unused by "segments".
-        target_fps: frame rate at which every video is sampled, from 0.01 to 1,000; None: the video's own. Frames without a rate,
-            such as arrays and extracted frames, are taken as they are.
+        target_fps: frame rate at which every video is sampled, from 0.01 to 1,000. None uses the video's own rate. Frames without
+            a rate, such as arrays and extracted frames, are not resampled.
         sampling: "dense" (clips of equally spaced frames) or "segments" (one frame per segment of the whole video).
-        num_clips, num_crops, flip: views of the test protocol; up to 1,000 clips; 1 or 3 crops per clip;
-            `flip` adds every view mirrored.
+        num_clips: clips per video in the test protocol, up to 1,000.
+        num_crops: crops per clip in the test protocol, 1 or 3.
+        flip: whether the test protocol adds a mirrored copy of every view.
         short_side: pixels of the shorter side after resizing, up to 8,192.
         crop_size: side of the single center crop, and of training crops, in pixels.
         three_crop_size: side of the three crops along the longer side, in pixels. Default: `short_side`.
-        mean, std: per channel, on the 0..255 scale, for up to 1,024 channels. `mean` is from -1,000 to 1,000, `std` from 0.001
-            to 1,000.
+        mean: of each channel, on the 0..255 scale, from -1,000 to 1,000. Up to 1,024 channels.
+        std: of each channel, on the 0..255 scale, from 0.001 to 1,000.
         flip_label_pairs: pairs of class names that a horizontal flip exchanges, such as ("moving left", "moving right"). They
             apply to data that has these classes, in any order.
 
@@ -165,7 +166,10 @@ class InputSpec:
                 `flip_label_pairs`, unless `flip_prob` is 0.
             flip_prob: probability of a horizontal flip, which exchanges the labels of `flip_label_pairs`. A clip is not flipped
                 if the flip would give it a class that is not in `classes`.
-            crop_area, color_jitter, rand_augment, random_erasing: see `TrainTransform`.
+            crop_area: see `TrainTransform`.
+            color_jitter: see `TrainTransform`.
+            rand_augment: see `TrainTransform`.
+            random_erasing: see `TrainTransform`.
             normalize: return the model's input; otherwise uint8 (T, 3, S, S), for `normalize` on the device.
         """
         from tpn.video import augment
@@ -252,7 +256,7 @@ class PartConfig:
     """A backbone or a neck: its registered name and the arguments that it is built with.
 
     Attributes:
-        name: registered with `tpn.register_backbone` or `tpn.register_neck`; "module:package.Class" for a module that is not.
+        name: the registered name, or "module:package.Class" for a module that is not registered.
         args: keyword arguments, in types that JSON has.
     """
 
@@ -292,8 +296,8 @@ class HeadConfig:
         num_classes: K, up to 1,000,000; 0 for none.
         drop_rate: dropout before it, in [0, 1).
         multi_label: whether a video may have several classes, or none.
-        temperature: of the probabilities, 0.01 to 100, as fitted by `tpn.evaluate(..., calibrate=True)`; logits are not divided
-            by it. 1 for a model that is not calibrated.
+        temperature: of the probabilities, 0.01 to 100, as fitted by `tpn.evaluate(..., calibrate=True)`. 1 without calibration.
+            Logits are not divided by it.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range.
@@ -324,8 +328,8 @@ class ModelConfig:
         aux_head: the auxiliary classifier on the last feature map but one, used in training; None for none.
         input_spec: the clips that the model takes.
         labels: the K class names in the order of the logits; None if unknown.
-        architecture: the entry point that the model started from, such as "tpn_slowonly_r50_k400". It is a name for people and
-            for timm; building does not read it.
+        architecture: the entry point that the model started from, such as "tpn_slowonly_r50_k400". For information only: it does
+            not change the model.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, or two fields contradict each other.

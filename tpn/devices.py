@@ -11,6 +11,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def resolve_device(device: str | torch.device) -> torch.device:
     """Return the device of a name. Raises ValueError if it is not available."""
     try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:N, mps, or xpu, got {device!r}") from error
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -86,7 +86,7 @@ class Explanation:
                 cell.set(xticks=(), yticks=())
                 cell.spines[:].set_visible(False)
         for cell, index in zip(grid[0], indices, strict=True):
-            cell.set_title(f"frame {index}", fontsize=8, color="0.4")
+            cell.set_title(f"frame {index}", fontsize=8)
         flows = ",  ".join(
             f"{name.replace('_', '-')} flow: logit {share.logit:+.1f}, {share.share:.0%}" for name, share in self.flows.items()
         )
@@ -220,7 +220,9 @@ def grad_cam(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, layer
     Each channel is weighted with the mean over time and space of the gradient of the logit. Negative sums are set to zero.
 
     Args:
-        model, clips, target: as in `occlusion`.
+        model: as in `occlusion`.
+        clips: as in `occlusion`.
+        target: as in `occlusion`.
         layer: a module whose outputs have the shape (B, C', T', H', W'). Default: the backbone, whose outputs are the levels of
             the pyramid before spatial modulation resizes them.
 

@@ -72,7 +72,7 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
 def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
     """Write a model as a program of `torch.export`, which PyTorch runs without tpn; see `export_onnx`.
 
-    A `.pt2` file is for the version of PyTorch that wrote it, and for later ones within PyTorch's promises; ONNX lasts longer.
+    PyTorch loads a `.pt2` file in the version that wrote it, and in later versions within its promises. ONNX files last longer.
     """
     path = _checked(path, ".pt2")
     ready, clips, about = _prepare(model, size)
@@ -103,13 +103,17 @@ def export_openvino(
     ranges of activations, and clips of other videos the agreement with float32. Layers that cost too much keep their precision.
 
     Args:
-        model, size: see `export_onnx`.
+        model: see `export_onnx`.
+        size: see `export_onnx`.
         calibrate: videos like those that the model will classify, in any form that `tpn.train` takes. The clips are those of the
             model's sampling and transform.
-        max_drop: leave layers out until the accuracy on the other videos is at most this much lower, from 0 to 1. The videos need
-            the classes of the model. Default: labels do not matter, and layers are left out until `quantization.MIN_AGREEMENT`
-            of the clips have the same result as in float32: most probable class, or classes above 0.5 of a multi-label model.
-        root, template, first: see `tpn.video.datasets.open_dataset`.
+        max_drop: largest loss of accuracy on the other videos, from 0 to 1. Layers keep their precision until it is reached. The
+            videos need the classes of the model. Default: labels do not matter, and layers keep their precision until
+            `quantization.MIN_AGREEMENT` of the clips have the same result as in float32: the most probable class, or the classes
+            above 0.5 of a multi-label model.
+        root: see `tpn.video.datasets.open_dataset`.
+        template: see `tpn.video.datasets.open_dataset`.
+        first: see `tpn.video.datasets.open_dataset`.
 
     Returns:
         The measurements on the other videos; None without `calibrate`.

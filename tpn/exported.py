@@ -31,17 +31,23 @@ METADATA = "tpn"
 
 
 class ExportedClassifier(nn.Module):
-    """A model for inference that `load` read; `VideoClassifier` takes it like a `TPNClassifier`.
+    """A model from an exported file, returned by `load`. `VideoClassifier` accepts it like a `TPNClassifier`.
 
     Attributes:
-        num_classes, num_features, in_chans, multi_label, temperature, labels, input_spec: those of the `TPNClassifier`.
-        about: the metadata of the file, which also has "model", the config, and "tpn_version"; "precision" of an int8 file.
-        precision: "float32" or "bfloat16", in which it computes; in an int8 file, those layers that are not quantized.
+        num_classes: as in `TPNClassifier`.
+        num_features: as in `TPNClassifier`.
+        in_chans: as in `TPNClassifier`.
+        multi_label: as in `TPNClassifier`.
+        temperature: as in `TPNClassifier`.
+        labels: as in `TPNClassifier`.
+        input_spec: as in `TPNClassifier`.
+        about: the metadata of the file. It includes "model" (the config), "tpn_version", and for an int8 file "precision".
+        precision: "float32" or "bfloat16", the precision of the computation. In an int8 file: of layers that are not quantized.
         path: the file; None for a result of `tpn.optimize`.
         report: for a result of `tpn.optimize`, the `OptimizationReport`.
 
     Shape:
-        (B, C, T, S, S) float of the size that was exported, B >= 1 → logits (B, K) float32, on the same device
+        (B, C, T, S, S) float, B >= 1, with the exported size S → logits (B, K) float32, on the same device
     """
 
     report: Any = None

@@ -260,7 +260,8 @@ def extract(
         path: `.npz` or `.parquet` file; see `FeatureFile`.
         name: name of the model to store in the file.
         level: "video" or "clip"; see `About`.
-        num_clips, num_crops: views of each video, as in `VideoClassifier`.
+        num_clips: clips of each video, as in `VideoClassifier`.
+        num_crops: crops of each clip, as in `VideoClassifier`.
 
     Yields:
         Each new video when it is done, with the error if it is unreadable, otherwise None.

@@ -38,11 +38,11 @@ class OptimizationReport:
     """The result of `optimize`.
 
     Attributes:
-        dtype: the model computes in it; the classifier keeps float32.
-        compiled: whether the model is compiled, which happens in the first call for a shape of clips.
-        folded_norms: number of batch norms that became part of a convolution; 0 with OpenVINO, which does not count them.
-        max_difference: largest difference of a probability from the original model's, on the sample; for a model without
-            classifier, of a feature, relative to the largest one.
+        dtype: precision of the computation. The classifier stays in float32.
+        compiled: whether the model is compiled. Compilation happens in the first call with each clip shape.
+        folded_norms: number of batch norms folded into convolutions. 0 with OpenVINO, which does not count them.
+        max_difference: largest difference of a probability from that of the original model, on the sample. For a model without
+            classifier: of a feature, relative to the largest feature.
         same_top1: whether the most probable class of each clip of the sample is the same.
     """
 
@@ -151,13 +151,13 @@ def optimize(
     Args:
         model: any TPNClassifier, in training or evaluation mode.
         dtype: torch.float32, float16, bfloat16, or their names. Default: `fastest_dtype`.
-        compile: also `torch.compile` it, on a GPU with CUDA graphs for small batches. The first call for a shape of clips then
-            takes up to a minute: give all clips the same shape. There are no gradients, and all calls must come from one thread.
+        compile: also use `torch.compile`, on a GPU with CUDA graphs for small batches. The first call with each clip shape then
+            takes up to a minute, so use one shape. There are no gradients, and all calls must come from one thread.
         device: where to run. Default: where the model is.
         sample: normalized clips (B, C, T, H, W) for the comparison with the original. Default: one random clip of the size in
             `model.input_spec`.
-        backend: "torch", or "openvino" for Intel and AMD CPUs, which is faster than PyTorch and needs no compiler; float16,
-            `compile` and other devices are not valid with it, and the model needs an `input_spec`.
+        backend: "torch", or "openvino" for Intel and AMD CPUs, which is faster than PyTorch and needs no compiler. OpenVINO does
+            not support float16, `compile`, and other devices, and the model needs an `input_spec`.
             `tpn.export.export_openvino` writes the same network to a file, also in int8.
 
     Returns:

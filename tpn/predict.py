@@ -107,23 +107,22 @@ def _prepare_forks() -> None:
 class VideoClassifier:
     """Classify video files or arrays of frames.
 
-    The model is put in evaluation mode when the classifier is made, and stays there. Several threads may call one classifier at
-    the same time, with the same results as one after another; a compiled one is for one thread. After further training, call
-    `model.eval()` before the classifier. In forked processes, PyTorch uses one thread; a GPU and compiled models need processes
-    with the start method "spawn".
+    The constructor puts the model in evaluation mode. After further training, call `model.eval()` before the classifier. Several
+    threads may share a classifier, except a compiled one. In forked processes, PyTorch uses one thread. GPUs and compiled models
+    need processes with the start method "spawn".
 
     Args:
         model: a name or folder for `create_model`, an exported file (`.onnx`, `.pt2`, or `.xml`), a model, or a `FeatureModel`.
-        pretrained: for a name, load the published weights. Default: True, unless `checkpoint_path` is given. False warns: random
-            weights give random classes.
-        device: where to run. Default: for a name, a GPU if there is one; for a model, where it is; for an exported file, the CPU.
-        batch_size: views at once. Default: 30 on a GPU, 1 on a CPU, where more are not faster.
-        precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, else
-            float32): run the result of `tpn.optimize`. Default: "float32" for a name, which changes probabilities by less than
-            1e-5; a given model runs unchanged. For an OpenVINO file, see `tpn.export.load`.
-        compile: compile it, too; see `tpn.optimize`.
+        pretrained: for a name, load the published weights. Default: True, unless `checkpoint_path` is given. False gives a
+            warning, because random weights predict random classes.
+        device: where to run. Default: for a name, a GPU if there is one; for a model, its device; for an exported file, the CPU.
+        batch_size: views per forward pass. Default: 30 on a GPU, and 1 on a CPU, where larger batches are not faster.
+        precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16,
+            otherwise float32): run the result of `tpn.optimize`. Default: "float32" for a name, which changes probabilities by
+            less than 1e-5; a given model runs unchanged. For an OpenVINO file, see `tpn.export.load`.
+        compile: also compile the model; see `tpn.optimize`.
         workers: videos that `predict_each` reads ahead, each in a thread. Default: 2 on a CPU; on a GPU one per core, at most 16.
-        **kwargs: for `create_model`, with a name.
+        **kwargs: with a name, arguments of `create_model`.
 
     Attributes:
         model: the model that runs; an optimized one has a `report`.
@@ -251,8 +250,8 @@ class VideoClassifier:
             source: a path; bytes, or a file that is open in binary mode; or frames, uint8 RGB 0..255, an array or tensor
                 (T, H, W, 3) or (T, 3, H, W), any T >= 1, or a list of T arrays of one frame each or of PIL images. A list of
                 anything else is a list of videos. OpenCV's frames are BGR: pass `frame[..., ::-1]`.
-            num_clips, num_crops: views: clips along time, and crops of each, 3 or 1. Default: the test protocol of the weights
-                (`.spec`), mirrored views included.
+            num_clips: clips along time. Default: the test protocol of the weights (`.spec`), mirrored views included.
+            num_crops: crops of each clip, 1 or 3. Default: as for `num_clips`.
             progress: called with (views done, views of this source).
 
         Raises:

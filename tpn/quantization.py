@@ -33,10 +33,12 @@ class QuantizationReport:
     """What `quantize` measured on held-back clips, which it did not calibrate with.
 
     Attributes:
-        calibration, held_back: numbers of clips.
+        calibration: number of clips used for calibration.
+        held_back: number of clips held back.
         agreement: share of the held-back clips whose most probable class is the same as in float32; for a multi-label model,
             whose classes above a probability of 0.5 are.
-        accuracy, accuracy_float32: shares whose most probable class is the label; None without `max_drop`.
+        accuracy: share of the held-back clips whose most probable class is the label. None without `max_drop`.
+        accuracy_float32: the same in float32. None without `max_drop`.
         left_out: convolutions and matrix products that are not quantized.
     """
 

@@ -31,7 +31,8 @@ class Window:
     """The features of one window.
 
     Attributes:
-        first, last: indices of its first and last frame in the video, from 0.
+        first: index of its first frame in the video, from 0.
+        last: index of its last frame in the video.
         features: (C,) float32 on the CPU.
     """
 
@@ -54,8 +55,8 @@ def window_features(
     """Return the features of the center crop of a window that slides over a video.
 
     The windows start at frame 0, `stride`, 2 `stride`, ... and end within the video. A video that is shorter than one window
-    gives one window, which repeats its frames as in `dense_indices`. The features are those of the `FeatureModel` for clips that
-    are cut by hand, up to rounding.
+    gives one window, which repeats its frames as in `dense_indices`. Up to rounding, the `FeatureModel` returns the same
+    features for each window as a separate clip.
 
     Args:
         classifier: a `VideoClassifier` of a `FeatureModel`; its batch size applies.
@@ -120,7 +121,9 @@ def extract_windows(
     middle in seconds). Videos that are already there are skipped. A video that is damaged anywhere has no features.
 
     Args:
-        classifier, stride, window: as in `window_features`.
+        classifier: as in `window_features`.
+        stride: as in `window_features`.
+        window: as in `window_features`.
         videos: files, each with the NAME of its features below the folder; a table has the paths.
         out: folder, or file with the suffix `.npz` or `.parquet`.
         name: name of the model to store.

@@ -37,7 +37,8 @@ class Clip:
     """The prediction for one clip.
 
     Attributes:
-        first, last: indices of its first and last frame in the video, from 0.
+        first: index of its first frame in the video, from 0.
+        last: index of its last frame in the video.
         probs: (K,) float32 on the CPU.
     """
 
@@ -56,7 +57,8 @@ class Segment:
 
     Attributes:
         label: index of the class, or None.
-        start, end: in seconds.
+        start: in seconds.
+        end: in seconds.
         probability: mean over the clips of the segment of the probability of the class, 0..1; without a class, of the most
             probable one of each clip.
     """
@@ -145,12 +147,12 @@ def sliding_spec(spec: InputSpec, frame_interval: int | None = None) -> InputSpe
     if spec.sampling != "dense" and frame_interval is None:
         raise ValueError(
             f"the model samples {spec.num_frames} segments of a whole video and has no frame interval; pass frame_interval"
-            " (--frame-interval) to classify clips, for which it was not trained"
+            " (tpn timeline --frame-interval) to classify clips, for which it was not trained"
         )
     if spec.target_fps is not None and frame_interval is None:
         raise ValueError(
             f"the model samples {spec.target_fps:g} frames per second, whatever the rate of the video; pass frame_interval"
-            " (--frame-interval) in frames of the video"
+            " (tpn timeline --frame-interval) in frames of the video"
         )
     interval = spec.frame_interval if frame_interval is None else frame_interval
     return replace(spec, sampling="dense", frame_interval=interval, num_clips=1, num_crops=1, flip=False)
@@ -260,7 +262,8 @@ def dataset_tempos(
     Args:
         classifier: its labels must include the classes of the dataset.
         dataset: a `VideoFolder` or `VideoList` of whole videos, whose `spec` has no `target_fps`.
-        stride, frame_interval: as in `slide`.
+        stride: as in `slide`.
+        frame_interval: as in `slide`.
 
     Yields:
         The tempo of each video, or the reason why it is unreadable.
@@ -307,7 +310,8 @@ def gain_against_variance(
     """Correlate the accuracy gain of one model over another with the tempo variance, class by class.
 
     Args:
-        baseline, improved: accuracies of both models in each class (K,), NaN where unknown.
+        baseline: accuracy of one model in each class (K,), NaN where unknown.
+        improved: accuracy of the other model in each class (K,), NaN where unknown.
         variance: (K,), from `tempo_variance`.
     """
     one, two, var = (np.asarray(values, np.float64) for values in (baseline, improved, variance))
@@ -325,7 +329,8 @@ def sliding_windows(
     """Yield each clip as soon as its last frame has been read. Keep only frames that this clip and later ones need.
 
     Args:
-        frames, stride: as in `slide`.
+        frames: as in `slide`.
+        stride: as in `slide`.
         spec: from `sliding_spec`.
         prepare: called once for each frame that a clip may need; returns what to keep of it, such as `preprocess`.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tpn import tempo
 from tpn.config import InputSpec
+from tpn.errors import printable
 from tpn.predict import Prediction, Progress, Unreadable, VideoClassifier
 from tpn.tempo import Clip
 from tpn.validation import check_int
@@ -41,10 +42,11 @@ def classify(
     """Return a prediction for each track of a video.
 
     Args:
-        classifier: its protocol applies to each track as to a video. Three crops of a square are the same, and computed once.
+        classifier: its test protocol applies to each track. The three crops of a square are equal, and computed once.
         video: a path, or frames, uint8 RGB (T, H, W, 3) or (T, 3, H, W).
         tracks: see `read_tracks`.
-        num_clips, num_crops: as in `VideoClassifier`.
+        num_clips: as in `VideoClassifier`.
+        num_crops: as in `VideoClassifier`.
         progress: called with (tracks done, tracks).
 
     Returns:
@@ -84,8 +86,11 @@ def slide(
     """Classify a clip that slides along each track, as `tempo.slide` does along a video.
 
     Args:
-        classifier, video, tracks: as in `classify`.
-        stride, frame_interval: as in `tempo.slide`. The clips of a track start at its first frame.
+        classifier: as in `classify`.
+        video: as in `classify`.
+        tracks: as in `classify`.
+        stride: as in `tempo.slide`. The clips of a track start at its first frame.
+        frame_interval: as in `tempo.slide`.
 
     Yields:
         Each track, in the order in which the tracks end; its clips, with numbers of frames of the video; and the error that ended
@@ -189,6 +194,7 @@ def _read(
     video: Path | Array, crops: Sequence[SquareCrops], requests: Sequence[Sequence[Indices]]
 ) -> Generator[tuple[int, Clips | VideoError]]:
     """Decode a video once. Yield the number of a track and its next clips, or the error that ends it."""
+    where = f"{printable(os.fspath(video))}: " if isinstance(video, str | os.PathLike) else ""
     tracks = {place: _OpenTrack(*each) for place, each in enumerate(zip(crops, requests, strict=True))}
     needed: dict[int, list[int]] = defaultdict(list)
     for place, track in tracks.items():
@@ -206,14 +212,14 @@ def _read(
                     for clips in tracks[place].add(number, frame):
                         yield place, clips
                 except VideoError as error:
-                    yield place, error
+                    yield place, VideoError(f"{where}{error}")
                     del tracks[place]
     except VideoError as error:
         failure = error
     for place, track in tracks.items():
         if track.requests:
             last = int(track.numbers[-1])
-            yield place, failure or VideoError(f"track {track.crops.track.id}: the video ends before its frame {last}")
+            yield place, failure or VideoError(f"{where}track {track.crops.track.id}: the video ends before its frame {last}")
 
 
 def _frames(video: Path | Array, numbers: Sequence[int]) -> Generator[tuple[Tensor, int]]:

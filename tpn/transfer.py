@@ -82,7 +82,7 @@ def download(
     """
     start = time.monotonic()
     try:
-        with path.open("wb") as file, tqdm(desc=name or path.name, total=size, unit="B", unit_scale=True) as bar:
+        with path.open("wb") as file, _bar(name or path.name, size) as bar:
             part = _Part(url, path, file, bar, size, sha256, headers or {"User-Agent": f"tpn/{__version__}"})
             for tries, pause in enumerate((*pauses, None), start=1):
                 try:
@@ -94,11 +94,16 @@ def download(
                     if wait is None or not error.retryable:
                         spent = f"(tries: {tries}, {time.monotonic() - start:.1f} s)"
                         raise TransferError(f"{error}{problem} {spent}", response=error.response) from error
-                    _logger.warning("%s: %s; trying again in %g s", name or path.name, error, wait)
+                    _logger.warning("%s; trying again in %g s", error, wait)
                     time.sleep(wait)
     except OSError as error:  # those of the network are TransferErrors
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     raise AssertionError("unreachable")
+
+
+def _bar(name: str, size: int | None) -> Any:
+    """Return a progress bar that leaves room for its numbers, and appears only if a download takes a while."""
+    return tqdm(desc=name if len(name) <= 40 else f"…{name[-39:]}", total=size, unit="B", unit_scale=True, delay=0.5)
 
 
 def longer_pause(pause: float | None, response: Any, limit: float) -> tuple[float | None, str]:
@@ -301,4 +306,5 @@ def _failure(error: Exception, host: str, timeout: float) -> TransferError:
         return TransferError(f"{host} sent nothing for {timeout:g} s")
     if "Protocol" in kind:
         return TransferError(f"{host} did not send a complete, valid response ({error})")
-    return TransferError(f"the connection to {host} failed ({str(error) or kind})", retryable="Redirect" not in kind)
+    reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or kind
+    return TransferError(f"the connection to {host} failed ({reason})", retryable="Redirect" not in kind)

@@ -1,18 +1,18 @@
-"""What all commands share: the application, common options, results, and progress bars."""
+"""What all commands share: the application, common arguments and options, and checks before a model is downloaded."""
 
 import errno
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from tpn.cli.console import print_result
 from tpn.version import __version__
+
+if TYPE_CHECKING:
+    from tpn.config import InputSpec
 
 app = typer.Typer(
     name="tpn",
@@ -20,9 +20,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
-DEFAULT_MODEL = "tpn_slowonly_r50_k400"
+# Groups of commands in `tpn --help`.
+USE, TRAIN, EXPORT, MODELS = "Use", "Train", "Export and features", "Models"
+
+DEFAULT_MODEL, BUNDLED_MODEL = "tpn_slowonly_r50_k400", "tpn_slowonly_tiny_motion"
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -47,10 +49,11 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu; cpu for exported files.")
 ]
 PrecisionOption = Annotated[
-    str | None,
+    Literal["float32", "float16", "bfloat16", "auto"] | None,
     typer.Option(
+        metavar="NAME",
         help="float32, float16, bfloat16, or auto: float16 on CUDA, bfloat16 on CPUs with AMX or AVX512-BF16, otherwise float32. "
-        "Default: float32; for an int8 file auto."
+        "Default: float32; for an int8 file auto.",
     ),
 ]
 
@@ -62,36 +65,51 @@ def _app(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-def print_result(text: str) -> None:
-    """Print to standard output, above the progress bar if there is one.
-
-    `print` writes to `sys.stdout`, which rich redirects while it shows a bar. `typer.echo` bypasses that redirection.
-    """
-    print(text, flush=True)
+def examples(*commands: str) -> str:
+    """Return the end of a command's help."""
+    return "\n\n".join(["Examples:", *commands])
 
 
-@contextmanager
-def progress_bars(*columns: ProgressColumn) -> Iterator[Progress]:
-    """Show progress bars if standard error is a terminal. Text from `print_result` and `err.print` appears above them.
+def find_videos(paths: list[Path]) -> tuple[list[tuple[Path, Path]], list[tuple[Path, FileNotFoundError]]]:
+    """Return video files and the videos below folders, each with its folder; and folders without videos, each with an error."""
+    from tpn.video.lists import videos_below
 
-    Args:
-        columns: shown before the remaining time. Default: description, bar, and count.
-    """
-    progress = Progress(
-        *(columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # rich redirects to standard error, which would leave a file or pipe empty
-    )
-    # rich before 14.3 prints an empty line even if `disable=True`.
-    with progress if err.is_terminal else nullcontext():
-        yield progress
+    files, empty = [], []
+    for path in paths:
+        refuse_url(path)
+        found = videos_below(path) if path.is_dir() else [path]
+        files += [(file, path if path.is_dir() else path.parent) for file in found]
+        if not found:
+            empty.append((path, FileNotFoundError(f"{path}: no videos in this folder")))
+    return files, empty
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raise ValueError for a URL, in which `Path` joins the two slashes."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.exists(path):
+        url = re.sub(":/+", "://", str(path), count=1)
+        raise ValueError(f"{url} is a URL, and tpn reads files: download it first (for a stream, see tpn timeline --help)")
 
 
 def require_exists(path: str | Path) -> None:
-    """Raise FileNotFoundError if `path` does not exist, before the model is downloaded."""
+    """Raise FileNotFoundError if `path` does not exist, or ValueError for a URL, before the model is downloaded."""
+    refuse_url(path)
     os.stat(path)
+
+
+def require_model(model: str, checkpoint: Path | None = None) -> "InputSpec | None":
+    """Raise an error for an unknown model and for weights that need a manual download, before PyTorch is imported.
+
+    Returns:
+        The input of a published model; None for a saved model, an exported file, and a model with a checkpoint.
+    """
+    from tpn.zoo import names
+
+    if names.is_exported(model) or set(model) & set(":/") or names.is_saved(model) or checkpoint is not None:
+        return None
+    entry = names.get_checkpoint(model)
+    names.refuse_manual_download(entry)
+    return entry.config.input_spec
 
 
 def require_parent_folder(output: Path) -> None:

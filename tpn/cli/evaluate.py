@@ -12,18 +12,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpn.cli.app import (
+    TRAIN,
     CheckpointOption,
     DeviceOption,
     ModelArgument,
     PrecisionOption,
     ViewsOption,
     app,
-    err,
+    examples,
     parse_views_option,
-    print_result,
-    progress_bars,
     require_exists,
+    require_model,
 )
+from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import is_first_process
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ if TYPE_CHECKING:
 MAX_PRINTED_CLASSES = 30
 
 
-@app.command()
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog=examples(
+        "tpn evaluate local-dir:my-tpn videos/val --output report",
+        "tpn evaluate tpn_slowonly_r50_k400 val.csv --root videos --views 1x1",
+    ),
+)
 def evaluate(
     model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="Folder with one folder per class, or a list of videos or frame folders.")],
@@ -79,6 +86,7 @@ def evaluate(
 
     parse_views_option(views)
     require_exists(data)
+    require_model(model, checkpoint)
     if dump is not None and dump.suffix not in metrics.PROBS_SUFFIXES:
         formats = ", ".join(metrics.PROBS_SUFFIXES)
         raise typer.BadParameter(f"must end in one of {formats}, got {str(dump)!r}", param_hint="--dump")

@@ -7,19 +7,25 @@ import typer
 
 from tpn.cli.app import (
     DEFAULT_MODEL,
+    USE,
     CheckpointOption,
     DeviceOption,
     ModelOption,
     app,
-    err,
-    print_result,
+    examples,
     require_exists,
+    require_model,
     require_parent_folder,
     require_picture_path,
 )
+from tpn.cli.console import err, print_result
+from tpn.cli.drawing import has_matplotlib
 
 
-@app.command()
+@app.command(
+    rich_help_panel=USE,
+    epilog=examples("tpn explain video.mp4", 'tpn explain video.mp4 --class "arm wrestling" --video explained.mp4'),
+)
 def explain(
     video: Annotated[Path, typer.Argument(help="Video file.")],
     target: Annotated[
@@ -42,7 +48,6 @@ def explain(
 
     Also print what each level and each flow of the pyramid adds to the logit of the class.
     """
-    from tpn.demo import has_matplotlib
     from tpn.explain import explain as explain_clip
     from tpn.predict import VideoClassifier
 
@@ -54,9 +59,11 @@ def explain(
         if video_output.suffix.lower() != ".mp4":
             raise typer.BadParameter(f"must end in .mp4, got {str(video_output)!r}", param_hint="--video")
         require_parent_folder(video_output)
+    require_model(model, checkpoint)
     classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=device)
     explanation = explain_clip(classifier, video, target=target, clip=clip, method=method)
-    print_result(f"{video}\n  {explanation.probability:7.2%}  {explanation.label}")
+    print_result(str(video))
+    print_result(f"  {explanation.probability:7.2%}  {explanation.label}")
     levels = {f"level {i}": share for i, share in enumerate(explanation.levels)}
     for name, share in (levels | dict(explanation.flows)).items():
         print_result(f"  {share.logit:+7.2f}  {name} ({share.share:.0%})")

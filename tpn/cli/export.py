@@ -6,15 +6,17 @@ from typing import Annotated, Literal
 import typer
 
 from tpn.cli.app import (
+    EXPORT,
     CheckpointOption,
     ModelArgument,
     ViewsOption,
     app,
-    err,
+    examples,
     parse_views_option,
-    print_result,
+    require_model,
     require_parent_folder,
 )
+from tpn.cli.console import err, print_result
 from tpn.files import atomic_write
 
 Format = Literal["onnx", "pt2", "openvino"]
@@ -22,7 +24,13 @@ FORMAT_OF_SUFFIX: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "
 SUFFIX_OF_FORMAT = {format: suffix for suffix, format in FORMAT_OF_SUFFIX.items()}
 
 
-@app.command()
+@app.command(
+    rich_help_panel=EXPORT,
+    epilog=examples(
+        "tpn export tpn_slowonly_r50_k400 --format openvino",
+        "tpn export local-dir:my-tpn --output my-tpn.xml --int8 --calibrate videos",
+    ),
+)
 def export(
     model: ModelArgument,
     format: Annotated[
@@ -93,6 +101,8 @@ def export(
     num_clips, num_crops = parse_views_option(views)
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}{SUFFIX_OF_FORMAT[format]}")
     require_parent_folder(output)
+    if pretrained:
+        require_model(model, checkpoint)
     built = create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()
     if num_classes and built.labels is None and pretrained and checkpoint is None and not is_saved(model):
         err.print(f"the weights have another number of classes, so the classifier for {num_classes} classes is untrained")

@@ -8,27 +8,37 @@ import typer
 
 from tpn.cli.app import (
     DEFAULT_MODEL,
+    EXPORT,
     CheckpointOption,
     DeviceOption,
     ModelOption,
     ViewsOption,
     app,
-    err,
+    examples,
+    find_videos,
     parse_views_option,
-    print_result,
-    progress_bars,
     require_exists,
+    require_model,
 )
+from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import one_line_message
 
 if TYPE_CHECKING:
     from tpn.predict import Unreadable
 
 
-@app.command()
+@app.command(
+    rich_help_panel=EXPORT,
+    epilog=examples(
+        "tpn features video.mp4 --output features.npz",
+        "tpn features videos --output windows --stride 16 --dtype float16",
+    ),
+)
 def features(
     videos: Annotated[list[Path], typer.Argument(help="Video files, or folders to search for them.", metavar="VIDEO...")],
-    out: Annotated[Path, typer.Option(help="File to write, .npz or .parquet; with --stride, also a folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, .npz or .parquet; with --stride, also a folder.")
+    ],
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
     feature: Annotated[
@@ -67,23 +77,33 @@ def features(
 
     num_clips, num_crops = parse_views_option(views)
     _check_options(stride, {"--window": window, "--dtype": dtype}, {"--level": level, "--views": views})
-    if stride is None or is_table(out):
-        check_path(out)  # before the model is downloaded
+    if stride is None or is_table(output):
+        check_path(output)  # before the model is downloaded
     else:
-        check_folder(out)
-    names, empty_folders = _find_videos(videos)
+        check_folder(output)
+    found, empty_folders = find_videos(videos)
+    for _, error in empty_folders:
+        err.print(f"error: {error}")
+    names: dict[str, str] = {}  # of the features: paths below the given folder, without suffix
+    for file, folder in found:
+        names.setdefault(str(file), file.relative_to(folder).with_suffix("").as_posix())
     if not names:
         raise typer.Exit(1)
-    if not out.exists() and not any(Path(path).exists() for path in names):  # existing features may be those of deleted videos
+    if not output.exists() and not any(Path(path).exists() for path in names):  # existing features may be those of deleted videos
         require_exists(next(iter(names)))
+    require_model(model, checkpoint)
     torch_device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = create_model(model, checkpoint is None, checkpoint_path=checkpoint)
-    classifier = VideoClassifier(FeatureModel(built.eval(), feature), device=torch_device)
+    try:
+        feature_model = FeatureModel(built.eval(), feature)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--feature") from error
+    classifier = VideoClassifier(feature_model, device=torch_device)
     if stride is None:
-        results = extract(classifier, names, out, name=model, level=level or "video", num_clips=num_clips, num_crops=num_crops)
+        results = extract(classifier, names, output, name=model, level=level or "video", num_clips=num_clips, num_crops=num_crops)
     else:
-        results = extract_windows(classifier, names, out, name=model, stride=stride, window=window, dtype=dtype or "float32")
-    failed = _report(results, out, len(names))
+        results = extract_windows(classifier, names, output, name=model, stride=stride, window=window, dtype=dtype or "float32")
+    failed = _report(results, output, len(names))
     if failed or empty_folders:
         raise typer.Exit(1)
 
@@ -93,23 +113,6 @@ def _check_options(stride: int | None, of_windows: dict[str, object], of_views: 
     given = [name for name, value in wrong.items() if value is not None]
     if given:
         raise typer.BadParameter("needs --stride" if stride is None else "is not valid with --stride", param_hint=given[0])
-
-
-def _find_videos(videos: list[Path]) -> tuple[dict[str, str], list[Path]]:
-    """Return the files with the names of their features, paths below a given folder without suffix, and the empty folders."""
-    from tpn.video.datasets import videos_below
-
-    names: dict[str, str] = {}
-    empty_folders = []
-    for video in videos:
-        files = videos_below(video) if video.is_dir() else [video]
-        for file in files:
-            below = file.relative_to(video) if video.is_dir() else Path(file.name)
-            names.setdefault(str(file), below.with_name(below.stem).as_posix())
-        if not files:
-            empty_folders.append(video)
-            err.print(f"error: {video}: no videos in this folder")
-    return names, empty_folders
 
 
 def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_videos: int) -> int:

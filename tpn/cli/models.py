@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tpn.cli.app import app, complete_model, err, print_result
+from tpn.cli.app import MODELS, app, complete_model, examples
+from tpn.cli.console import err, print_result
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=MODELS, epilog=examples("tpn list", "tpn list '*r101*' --weights"))
 def list_(
     pattern: Annotated[str, typer.Argument(help="Wildcard for model names, such as 'tpn_*r101*'.")] = "*",
     weights: Annotated[
@@ -44,7 +45,7 @@ def list_(
     console.print(legend, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS, epilog=examples("tpn info tpn_slowonly_r50_k400"))
 def info(
     name: Annotated[
         str,
@@ -71,7 +72,7 @@ def info(
         print_result(f"{key:<18} {value}")
 
 
-@app.command("check-model")
+@app.command("check-model", rich_help_panel=MODELS, epilog=examples("tpn check-model tpn_slowonly_r50_k400"))
 def check_model(
     name: Annotated[
         str,
@@ -102,7 +103,7 @@ def check_model(
     print_result(f"{path}: {count} tensors, SHA-256 {sha256}" + ("" if known else ", not verified: no SHA-256 is known"))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS, epilog=examples("tpn convert checkpoint.pth --model tpn_slowonly_r50_k400 --output my-tpn"))
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="Weights file, .pth or .safetensors, saved by tpn, MMAction2, or the original TPN code.")
@@ -131,7 +132,7 @@ def convert(
     err.print(f"wrote {path.parent}; load it with tpn.create_model({how})")
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS, epilog=examples("tpn publish --namespace my-name --dry-run"))
 def publish(
     namespace: Annotated[str, typer.Option(help="Your user or organization name on the Hugging Face Hub.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the uploads without doing them.")] = False,

@@ -1,47 +1,77 @@
-"""How commands print, write, and draw what they found in videos."""
+"""How commands print and write what they found in videos."""
 
+import csv
+import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tpn.cli.app import err, print_result
+from tpn.cli.console import err, print_result
 from tpn.cli.script import one_line_message
-from tpn.files import atomic_write
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from tpn.predict import Prediction
     from tpn.tempo import Clip, Segment
 
-MAX_POINTS = 2000
-"""Points of each curve in the picture. A longer video has the mean of several neighboring clips at each point."""
 
+@dataclass
+class PredictionPrinter:
+    """Print the classes of videos, or of parts of them, and the errors of unreadable ones.
 
-def print_failure(video: Path, error: Exception, as_json: bool, **facts: Any) -> None:
-    if as_json:
-        print_result(json.dumps({"file": str(video), **facts, "error": one_line_message(error)}))
-    err.print(f"error: {one_line_message(error)}")
+    Attributes:
+        form: "csv" has one row per class, and one for an error or a video without classes.
+        top: number of classes.
+        min_probability: of the classes, 0..1.
+        facts: names of the columns that say which part of a video a row is about.
+    """
 
+    form: Literal["text", "json", "csv"]
+    top: int
+    min_probability: float = 0.0
+    facts: Sequence[str] = ()
+    _has_header: bool = field(default=False, init=False)
 
-def print_prediction(
-    video: Path, prediction: "Prediction", top: int, as_json: bool, part: str = "", *, min_probability: float = 0.0, **facts: Any
-) -> None:
-    """Print the classes of a video, or of a part of it; JSON has `facts` about the part instead of the text."""
-    from tpn.training.wording import plural
+    def prediction(self, video: Path, prediction: "Prediction", part: str = "", **facts: Any) -> None:
+        """Print a prediction; `facts` are about the part of the video, which the text calls `part`."""
+        from tpn.training.wording import plural
 
-    best, num_views = prediction.top(top, min_probability=min_probability), len(prediction.view_logits)
-    if as_json:
-        scores = [{"label": label, "probability": probability} for label, probability in best]
-        print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}))
-        return
-    print_result(f"{video}{part}  ({plural(num_views, 'view')})")
-    for label, probability in best:
-        print_result(f"  {probability:7.2%}  {label}")
-    if not best:
-        print_result("  -")
+        best = prediction.top(self.top, min_probability=self.min_probability)
+        num_views = len(prediction.view_logits)
+        if self.form == "json":
+            scores = [{"label": label, "probability": probability} for label, probability in best]
+            print_result(json.dumps({"file": str(video), **facts, "views": num_views, "top": scores}))
+        elif self.form == "csv":
+            classes: list[dict[str, Any]] = [
+                {"rank": rank, "label": label, "probability": probability}
+                for rank, (label, probability) in enumerate(best, start=1)
+            ]
+            self._print_rows({"path": str(video), **facts}, classes or [{}])
+        else:
+            print_result(f"{video}{part}  ({plural(num_views, 'view')})")
+            for label, probability in best:
+                print_result(f"  {probability:7.2%}  {label}")
+            if not best:
+                print_result("  -")
+
+    def failure(self, video: Path, error: Exception, **facts: Any) -> None:
+        message = one_line_message(error)
+        if self.form == "json":
+            print_result(json.dumps({"file": str(video), **facts, "error": message}))
+        elif self.form == "csv":
+            self._print_rows({"path": str(video), **facts}, [{"error": message}])
+        err.print(f"error: {message}")
+
+    def _print_rows(self, common: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        columns = ("path", *self.facts, "rank", "label", "probability", "error")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        if not self._has_header:
+            writer.writeheader()
+            self._has_header = True
+        writer.writerows(common | row for row in rows)
+        print_result(text.getvalue().removesuffix("\n"))
 
 
 def print_segment(segment: "Segment", label: str | None, part: str = "") -> None:
@@ -58,60 +88,3 @@ def segment_entry(segment: "Segment", label: str | None) -> dict[str, Any]:
     """Return the JSON object of a segment."""
     start, end, probability = round(segment.start, 4), round(segment.end, 4), round(segment.probability, 6)
     return {"start": start, "end": end, "label": label, "probability": probability}
-
-
-class Curves:
-    """Probabilities of all classes along time, in at most `MAX_POINTS` points for any number of clips.
-
-    When all points are used, each pair of neighbors is merged.
-
-    Attributes:
-        num_clips: clips added so far.
-        duration: end of the last clip in seconds.
-    """
-
-    def __init__(self, labels: tuple[str, ...]) -> None:
-        import numpy as np
-
-        self.labels = labels
-        self.num_clips, self.duration = 0, 0.0
-        self._clips_per_point = 1
-        # Sums over the clips of each point.
-        self._probs, self._times, self._counts = np.zeros((MAX_POINTS, len(labels))), np.zeros(MAX_POINTS), np.zeros(MAX_POINTS)
-
-    def add(self, clip: "Clip", fps: float) -> None:
-        if self.num_clips == MAX_POINTS * self._clips_per_point:
-            for sums in (self._probs, self._times, self._counts):
-                sums[: MAX_POINTS // 2] = sums[::2] + sums[1::2]
-                sums[MAX_POINTS // 2 :] = 0
-            self._clips_per_point *= 2
-        point = self.num_clips // self._clips_per_point
-        self._probs[point] += clip.probs.numpy()
-        self._times[point] += clip.time(fps)
-        self._counts[point] += 1
-        self.num_clips += 1
-        self.duration = (clip.last + 1) / fps
-
-    def means(self) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
-        """Return times in seconds (N,) and probabilities (N, K)."""
-        used = int((self._counts > 0).sum())
-        return self._times[:used] / self._counts[:used], self._probs[:used] / self._counts[:used, None]
-
-
-def draw(panels: Sequence[tuple[str, Curves]], top: int, path: Path) -> None:
-    """Draw a panel for each name and its curves, those of the `top` classes with the highest mean probability."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4 if len(panels) == 1 else 2.5 * len(panels)), layout="constrained")
-    duration = max(curves.duration for _, curves in panels)
-    for axes, (name, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        times, probs = curves.means()
-        for k in (-probs.mean(axis=0)).argsort(kind="stable")[:top].tolist():
-            axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, label=curves.labels[k])
-        axes.set(xlim=(0, duration), ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel=f"{name}\nprobability".lstrip())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    axes.set(xlabel="time, s")
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished, dpi=130)
-    err.print(f"wrote {path}")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from tpn.cli.console import err
 from tpn.errors import WeightsUnavailableError, printable
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, WeightsUnavailableError)
@@ -103,7 +104,7 @@ def _leave_processes() -> None:
 
 def _exit(code: int, message: str = "") -> NoReturn:
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        err.print(f"error: {message}")
     sys.stdout.flush()
     sys.stderr.flush()
     if _in_process_group():

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpn.cli.app import err, progress_bars, require_parent_folder
-from tpn.cli.results import Curves, clip_entry, draw, print_failure, print_prediction, print_segment, segment_entry
+from tpn.cli.app import require_parent_folder
+from tpn.cli.console import err, progress_bars
+from tpn.cli.drawing import Curves, draw
+from tpn.cli.results import PredictionPrinter, clip_entry, print_segment, segment_entry
 from tpn.cli.script import one_line_message
 from tpn.files import atomic_write
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from tpn.video.annotate import Caption
     from tpn.video.tracks import Track
 
+FACTS = ("track", "first", "last", "start", "end")
+"""Entries about a track in JSON objects and CSV rows."""
 MAX_PANELS = 12
 """Tracks in the picture of a timeline."""
 
@@ -58,10 +62,8 @@ def predict_tracks(
     classifier: "VideoClassifier",
     video: Path,
     tracks: "list[Track]",
+    printer: PredictionPrinter,
     *,
-    top: int,
-    min_probability: float,
-    as_json: bool,
     annotate: Path | None,
     **views: Any,
 ) -> bool:
@@ -84,11 +86,11 @@ def predict_tracks(
         if isinstance(result, Prediction):
             where = f"  track {track.id}, frames {track.first}–{track.last}"
             where += f", {facts['start']:.1f} s – {facts['end']:.1f} s" if fps else ""
-            print_prediction(video, result, top, as_json, where, min_probability=min_probability, **facts)
-            best = [f"{label} {probability:.0%}" for label, probability in result.top(1, min_probability=min_probability)]
+            printer.prediction(video, result, where, **facts)
+            best = [f"{label} {probability:.0%}" for label, probability in result.top(1, min_probability=printer.min_probability)]
             captions.append((track, [Caption(track.first, track.last, text) for text in best or ["-"]]))
         else:
-            print_failure(video, result, as_json, **facts)
+            printer.failure(video, result, **facts)
             captions.append((track, []))
     if annotate is not None and fps is not None:
         _annotate(video, annotate, captions, fps)
@@ -139,16 +141,16 @@ def timeline_tracks(
             file.write(separator + json.dumps(_entry(track, clips, segments, error, fps)))
             separator = ",\n"
             if clips and picture is not None and len(panels) < MAX_PANELS:
-                curves = Curves(classifier.labels)
+                curves = Curves(classifier.labels, fps)
                 for clip in clips:
-                    curves.add(clip, fps)
+                    curves.add(clip)
                 panels.append((f"track {track.id}", curves))
             captions.append((track, [_caption(*each, fps) for each in segments]))
         file.write("\n]}\n")
     if json_output:
         err.print(f"wrote {json_output}")
     if panels and picture is not None:
-        draw(panels, top, picture)
+        draw(panels, top, picture, min_probability=min_probability)
     if annotate is not None:
         _annotate(video, annotate, captions, fps)
     return all_read
@@ -167,9 +169,9 @@ def _entry(
 
 
 def _facts(track: "Track", fps: float | None) -> dict[str, Any]:
-    """Return the entries of a track in JSON objects. Frames are numbered from 0, `last` is included, `end` is its end."""
-    seconds = {"start": track.first / fps, "end": (track.last + 1) / fps} if fps else {"start": None, "end": None}
-    return {"track": track.id, "first": track.first, "last": track.last, **seconds}
+    """Return the `FACTS` of a track. Frames are numbered from 0, `last` is included, `end` is its end."""
+    seconds = (track.first / fps, (track.last + 1) / fps) if fps else (None, None)
+    return dict(zip(FACTS, (track.id, track.first, track.last, *seconds), strict=True))
 
 
 def _caption(segment: "Segment", label: str | None, fps: float) -> "Caption":

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from tpn.cli.app import app, complete_model, err, require_exists
+from tpn.cli.app import TRAIN, app, complete_model, examples, require_exists
+from tpn.cli.console import err
 from tpn.cli.script import error_message, is_first_process, one_line_message
 from tpn.training.config import TrainConfig
 
@@ -172,7 +173,13 @@ def _with_options() -> None:
     parameters += [option for field in fields(TrainConfig) for option in options_of(field, kinds[field.name])]
     train.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command()(train)
+    app.command(
+        rich_help_panel=TRAIN,
+        epilog=examples(
+            "tpn train videos --output my-tpn --dry-run",
+            "tpn train train.csv --val val.csv --root videos --output my-tpn --epochs 20",
+        ),
+    )(train)
 
 
 _with_options()

@@ -2,70 +2,80 @@
 
 import errno
 import os
+import shlex
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from tpn.cli.app import (
+    BUNDLED_MODEL,
     DEFAULT_MODEL,
+    TRAIN,
+    USE,
     CheckpointOption,
     DeviceOption,
     ModelOption,
     PrecisionOption,
     ViewsOption,
     app,
-    err,
+    examples,
+    find_videos,
     parse_views_option,
-    print_result,
-    progress_bars,
     require_exists,
+    require_model,
     require_parent_folder,
-    require_picture_path,
 )
-from tpn.cli.results import print_failure, print_prediction
-from tpn.cli.tracks import AnnotateOption, TracksOption, open_tracks, predict_tracks
+from tpn.cli.console import err, print_result, progress_bars
+from tpn.cli.drawing import require_picture
+from tpn.cli.follow import follow, open_source
+from tpn.cli.results import PredictionPrinter
+from tpn.cli.tracks import FACTS, AnnotateOption, TracksOption, open_tracks, predict_tracks
 
 MAX_SHOWN_BAD_FILES = 10
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog=examples("tpn demo", "tpn demo video.mp4 --model tpn_slowonly_r50_k400"))
 def demo(
     video: Annotated[Path | None, typer.Argument(help="Video file. Default: render one.", metavar="[VIDEO]")] = None,
-    model: ModelOption = "tpn_slowonly_tiny_motion",
+    model: ModelOption = BUNDLED_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-demo.png"),
 ) -> None:
-    """Classify a video and draw the predictions along time.
+    """Report the actions in a video and draw them along time.
 
     The default model recognizes 14 rendered motions. It ships with tpn and needs no network.
     """
-    from tpn import demo as drawing
+    from tpn import tempo
+    from tpn.demo import render_video
     from tpn.predict import VideoClassifier
 
     if video is not None:
         require_exists(video)
-    if drawing.has_matplotlib():
-        require_picture_path(output)
-    else:
-        require_parent_folder(output)
+        if model == BUNDLED_MODEL:
+            err.print(f"{model} recognizes rendered motion only; for real footage: tpn timeline {shlex.quote(str(video))}")
+    require_parent_folder(output)
+    picture = require_picture(output)
+    if published := require_model(model):
+        tempo.sliding_spec(published)
     classifier = VideoClassifier(model, pretrained=True)
     if video is None:
         video = output.with_name("tpn-demo.mp4")
-        drawing.render_video(video)
+        render_video(video)
         err.print(f"rendered {video}")
-    analysis = drawing.analyze(classifier, video)
-    print_prediction(video, analysis.prediction, 5, as_json=False)
-    if not drawing.has_matplotlib():
-        err.print('no picture without matplotlib: pip install "tpn[viz]"')
-        return
-    drawing.draw(analysis, output)
-    err.print(f"wrote {output}")
+    follow(classifier, open_source(str(video)), picture=picture)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=USE,
+    epilog=examples(
+        "tpn predict video.mp4 --top 3",
+        "tpn predict videos --views 1x1 --csv > predictions.csv",
+        "tpn predict video.mp4 --tracks tracks.txt --annotate annotated.mp4",
+    ),
+)
 def predict(
-    videos: Annotated[list[Path], typer.Argument(help="Video files.", metavar="VIDEO...")],
+    videos: Annotated[list[Path], typer.Argument(help="Video files, or folders to search for them.", metavar="VIDEO...")],
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
     views: ViewsOption = None,
@@ -82,16 +92,27 @@ def predict(
     tracks: TracksOption = None,
     annotate: AnnotateOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video, or per track.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a CSV table with a row per class.")] = False,
 ) -> None:
     """Classify videos, or with --tracks each person or object in a video. Unreadable files are reported and skipped."""
-    from tpn.predict import Prediction, VideoClassifier
-
     num_clips, num_crops = parse_views_option(views)
-    if not any(video.exists() for video in videos):  # before the model is downloaded
-        for video in videos:
-            print_failure(video, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(video)), as_json)
+    if as_json and as_csv:
+        raise typer.BadParameter("is not valid with --json", param_hint="--csv")
+    form: Literal["text", "json", "csv"] = "json" if as_json else "csv" if as_csv else "text"
+    printer = PredictionPrinter(form, top, min_probability, FACTS if tracks else ())
+    found_files, failures = find_videos(videos)
+    files = [file for file, _ in found_files]
+    if not any(file.exists() for file in files):  # before the model is downloaded
+        failures += [(file, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))) for file in files]
+        files = []
+    for path, error in failures:
+        printer.failure(path, error)
+    if not files:
         raise typer.Exit(1)
-    found = open_tracks(videos, tracks, annotate)
+    found = open_tracks(files, tracks, annotate)
+    require_model(model, checkpoint)
+    from tpn.predict import Prediction, VideoClassifier  # takes seconds; wrong arguments are reported at once
+
     classifier = VideoClassifier(
         model,
         pretrained=checkpoint is None,
@@ -103,31 +124,31 @@ def predict(
     if not classifier.model.num_classes:
         raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
     if found is not None:
-        options: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops, "top": top, "as_json": as_json}
-        if not predict_tracks(classifier, videos[0], found, min_probability=min_probability, annotate=annotate, **options):
+        views_of_track: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
+        if not predict_tracks(classifier, files[0], found, printer, annotate=annotate, **views_of_track):
             raise typer.Exit(1)
         return
-    failed = False
+    failed = bool(failures)
     with progress_bars() as progress:
-        files_task = progress.add_task("files", total=len(videos), visible=len(videos) > 1)
+        files_task = progress.add_task("files", total=len(files), visible=len(files) > 1)
         views_task = progress.add_task("views", total=None)
 
         def show_views(done: int, total: int) -> None:
             progress.update(views_task, completed=done, total=total)
 
-        results = classifier.predict_each(videos, num_clips=num_clips, num_crops=num_crops, progress=show_views)
-        for video, result in zip(videos, results, strict=True):
+        results = classifier.predict_each(files, num_clips=num_clips, num_crops=num_crops, progress=show_views)
+        for video, result in zip(files, results, strict=True):
             progress.advance(files_task)
             if isinstance(result, Prediction):
-                print_prediction(video, result, top, as_json, min_probability=min_probability)
+                printer.prediction(video, result)
             else:
                 failed = True
-                print_failure(video, result, as_json)
+                printer.failure(video, result)
     if failed:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog=examples("tpn check videos", "tpn check list.csv --root videos --report bad.txt"))
 def check(
     data: Annotated[
         Path, typer.Argument(help="Folder with one folder per class, or with train and val; or a table or list of videos.")
@@ -150,6 +171,7 @@ def check(
     from tpn.training.wording import plural
     from tpn.video import datasets, lists
 
+    require_exists(data)
     spec = InputSpec(num_frames=1)  # required by datasets, but no clip is taken
     options: dict[str, Any] = {"root": root, "template": frames, "first": first_frame}
     folders = list(lists.split_folders(data).values()) or [data]

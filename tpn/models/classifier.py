@@ -36,18 +36,19 @@ class TPNClassifier(nn.Module):
 
     Args:
         backbone: maps a clip (B, C, T, H, W) to a sequence or dictionary of feature maps, finest level first.
-        neck: maps those to one map (`TemporalPyramid`), or None to classify the last one: the baseline.
-        head: maps that map to logits.
+        neck: fuses the maps into one, such as `TemporalPyramid`. None for the baseline, which classifies the last map.
+        head: maps the fused map to logits.
         aux_head: maps the last feature map but one to auxiliary logits for training, or None.
 
     Attributes:
         config: the `ModelConfig` of the model, always up to date.
-        num_classes, num_features: K, read from the classifier, and the channels that the head pools.
-        multi_label: whether a video may have several classes, whose probabilities are then sigmoids of the logits.
-        temperature: T of the probabilities, 1 unless the model is calibrated; logits are never divided by it. Like the labels, it
+        num_classes: K, read from the classifier.
+        num_features: channels that the head pools.
+        multi_label: whether a video may have several classes. Probabilities are then sigmoids of the logits.
+        temperature: T of the probabilities, 1 unless the model is calibrated. Logits are never divided by it. Like the labels, it
             belongs to the classifier `head.fc`. Set it to 1 before you train the classifier further.
         in_chans: input channels.
-        labels: the K class names, None if unknown. Assign yours. They belong to the classifier `head.fc`: another one has none.
+        labels: the K class names, None if unknown. Assign your own. A new classifier `head.fc` has no labels.
         input_spec: the `InputSpec` of its clips, None if unknown. Assign one to change sampling or sizes.
         architecture: the entry point that the model started from.
 
@@ -84,8 +85,8 @@ class TPNClassifier(nn.Module):
 
         Args:
             config: describes all parts.
-            backbone, neck: modules in place of `config.backbone` and `config.neck`. The neck and the heads move to the device and
-                dtype of the backbone.
+            backbone: module in place of `config.backbone`. The neck and the heads move to its device and dtype.
+            neck: module in place of `config.neck`.
 
         Raises:
             UnknownModelError: a part is not registered.
@@ -191,10 +192,10 @@ class TPNClassifier(nn.Module):
     default_cfg = pretrained_cfg
 
     def forward_frames(self, x: Tensor) -> Sequence[Tensor]:
-        """Return what the backbone computes of each frame alone, in evaluation mode: for clips that share frames.
+        """Return the part of the backbone's result that depends on single frames, in evaluation mode.
 
-        `forward_features` and `forward_intermediates` take the result in place of clips; any frames can be put together to a clip
-        before. It is `(x,)` for a backbone without methods `forward_frames` and `forward_clips`.
+        Use it for clips that share frames: combine the results of any frames to a clip, and pass it to `forward_features` or
+        `forward_intermediates` in place of clips. A backbone without `forward_frames` and `forward_clips` returns `(x,)`.
 
         Shape: (B, 3, T, H, W) → one or more tensors (B, C_i, T, H_i, W_i), any T
         """
@@ -202,11 +203,11 @@ class TPNClassifier(nn.Module):
         return cast("Any", self.backbone).forward_frames(x) if hasattr(self.backbone, "forward_clips") else (x,)
 
     def forward_features(self, x: Clips) -> Tensor:
-        """(B, 3, T, H, W) → the map that the head reads: the neck's (B, C, T', H/32, W/32), or the backbone's last."""
+        """Return the map that the head reads: (B, 3, T, H, W) → the neck's (B, C, T', H/32, W/32), or the backbone's last."""
         return self._fuse(self._backbone_maps(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """That map → logits (B, K), or with `pre_logits` the pooled features (B, num_features)."""
+        """Return logits (B, K) for the result of `forward_features`; with `pre_logits`, pooled features (B, num_features)."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,8 +254,8 @@ class TPNClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, multi_label: bool | None = None) -> None:
         """Give head and auxiliary head new, untrained classifiers for `num_classes`; labels and temperature are dropped.
 
-        num_classes = 0 removes them: the model then returns features. `global_pool` is timm's argument; only "avg"
-        exists here. `multi_label` says whether a video may have several classes; None keeps the present setting.
+        With num_classes = 0, the model returns features. `global_pool` is timm's argument and must be "avg". `multi_label` allows
+        several classes per video; None keeps the present setting.
         """
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
@@ -273,7 +274,7 @@ class TPNClassifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return parameter groups from input to output, for timm's layer-wise learning rates.
 
-        They are the groups of the backbone's `group_matcher`, otherwise the modules that it consists of; then the other parts.
+        The backbone's groups come first: those of its `group_matcher`, or otherwise its modules. The other parts follow.
         """
         if hasattr(self.backbone, "group_matcher"):
             groups = cast("Any", self.backbone).group_matcher(coarse)
@@ -282,7 +283,7 @@ class TPNClassifier(nn.Module):
         return {"stem": rf"^(?!{'|'.join(layers)})backbone\.", **{f"block{i}": f"^{layer}" for i, layer in enumerate(layers)}}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that must not decay, besides biases and norms: those that a part names, such as a transformer."""
+        """Return the parameters without weight decay that the parts name, besides biases and norms."""
         parts = [(prefix, part) for prefix, part in self.named_modules() if prefix and hasattr(part, "no_weight_decay")]
         return {f"{prefix}.{name}" for prefix, part in parts for name in cast("Any", part).no_weight_decay()}
 

@@ -11,13 +11,15 @@ class FeatureModel(nn.Module):
     """Return one feature map of a model, averaged over time and space. `VideoClassifier` takes it like a classifier.
 
     Args:
-        model: any TPNClassifier; it stays unchanged.
+        model: any `TPNClassifier`. It does not change.
         name: of a map in `forward_intermediates`. Default: the map that the head reads, as with `num_classes=0`.
 
     Attributes:
         num_features: C.
         num_classes: 0.
-        in_chans, labels, input_spec: those of a `TPNClassifier`.
+        in_chans: as in `TPNClassifier`.
+        labels: as in `TPNClassifier`.
+        input_spec: as in `TPNClassifier`.
 
     Shape:
         (B, 3, T, H, W) float, normalized, or `model.forward_frames` of these → (B, C)

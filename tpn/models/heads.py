@@ -38,7 +38,7 @@ def change_temperature(probs: Tensor, temperature: float, *, multi_label: bool) 
 
 
 class ClassificationHead(nn.Module):
-    """Mean over time and space, dropout, linear.
+    """Classify a map: mean over time and space, dropout, linear layer.
 
     Because the mean comes first, a clip of any size gives the scores that fully convolutional testing
     (classify every position, then average) would give.
@@ -48,8 +48,8 @@ class ClassificationHead(nn.Module):
         num_classes: K; 0 removes the linear layer.
         drop_rate: dropout before the linear layer.
         multi_label: a video may have several classes, or none; see `class_probs`.
-        temperature: of the probabilities, see `class_probs`; logits are never divided by it. It belongs to the classifier `fc`:
-            another one has a temperature of 1.
+        temperature: of the probabilities, see `class_probs`. Logits are never divided by it. A new classifier `fc` has a
+            temperature of 1.
 
     Shape:
         (B, in_channels, T, H, W) → logits (B, K); with `pre_logits`, or K = 0, features (B, in_channels).
@@ -97,7 +97,7 @@ class ClassificationHead(nn.Module):
 
 
 class AuxHead(ClassificationHead):
-    """The second classifier, on c4, that training adds to the loss with weight 0.5.
+    """Classify c4 during training. The published recipes add its loss with weight 0.5.
 
     A (1, 3, 3) convolution of stride (1, 2, 2) to `mid_channels`, batch norm, ReLU, then a `ClassificationHead`.
 

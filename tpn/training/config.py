@@ -14,7 +14,7 @@ def _option(default: Any, help: str, group: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All settings of a training run. None means that the plan decides, from the data and the model; see `tpn.training.plan`.
+    """All settings of a training run. With None, the plan chooses from the data and the model; see `tpn.training.plan`.
 
     Raises ValueError if a value is out of range.
     """

@@ -1,6 +1,7 @@
 """What a person sees of a training run in the terminal."""
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,14 @@ class TrainingConsole(Observer):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = console or Console(
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+            force_terminal=sys.stdout.isatty(),  # Jupyter sets FORCE_COLOR, which is not about bars
+            force_jupyter=False,  # otherwise each line becomes an HTML output of its own
+        )
         self._progress: Progress | None = None
         self._values: dict[str, float | None] = {}
         self._first_step = self._printed_step = 0

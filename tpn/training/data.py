@@ -32,7 +32,8 @@ class TrainData:
     """The datasets of a run.
 
     Attributes:
-        train, val: both with the same classes.
+        train: for training.
+        val: for validation, with the same classes.
         split: where the division comes from, in words.
     """
 
@@ -64,7 +65,7 @@ class DataFacts:
     Attributes:
         videos: number of training videos.
         class_counts: of each class.
-        frames: median number of frames of a video, or of a labeled part; None if no header states it.
+        frames: median number of frames of a video, or of a labeled segment. None if no header states it.
         fps: median frame rate, None if unknown.
     """
 

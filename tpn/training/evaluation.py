@@ -76,9 +76,9 @@ def evaluate(
         output: folder for `report.html`, `summary.json` and `per_class.csv`; created if necessary. The same call resumes an
             interrupted evaluation. All processes must share the folder. Default: write nothing.
         views: clips along time and crops of each, such as "10x3" or "1x1". Default: the test protocol of the weights.
-        calibrate: fit the temperature of the model to these videos, which the model must not have been trained on. It is set in a
-            given model, and saved in the folder of a saved one. The result, and the files in `output`, have the numbers before
-            and after; those after are optimistic. See `Evaluation.calibrate`.
+        calibrate: fit the temperature of the model to these videos, on which the model must not have been trained. It is set in
+            `model`, or saved if `model` is a folder. The result and the files in `output` have the numbers before and after
+            calibration. Those after it are optimistic; see `Evaluation.calibrate`.
         checkpoint: with a name, load the weights in this file.
         root: base folder of relative paths in a list. Default: the list's folder.
         frames: file names of extracted frames, such as "img_{:05d}.jpg".
@@ -86,7 +86,10 @@ def evaluate(
         target_fps: sample as if every video had this frame rate. Default: that of the model's `input_spec`.
         frame_interval: index step between the frames of a clip: twice the model's own shows it videos at twice the speed. Not for
             models that sample segments. Default: that of the model's `input_spec`.
-        device, batch_size, precision, compile: see `VideoClassifier`.
+        device: see `VideoClassifier`.
+        batch_size: see `VideoClassifier`.
+        precision: see `VideoClassifier`.
+        compile: see `VideoClassifier`.
         workers: threads that read videos ahead.
         progress: called with (videos done, all videos), an estimate if there are several processes.
 
@@ -94,7 +97,7 @@ def evaluate(
         TypeError, ValueError: an argument is not valid; the classes of data and model differ; `output` has unfinished results of
             other weights, videos, or settings; no video can be read; with `calibrate`, the model is not one that can be changed,
             or no temperature fits.
-        UnknownModelError, CheckpointError, WeightsUnavailableError, OSError.
+        UnknownModelError, CheckpointError, WeightsUnavailableError, OSError: as in `create_model`.
 
     Example:
         >>> tpn.evaluate("runs/doors", "videos/val").metrics["top1"]

@@ -59,7 +59,7 @@ class TrainResult:
         model: the trained model, on its device, in evaluation mode.
         folder: where it is saved.
         plan: the settings of the run, with reasons.
-        evaluation: of the saved model on the validation data; None without.
+        evaluation: of the saved model on the validation data. None if there is none.
     """
 
     model: TPNClassifier
@@ -85,18 +85,19 @@ def train(
         output: folder for the model, the checkpoint, the metrics and the report.
         resume: continue the interrupted run in `output`.
         dry_run: make the plan and return, without training.
-        verbose: print what was understood, the plan, and progress.
+        verbose: print the data, the plan, and the progress.
         observer: receives the progress in place of the console.
         **options: fields of `TrainConfig`; `recipe` selects complete published settings.
 
     Returns:
-        the trained model and its validation.
+        The trained model and its validation.
 
     Raises:
         TypeError: no such option.
         ValueError: an option or the data is not valid.
         FloatingPointError: the gradients of ten steps in a row were not finite.
-        OSError, VideoError, TooManyBadFilesError, WeightsUnavailableError.
+        OSError, VideoError, TooManyBadFilesError: the data cannot be read.
+        WeightsUnavailableError: the weights cannot be fetched.
     """
     if observer is None and verbose:
         observer = TrainingConsole()

@@ -101,10 +101,12 @@ def epoch_batches(
     Args:
         count: number of videos, N.
         batch_size: clips per process and forward pass.
-        seed, epoch: determine the order.
+        seed: determines the order, with `epoch`.
+        epoch: determines the order, with `seed`.
         accumulate: forward passes per step.
         weights: (N,), with which videos are drawn with replacement. Default: every video once.
-        rank, world_size: of this process.
+        rank: of this process.
+        world_size: number of processes.
 
     Returns:
         a list of (index, draw) for each forward pass, the items that `VideoDataset` takes.

@@ -25,7 +25,7 @@ PROBS_SUFFIXES = (".json", ".pkl", ".npz")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions for a dataset, each video once, and what they amount to.
+    """The predictions for a dataset, each video once, and the metrics that follow from them.
 
     Attributes:
         classes: the K class names.
@@ -35,9 +35,9 @@ class Evaluation:
         views: views of each video.
         frame_interval: index step between the frames of a clip; None for segments.
         multi_label: whether a video may have several classes.
-        failed: reason for each video that could not be read, by name; they are not counted.
+        failed: unreadable videos with the reason, by name. They are not counted.
         temperature: of the model, at which `probs` were computed.
-        calibrated: with `tpn.evaluate(..., calibrate=True)`, the result of `calibrate`.
+        calibrated: the result of `calibrate`, with `tpn.evaluate(..., calibrate=True)`; otherwise None.
     """
 
     classes: tuple[str, ...]

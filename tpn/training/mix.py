@@ -14,7 +14,8 @@ class Mix(nn.Module):
     from PyTorch's CPU generator.
 
     Args:
-        mixup_alpha, cutmix_alpha: parameter of the Beta distribution of the proportion; 0 turns the method off.
+        mixup_alpha: parameter of MixUp's Beta distribution of the proportion. 0 turns MixUp off.
+        cutmix_alpha: parameter of CutMix's Beta distribution of the proportion. 0 turns CutMix off.
         num_classes: number of classes, K.
 
     Shape:

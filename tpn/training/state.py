@@ -106,8 +106,8 @@ class MetricsLog:
 
     Args:
         folder: for `metrics.jsonl` and `tensorboard/`; created if necessary.
-        step, validated_step: at which the training starts or resumes, and of its last validation. Metrics of later steps and
-            validations, from an interrupted run, are removed.
+        step: at which the training starts or resumes. Metrics of later steps, from an interrupted run, are removed.
+        validated_step: step of the last validation. Later validations are removed.
     """
 
     def __init__(self, folder: Path, step: int = 0, validated_step: int = 0) -> None:

@@ -244,7 +244,10 @@ class VideoFolder(_VideoFiles):
 
     Args:
         root: folder with the class folders.
-        spec, train, max_bad, seed: see `VideoDataset`.
+        spec: see `VideoDataset`.
+        train: see `VideoDataset`.
+        max_bad: see `VideoDataset`.
+        seed: see `VideoDataset`.
         classes: class names in the order of the labels, for example those of the training set. Default: the sorted folder names.
 
     Raises:
@@ -291,7 +294,10 @@ class VideoList(_VideoFiles):
 
     Args:
         file: the table or list. Labels are numbers from 0 or class names.
-        spec, train, max_bad, seed: see `VideoDataset`.
+        spec: see `VideoDataset`.
+        train: see `VideoDataset`.
+        max_bad: see `VideoDataset`.
+        seed: see `VideoDataset`.
         root: folder to which paths are relative. Default: the folder of the file.
         classes: class names in the order of the labels. Default: "class 0", ... for numbers, otherwise the sorted labels.
 
@@ -320,7 +326,10 @@ class RawFrames(VideoDataset):
 
     Args:
         file: the list, or a table with the columns path, num_frames and label, and optionally split and group; see `VideoList`.
-        spec, train, max_bad, seed: see `VideoDataset`. `spec.target_fps` has no effect: images have no frame rate.
+        spec: see `VideoDataset`. `spec.target_fps` has no effect, because images have no frame rate.
+        train: see `VideoDataset`.
+        max_bad: see `VideoDataset`.
+        seed: see `VideoDataset`.
         root: folder to which paths are relative. Default: the folder of the file.
         template: format of the file names, with the frame number as argument.
         first: number of the first frame.

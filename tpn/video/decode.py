@@ -140,7 +140,7 @@ def sample_frames(
     """Count the frames of a video, or of a segment of it, and read those that `sample` selects.
 
     A frame belongs to a segment if `start <= time < end`, where `time` is its presentation time in seconds after the first frame.
-    What comes before the segment is skipped, not decoded; the packets of the file are read for its first segment only.
+    The part before the segment is skipped, not decoded. The packets of a file are read only for its first segment.
 
     Args:
         path: video file.
@@ -148,7 +148,8 @@ def sample_frames(
         target_fps: sample as if the video had this frame rate. Default: the video's own frame rate.
         short_side: resize each frame while reading, as in `read_frames`.
         device: device on which frames are resized and returned. Default: the CPU.
-        start, end: segment in seconds. Default: from the first frame, to the last one.
+        start: of the segment in seconds. Default: the first frame.
+        end: of the segment in seconds. Default: after the last frame.
 
     Returns:
         The distinct frames, uint8 RGB (N, 3, H, W), and for each selected index its position among them, with the shape of

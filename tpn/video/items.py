@@ -22,7 +22,8 @@ class Item:
         path: video file, or folder of extracted frames.
         label: class index; in a multi-label dataset, a tuple of them.
         num_frames: number of extracted frames; None for a video file.
-        start, end: segment in seconds after the first frame. None: from the first frame, to the last one.
+        start: of the segment, in seconds after the first frame. None for the first frame.
+        end: of the segment, in seconds after the first frame. None for the end of the video.
         group: source of the video; videos of one source stay on one side of a split.
         split: train, val, test, or empty.
         tracks: file with tracks of the video; empty for the whole picture.

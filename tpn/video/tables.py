@@ -57,7 +57,8 @@ class Row:
         number: of the line in a file, from 1; None if it comes from no file.
         path: relative to the folder of the dataset, or absolute.
         labels: class names or numbers; more than one, or none, only in a multi-label dataset.
-        start, end: seconds.
+        start: in seconds.
+        end: in seconds.
         split: train, val, test, or empty.
         group: source of the video, empty if unknown.
         num_frames: number of extracted frames.

@@ -105,7 +105,8 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
     Args:
         x: uint8 RGB (..., T, C, H, W), 0..255.
-        mean, std: one value per channel, on the 0..255 scale.
+        mean: of each channel, on the 0..255 scale.
+        std: of each channel, on the 0..255 scale.
 
     Returns:
         float32 (..., C, T, H, W).

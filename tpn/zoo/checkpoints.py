@@ -91,9 +91,12 @@ class Checkpoint:
         source: where the weights are.
         layout: the code base that wrote the file; see `tpn.zoo.convert`.
         dataset: title of the training data.
-        params, gmacs: parameters, and 10**9 operations per clip to two decimals, as `tpn.zoo.create.count` counts them.
-        reported_top1, reported_top5: accuracy in percent that the publisher reports.
-        measured_top1, measured_top5: accuracy in percent that this project measured.
+        params: number of parameters, as `tpn.zoo.create.count` counts them.
+        gmacs: 10**9 multiply-accumulate operations per clip, two decimals.
+        reported_top1: top-1 in percent that the publisher reports.
+        reported_top5: top-5 in percent that the publisher reports.
+        measured_top1: top-1 in percent that this project measured.
+        measured_top5: top-5 in percent that this project measured.
         initialized_from: weights that training started from.
         note: what the publisher says about data or protocol.
         license: of the weights.
@@ -284,4 +287,6 @@ def get_checkpoint(name: str) -> Checkpoint:
             "pass the model that it was made from"
         )
     near = difflib.get_close_matches(model, {entry.model for entry in CHECKPOINTS.values()}, n=3, cutoff=0.0)
-    raise UnknownModelError(f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn.list_models() returns all")
+    raise UnknownModelError(
+        f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn list shows all (tpn.list_models() in Python)"
+    )

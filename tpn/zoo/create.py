@@ -43,26 +43,34 @@ def create_model(
     """Build a model of the zoo, a saved model, or a neck on a backbone of your choice, in training mode.
 
     Args:
-        name: "tpn_slowonly_r50_k400", with a tag "tpn_slowonly_r50_k400.scratch"; a saved model, whose weights are always loaded:
-            the path of its folder (as "local-dir:folder" if it has the name of a published model), "hf-hub:owner/repository" or
-            "hf-hub:owner/repository@revision"; or "tpn" with a `backbone`.
+        name: one of:
+
+            - a published model, "tpn_slowonly_r50_k400", or one of its checkpoints, "tpn_slowonly_r50_k400.scratch";
+            - a saved model, whose weights are always loaded: its folder ("local-dir:FOLDER" if the folder has the name of a
+              published model), "hf-hub:owner/repository", or "hf-hub:owner/repository@revision";
+            - "tpn", with a `backbone`.
         pretrained: load the published weights; see `tpn.zoo.fetch`.
         num_classes: K. Default: that of the weights. With another K, the classifiers of head and auxiliary head are new.
-        checkpoint_path: load this file instead: safetensors or `.pth`, in our, mmaction2's or the original layout.
+        checkpoint_path: load this file instead: safetensors or `.pth`, in the layout of tpn, MMAction2, or the original code.
         backbone: for "tpn": "timm/NAME", "torchvision/NAME", a name of `tpn.register_backbone`, or a module that maps clips
             (B, C, T, H, W) to feature maps. For a saved model: the module that it was built with.
-        neck: a name of `tpn.register_neck`, or a module; None for the baseline without neck and auxiliary head. Default: that of
-            the model, for "tpn" the pyramid.
+        neck: a name of `tpn.register_neck`, or a module; None for the baseline without neck and auxiliary head. Default: the neck
+            of the model; for "tpn", the pyramid.
         backbone_pretrained: start the backbone from its own weights: ImageNet weights of timm, inflated to 3D, for SlowOnly and
             TSM; otherwise the default weights of timm or torchvision, or those of a tag ("timm/convnext_tiny.fb_in22k").
         cache_dir: where downloads are stored. Default: $TPN_CACHE, otherwise the Hub's caches.
-        pretrained_cfg_overlay: timm's way to name another source of the weights: {"url": LINK}, {"file": PATH},
+        pretrained_cfg_overlay: another source of the weights, as in timm: {"url": LINK}, {"file": PATH},
             {"hf_hub_id": "owner/repository"} or {"state_dict": TENSORS}.
-        **kwargs: changes of the config, saved with the model: `num_frames`, `in_chans` (RGB weights of SlowOnly and TSM are
-            adapted as timm does), `drop_rate`, `multi_label` (a video may have several classes), `input_spec`, `backbone_args`
-            and `neck_args` (mappings), `aux_head=False` (its weights are then not loaded), and arguments of neck or backbone,
-            such as `flow_order`, `temporal_scales`, `spatial_modulation`, `shift_shortcut`, `out_indices`. Published weights
-            are refused, before the download, for arguments that change the network.
+        **kwargs: changes of the config, saved with the model:
+
+            - `num_frames`, `drop_rate`, `input_spec`;
+            - `in_chans`: RGB weights of SlowOnly and TSM are adapted as in timm;
+            - `multi_label`: a video may have several classes;
+            - `aux_head=False`: the weights of the auxiliary head are not loaded;
+            - `backbone_args` and `neck_args`, mappings, or single arguments of backbone or neck, such as `flow_order`,
+              `temporal_scales`, `spatial_modulation`, `shift_shortcut`, and `out_indices`.
+
+            Arguments that change the network cannot be combined with published weights. They are refused before the download.
 
     Raises:
         UnknownModelError: no such name; the message lists the nearest ones.
@@ -109,7 +117,7 @@ def build(backbone: nn.Module, *, num_classes: int, **kwargs: Any) -> TPNClassif
 
     Args:
         backbone: clips (B, C, T, H, W) float → two or more maps (B, C_i, T_i, H_i, W_i), finest first, as a sequence or a
-            dictionary. Channels, lengths and sizes are found by running it on one clip of zeros.
+            dictionary. `build` runs it on one clip of zeros to find channels, lengths, and sizes.
         num_classes: K; 0 for a model that returns features.
         **kwargs: `num_frames`, `input_spec`, `flow_order`, ...; see `create_model`.
 

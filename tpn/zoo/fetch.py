@@ -29,7 +29,7 @@ from tpn.files import file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
-from tpn.zoo.names import WEIGHTS_FILE, weights_folder
+from tpn.zoo.names import WEIGHTS_FILE, by_hand, convert_command, weights_folder
 from tpn.zoo.overrides import override
 from tpn.zoo.saved import save_pretrained, saved_sha256
 
@@ -37,6 +37,11 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
 
 _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
+
+_OFFLINE = (
+    "Offline, pass a saved folder, a file (--checkpoint), or --model tpn_slowonly_tiny_motion, "
+    "which recognizes rendered motion only"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -84,13 +89,13 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
     if isinstance(source, HubFiles):
         return _from_hub(source, cache_dir, verify)
     if not isinstance(source, Link):
-        raise WeightsUnavailableError(f"{problem}. {_by_hand(entry)}" if problem else _by_hand(entry))
+        raise WeightsUnavailableError(f"{problem}. {by_hand(entry)}" if problem else by_hand(entry))
     file = urlsplit(source.url).path.rpartition("/")[2]
     if constants.HF_HUB_OFFLINE:
         problem = problem or f"the weights of {entry.name} are not in the cache ({folder})"
         raise WeightsUnavailableError(
             f"{problem}, and HF_HUB_OFFLINE forbids requests; "
-            f"unset it, or download {file} elsewhere and run: {convert_command(entry)}"
+            f"unset it, or download {file} elsewhere and run: {convert_command(entry)}. {_OFFLINE}"
         )
     try:
         with _locked(folder):
@@ -153,11 +158,6 @@ def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
         return store(entry, weights, folder)
 
 
-def convert_command(entry: Checkpoint) -> str:
-    """Return the command that stores a downloaded file in the cache."""
-    return f"tpn convert FILE --model {entry.name}"
-
-
 def download(link: Link, path: Path, entry: Checkpoint) -> None:
     """Download a file and compare it with its hash; see `tpn.transfer` for the limits.
 
@@ -169,8 +169,8 @@ def download(link: Link, path: Path, entry: Checkpoint) -> None:
         transfer.download(link.url, path, pauses=PAUSES, sha256=link.sha256)
     except transfer.TransferError as error:
         raise WeightsUnavailableError(
-            f"cannot download {link.url}: {error}. "
-            f"Try again later, or download the file by other means and run: {convert_command(entry)}"
+            f"cannot download {urlsplit(link.url).path.rpartition('/')[2]}: {error}. Try again later, or download it on another "
+            f"computer (tpn info {entry.name} shows the link) and run: {convert_command(entry)}. {_OFFLINE}"
         ) from error
 
 
@@ -202,7 +202,7 @@ def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir, v
         _logger.debug("%s", error)
     except HubUnreachableError as error:
         if isinstance(entry.source, Page):
-            raise WeightsUnavailableError(f"{error}. {_by_hand(entry)}") from error
+            raise WeightsUnavailableError(f"{error}. {by_hand(entry)}") from error
         if not constants.HF_HUB_OFFLINE:
             _logger.warning("%s. Using the publisher's file instead, which holds the same weights", error)
     return None
@@ -216,10 +216,3 @@ def _from_hub(source: HubFiles, cache_dir: hub.CacheDir, verify: bool) -> Path:
             f"{path}, from {repo} on the Hub, has another SHA-256 than {source.sha256}; remove the file to download it again"
         )
     return path
-
-
-def _by_hand(entry: Checkpoint) -> str:
-    return (
-        f"The weights of {entry.name} need a manual download: open {entry.source.url} in a browser, save the file, "
-        f"then run: {convert_command(entry)}"
-    )

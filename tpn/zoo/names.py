@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from tpn.errors import WeightsUnavailableError
 from tpn.files import CacheDir, cache_folder
 from tpn.zoo import checkpoints
-from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
+from tpn.zoo.checkpoints import Checkpoint, Page, get_checkpoint
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 """The files of a saved model."""
@@ -42,7 +43,7 @@ class ModelInfo:
 
 
 def model_info(name: str) -> ModelInfo:
-    """Describe "model" or "model.tag": its entry, parameters and operations, as recorded in the table of checkpoints."""
+    """Return the entry, parameters, and operations of "model" or "model.tag", as recorded in the table of checkpoints."""
     entry = get_checkpoint(name)
     return ModelInfo(entry, entry.params, entry.gmacs)
 
@@ -81,6 +82,25 @@ def weights_folder(entry: Checkpoint, cache_dir: CacheDir = None) -> Path:
     from huggingface_hub import constants
 
     return (cache_folder(cache_dir) or Path(constants.HF_ASSETS_CACHE, "tpn").expanduser()) / entry.name
+
+
+def convert_command(entry: Checkpoint) -> str:
+    """Return the command that stores a downloaded file in the cache."""
+    return f"tpn convert FILE --model {entry.name}"
+
+
+def by_hand(entry: Checkpoint) -> str:
+    """Return what to do about an entry that needs a manual download."""
+    return (
+        f"The weights of {entry.name} need a manual download: open {entry.source.url} in a browser, save the file, "
+        f"then run: {convert_command(entry)}"
+    )
+
+
+def refuse_manual_download(entry: Checkpoint) -> None:
+    """Raise WeightsUnavailableError if a manual download is the only way to the weights of an entry."""
+    if isinstance(entry.source, Page) and not entry.mirror and not (weights_folder(entry) / WEIGHTS_FILE).is_file():
+        raise WeightsUnavailableError(by_hand(entry))
 
 
 def _natural_key(name: str) -> list[str | int]:

@@ -14,6 +14,7 @@ from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
+from tpn.zoo.names import convert_command
 from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
 
 CARD_FILE = "README.md"
@@ -112,7 +113,8 @@ def publish(
     Args:
         dry_run: report what would be done; nothing is downloaded, written or sent.
         private: whether new repositories are private.
-        cache_dir, token: as in `create_model` and `push_to_hub`.
+        cache_dir: as in `create_model`.
+        token: as in `push_to_hub`.
     """
     api = HfApi(token=token, library_name="tpn")
     for entry in checkpoints.CHECKPOINTS.values():
@@ -122,7 +124,7 @@ def publish(
         try:
             path = fetch.cached(folder)
             if path is None and isinstance(entry.source, Page):
-                yield Publication(repo_id, "not here", f"download {entry.source.url}, then: {fetch.convert_command(entry)}")
+                yield Publication(repo_id, "not here", f"download {entry.source.url}, then: {convert_command(entry)}")
             elif path is None and dry_run:
                 yield Publication(repo_id, "to fetch and publish", "")
             else:

@@ -122,7 +122,8 @@ class ResNet(nn.Module):
     Attributes:
         out_channels: channels of each returned map.
         imagenet_repo: Hub repository of the 2D ImageNet weights of this depth, which can be inflated into this network.
-        depth, in_chans: as given.
+        depth: as given.
+        in_chans: as given.
         silent_args: arguments that change what the same weights compute.
     """
 

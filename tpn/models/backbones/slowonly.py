@@ -16,7 +16,7 @@ FRAME_STAGES = 2
 
 @register_backbone("slowonly")
 class ResNet3dSlowOnly(ResNet):
-    """3D residual network that never downsamples time.
+    """A 3D residual network that never downsamples time.
 
     Args:
         depth: 50 or 101 (bottleneck blocks), or 18 (basic blocks).

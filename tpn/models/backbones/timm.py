@@ -25,7 +25,7 @@ RESERVED = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weig
 
 
 class FoldedBackbone(nn.Module):
-    """A network for images that is run on the frames of a clip one by one, folded into its batch.
+    """An image network that runs on each frame of a clip. Frames are folded into the batch.
 
     Args:
         net: (N, C, H, W) → a sequence or dictionary of maps (N, C_i, H_i, W_i), finest first, or one map.
@@ -152,10 +152,11 @@ def timm_backbone(
     """Build a network of timm as a backbone.
 
     Args:
-        name: of `timm.list_models()`, with a tag if `pretrained` is to load other weights than the default ones.
+        name: one of `timm.list_models()`. A tag selects the weights that `pretrained` loads.
         out_indices: stages that are levels, finest first, 0 = the first; negative ones count from the end.
         temporal_shift: shift channels along time in the residual blocks, as TSM does.
-        in_chans, num_frames: channels and frames of the clips.
+        in_chans: channels of the clips.
+        num_frames: frames of the clips.
         pretrained: load timm's weights.
         cache_dir: where weights are stored.
         **args: further arguments of the network, such as `img_size`.

@@ -20,12 +20,12 @@ from tpn.models.registry import register_backbone
 
 
 class StagedBackbone(nn.Module):
-    """A network for video that is a chain of stages; the results of some stages are its feature maps.
+    """A video network that is a chain of stages. The outputs of some stages are its feature maps.
 
     Args:
-        stages: modules, called one after the other. Those after the last of `out_indices` are left out.
+        stages: modules, called one after the other. Stages after the last of `out_indices` are dropped.
         out_indices: stages to return, 0 = the first; negative ones count from the end.
-        channels_last: the stages pass (B, T, H, W, C) on; the returned maps are (B, C, T, H, W) all the same.
+        channels_last: the stages return (B, T, H, W, C). The returned maps are still (B, C, T, H, W).
 
     Shape:
         (B, C, T, H, W) float → one map (B, C_i, T_i, H_i, W_i) per index.

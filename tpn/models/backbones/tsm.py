@@ -80,18 +80,21 @@ class ShiftBottleneck(Bottleneck):
 
 @register_backbone("tsm")
 class ResNetTSM(ResNet):
-    """2D residual network over folded frames, with temporal shifts in its residual branches.
+    """A 2D residual network over folded frames, with temporal shifts in its residual branches.
 
     Args:
         depth: 50 or 101. With 101 every second block shifts, as in mmaction2.
         shift_shortcut: selects one of the two published variants. False (mmaction2): only the first convolution of a block reads
             shifted frames. True (original TPN code, "in place"): the shortcut convolution of a downsampling block reads them too.
             The parameters have the same names and shapes, but weights trained with one variant are wrong in the other.
-        in_chans, base_channels, out_indices, zero_init_last: as in `ResNet3dSlowOnly`.
+        in_chans: as in `ResNet3dSlowOnly`.
+        base_channels: as in `ResNet3dSlowOnly`.
+        out_indices: as in `ResNet3dSlowOnly`.
+        zero_init_last: as in `ResNet3dSlowOnly`.
 
     Attributes:
         silent_args: arguments that change what the same weights compute.
-        folded: whether frames are folded into the batch; False for the result of `unfolded`.
+        folded: whether frames are folded into the batch. False for the result of `unfolded`.
 
     Shape:
         (B, in_chans, T, H, W) float, any T → one map (B, C_i, T, H_i, W_i) per `out_indices`, finest first.
