@@ -26,7 +26,7 @@ from tpn.video import motion
 from tpn.video.datasets import VideoFolder
 
 NOMINAL = 3.0
-"""Tempo x1: a cycle of the motion takes 21 frames."""
+"""Tempo 1x: a cycle of the motion takes 21 frames."""
 NUM_FRAMES = 34
 """Frames per video. A clip spans 31 frames; longer videos would take longer to decode."""
 TRAINED = (0.5, 2.0)
@@ -133,7 +133,7 @@ def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
         axes.fill_between(TESTED, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axhline(100 / len(motion.CLASSES), color="0.6", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(TESTED, [f"x{factor:g}" for factor in TESTED])
+    axes.set_xticks(TESTED, [f"{factor:g}x" for factor in TESTED])
     axes.set(xlabel="tempo of the test clips", ylabel="top-1 accuracy, %", ylim=(0, 101))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower center", ncols=2, fontsize="small")
@@ -141,7 +141,7 @@ def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
 
 
 def tempo_table(curves: dict[str, np.ndarray]) -> str:
-    head = ["variant", *(f"x{factor:g}" for factor in TESTED), "within", "outside"]
+    head = ["variant", *(f"{factor:g}x" for factor in TESTED), "within", "outside"]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     within = np.array([TRAINED[0] <= factor <= TRAINED[1] for factor in TESTED])
     for name, values in curves.items():
@@ -153,7 +153,7 @@ def tempo_table(curves: dict[str, np.ndarray]) -> str:
 
 def order_table(args: argparse.Namespace, results: dict[tuple[str, int], dict[str, dict[str, float]]]) -> str:
     """Return a table of the accuracies on clips without motion."""
-    lines = ["| clips | trained on | top-1 | class or its reversal |", "|---|---|---:|---:|"]
+    lines = ["| clips | trained on | top-1 | direction |", "|---|---|---:|---:|"]
     for order in WITHOUT_TIME:
         same = results[order, 0][f"test {order}"]
         lines.append(f"| {order} | the same | {same['top1']:.1f} | {same['direction']:.1f} |")

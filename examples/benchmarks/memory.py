@@ -108,7 +108,7 @@ def sliding(name: str, *paths: Path) -> None:
             if name == "timeline":
                 command += ["--json", Path(folder, "timeline.json"), "--output", Path(folder, "timeline.png")]
             else:
-                command += ["--out", folder]
+                command += ["--output", folder]
             start = time.perf_counter()
             process = subprocess.Popen([sys.executable, "-m", "tpn", *map(str, command)], stdout=subprocess.DEVNULL)
             _, status, used = os.wait4(process.pid, 0)
