@@ -1,4 +1,4 @@
-"""MkDocs hooks: fill in the tables of models and the command line reference from the package, and inline drawings."""
+"""MkDocs hooks: fill in tables of models, the command line reference, and files of the repository, and inline drawings."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,12 +7,11 @@ from typing import Any
 
 import typer
 
-from tpn import model_info
 from tpn.cli.commands import app
 from tpn.zoo.checkpoints import CHECKPOINTS
 
-ATTRIBUTES = re.compile(r"<b><code>(<span[^>]*>)(\w+,)</span></code></b>\s*\(<code>(.*?)</code>\)", re.DOTALL)
-"""Attributes documented as "first, last: ..." are parsed as an attribute "first," of type "last"."""
+TRY_FILES = Path(__file__).parent / "pages" / "assets" / "try"
+"""What docs/browser/build.py writes."""
 
 DRAWING = re.compile(r'<p><img [^>]*src="([^"]+\.svg)"[^>]*></p>')
 
@@ -34,46 +33,30 @@ def escape(text: str) -> str:
     return re.sub(r"([*_<|`\\[\]])", r"\\\1", text)
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def models() -> str:
-    """Return the table of architectures with weights."""
-    rows = []
-    for model in dict.fromkeys(entry.model for entry in CHECKPOINTS.values()):
-        about = model_info(model)
-        entry = about.checkpoint
-        spec = entry.config.input_spec
-        frames = f"{spec.num_frames} × {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
-        tags = ", ".join(each.tag for each in CHECKPOINTS.values() if each.model == model)
-        params, gmacs = f"{about.params / 1e6:.1f} M", f"{about.gmacs:.1f}"
-        rows.append((copyable(model), frames, entry.dataset, params, gmacs, tags))
-    return table(("model", "frames × interval", "data", "parameters:", "GMACs:", "checkpoints"), rows)
-
-
-def accuracies() -> str:
-    """Return the table of accuracies and test protocols, by checkpoint."""
+    """Return the table of all checkpoints."""
     rows = []
     for entry in CHECKPOINTS.values():
-        measured = percent(entry.measured_top1) or "not yet"
-        reported = (percent(entry.reported_top1), percent(entry.reported_top5))
         spec = entry.config.input_spec
-        protocol = f"{spec.num_clips} × {spec.num_crops}, {spec.view_size} px" + (", mirrored" if spec.flip else "")
-        rows.append((copyable(entry.name), *reported, measured, protocol, entry.initialized_from))
-    return table(("checkpoint", "top-1:", "top-5:", "measured here:", "tested with", "starts from"), rows)
+        frames = f"{spec.num_frames} × {spec.frame_interval}" if spec.sampling == "dense" else f"{spec.num_frames} segments"
+        top1 = f"{entry.reported_top1:.2f}" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}*"
+        top5 = "" if entry.reported_top5 is None else f"{entry.reported_top5:.2f}"
+        cost = (f"{entry.gmacs:.1f}", f"{entry.params / 1e6:.1f}")
+        protocol = f"{spec.num_clips} × {spec.num_crops}, {spec.view_size} px" + (", flipped" if spec.flip else "")
+        rows.append((copyable(entry.name), top1, top5, *cost, frames, entry.dataset, protocol, entry.source.access))
+    columns = ("checkpoint", "top-1:", "top-5:", "GMACs:", "params, M:", "input", "data", "tested with", "download")
+    return table(columns, rows)
 
 
 def files() -> str:
     """Return the table of downloads and licenses, by checkpoint."""
-
     rows = []
     for entry in CHECKPOINTS.values():
         source = entry.source
         sha256 = f"`{source.sha256}…`" if source.sha256 else ""
         download = f"[{source.access}]({source.url})" if source.url else source.access
-        rows.append((copyable(entry.name), entry.publisher, download, sha256, entry.license, entry.note))
-    return table(("checkpoint", "published by", "download", "SHA-256", "license", "note"), rows)
+        rows.append((copyable(entry.name), entry.publisher, download, sha256, entry.license, entry.initialized_from, entry.note))
+    return table(("checkpoint", "published by", "download", "SHA-256", "license", "starts from", "note"), rows)
 
 
 def commands() -> str:
@@ -91,16 +74,32 @@ def commands() -> str:
             rows.append((names, escape(param.help or ""), "" if hidden and not param.required else default))
             usage += [] if is_option else [metavar]
         description = "\n\n".join(" ".join(paragraph.split()) for paragraph in command.help.split("\n\n"))
-        usage = " ".join([*usage, "[OPTIONS]"])
+        examples = command.epilog.split("\n\n")[1:]
+        usage = "\n".join([" ".join([*usage, "[OPTIONS]"]), "", *examples])
         parts += [f"## tpn {command.name}", escape(description), f"```text\n{usage}\n```", table(("option", "", "default"), rows)]
     return "\n\n".join(parts)
 
 
+def read_from_root(name: str) -> str:
+    """Return a Markdown file of the repository's root, with its links to pages relative to the pages."""
+    return (Path(__file__).parents[1] / name).read_text(encoding="utf-8").replace("](docs/pages/", "](")
+
+
+def runtime() -> str:
+    """Return the button that loads the model in the browser, or how to build what it loads."""
+    size = sum(path.stat().st_size for path in TRY_FILES.glob("*"))
+    if not size:
+        return "This build of the site lacks the model. Run `python docs/browser/build.py`, which needs npm, and build it again."
+    return f'<button id="try-load" data-bytes="{size}">Load the model, {size / 1e6:.0f} MB</button>'
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "<!-- models -->": models,
-    "<!-- accuracies -->": accuracies,
     "<!-- files -->": files,
     "<!-- commands -->": commands,
+    "<!-- CHANGELOG.md -->": lambda: read_from_root("CHANGELOG.md"),
+    "<!-- CONTRIBUTING.md -->": lambda: read_from_root("CONTRIBUTING.md"),
+    "<!-- runtime -->": runtime,
 }
 
 
@@ -111,20 +110,11 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
     return markdown
 
 
-def on_page_content(html: str, **kwargs: object) -> str:
-    """Join the names of attributes that share a description."""
-
-    def join_names(match: re.Match[str]) -> str:
-        return f"<b><code>{match[2]} {re.sub('<[^>]+>', '', match[3])}</code></b>"
-
-    return ATTRIBUTES.sub(join_names, html)
-
-
 def on_post_page(output: str, page, config, **kwargs: object) -> str:
-    """Inline drawings, so that they have the colors of the page."""
+    """Inline drawings, so that they have the colors of the page, and do not ask GitHub for the numbers of the repository."""
 
     def inline(match: re.Match[str]) -> str:
         path = Path(config["docs_dir"], page.file.src_uri).parent / match[1]
         return f'<figure class="drawing">{path.read_text(encoding="utf-8")}</figure>'
 
-    return DRAWING.sub(inline, output)
+    return DRAWING.sub(inline, output).replace('data-md-component="source"', "")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES_FOLDER = ROOT / "docs" / "pages"
-PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted(PAGES_FOLDER.rglob("*.md"))]}
+PAGES = {str(path.relative_to(ROOT)): path for path in [*sorted(ROOT.glob("*.md")), *sorted(PAGES_FOLDER.rglob("*.md"))]}
 
-RUN, SHOWN = {"python", "bash"}, {"text", "json"}
+RUN, SHOWN = {"python", "bash"}, {"text", "json", "bibtex"}
 """Languages of blocks that are run, and of those that cannot be."""
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\s`]*)[^\n]*\n(?P<code>.*?)^(?P=indent)``` *$", re.MULTILINE | re.DOTALL)

@@ -46,9 +46,10 @@ def test_tables_compare_seed_by_seed(tmp_path):
     rows = [row("pyramid", 0, 50.0), row("pyramid", 1, 70.0), row("no pyramid", 0, 40.0), row("no pyramid", 1, 64.0)]
     (tmp_path / "ablations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     lines = call_example("ablations", "--output", tmp_path, "--table").stdout.splitlines()
-    assert lines[2] == "| pyramid | 60.0 ± 14.1 |  | 1,000 | 2.0 | 2 | 0.5 |"
-    assert lines[3] == "| no pyramid | 52.0 ± 17.0 | -8.0 ± 2.0 | 1,000 | 2.0 | 2 | 0.5 |"
-    assert lines[-1] == "| pyramid" + " | 60.0 ± 14.1" * 4 + " |"
+    assert lines[2] == "| pyramid | 60.0 ± 14.1 |  |"
+    assert lines[3] == "| no pyramid | 52.0 ± 17.0 | -8.0 ± 2.0 |"
+    assert "| pyramid" + " | 60.0 ± 14.1" * 4 + " |" in lines
+    assert lines[-1] == "| pyramid | 1,000 | 2.0 | 2 | 0.5 |"
 
 
 def test_every_variant_is_in_a_table():

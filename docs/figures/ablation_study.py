@@ -9,7 +9,7 @@ from pathlib import Path
 from drawing import COARSE, FINE, FRAME, drawing, line, text, write
 
 ROOT = Path(__file__).parents[2]
-LEFT, RIGHT, ROW, GAP = 270, 690, 22, 12
+LEFT, RIGHT, ROW, GAP = 180, 470, 22, 12
 LOWEST, HIGHEST = 0, 100
 
 
@@ -25,6 +25,7 @@ def draw() -> str:
     for title, names in study["TABLES"].items():
         y += GAP
         parts.append(text(8, y + 5, title, bold=True, anchor="start"))
+        y += ROW
         for name in (name for name in names if name in top1 and name not in drawn):
             drawn.add(name)
             mean, color = sum(top1[name]) / len(top1[name]), COARSE if "no pyramid" in name else FINE
@@ -40,8 +41,8 @@ def draw() -> str:
         parts.append(text(x_of(mean) + 3 * side, 16, name, anchor="end" if side < 0 else "start"))
     for tick in range(LOWEST, HIGHEST + 1, 20):
         parts.append(text(x_of(tick), y + 14, f"{tick} %"))
-    title = "Top-1 accuracy of each variant, one dot for each seed and a bar at their mean"
-    return drawing(720, y + 24, title, [*parts, *marks], sizes=(13, 12))
+    title = "Top-1 of each variant: one dot for each seed, and a bar at their mean"
+    return drawing(515, y + 24, title, [*parts, *marks], sizes=(14, 13), shrinks=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 The site inlines the drawings, so their text has the color of the page. Elsewhere, as in the README, it has the color `INK`.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+PAGES = Path(__file__).parents[1] / "pages"
 INK, FRAME, FINE, COARSE, OUT = "#6e7681", "#6e7781", "#2f81f7", "#db6d28", "#2da44e"
 """Colors of text and arrows, the clip, the fine level, the coarse level, and the fused features."""
 
@@ -33,8 +35,11 @@ def line(*points: tuple[float, float], color: str, width: float = 1.6, dash: str
     return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"{dashed}/>'
 
 
-def drawing(width: int, height: int, title: str, parts: Iterable[str], sizes: tuple[float, float] = (15, 13)) -> str:
-    """Return an SVG document. sizes: font sizes of bold and of plain text, in pixels."""
+def drawing(
+    width: int, height: int, title: str, parts: Iterable[str], sizes: tuple[float, float] = (15, 13), *, shrinks: bool = False
+) -> str:
+    """Return an SVG document. sizes: font sizes of bold and of plain text, in pixels. shrinks: fit a phone, do not scroll."""
+    limits = f' style="min-width:0;max-width:{1.3 * width:g}px"' if shrinks else ""
     ink = f"var(--md-typeset-color, {INK})"
     style = (
         f"svg.drawing text{{font-family:system-ui,sans-serif;fill:{ink}}}svg.drawing .t{{font-size:{sizes[0]}px;font-weight:600}}"
@@ -45,9 +50,19 @@ def drawing(width: int, height: int, title: str, parts: Iterable[str], sizes: tu
         '<path d="M0 0L8 4L0 8z" class="h"/></marker>'
     )
     return (
-        f'<svg class="drawing" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
-        f"<title>{title}</title><style>{style}</style><defs>{marker}</defs>\n" + "\n".join(filter(None, parts)) + "\n</svg>\n"
+        f'<svg class="drawing"{limits} xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{title}"><title>{title}</title><style>{style}</style><defs>{marker}</defs>\n'
+        + "\n".join(filter(None, parts))
+        + "\n</svg>\n"
     )
+
+
+def read_table(page: str, head: str) -> dict[str, list[str]]:
+    """Return the rows of the table on a page whose first line starts with `head`, by their first cell."""
+    markdown = (PAGES / page).read_text(encoding="utf-8")
+    table = re.search(rf"^ *{re.escape(head)}.*\n *\|[-:| ]+\n((?: *\|.*\n)+)", markdown, re.MULTILINE)
+    rows = [[cell.strip().replace("`", "") for cell in line.strip(" |").split("|")] for line in table[1].splitlines()]
+    return {name: cells for name, *cells in rows}
 
 
 def write(draw: Callable[[], str]) -> None:

@@ -1,4 +1,4 @@
-"""Draw `pyramid.svg`, the overview in the README, with the sizes of `tpn_slowonly_r101_k400`.
+"""Draw `pyramid.svg`, the overview in the README, with the sizes of `tpn_slowonly_r101_k400`, whose levels have two tempos.
 
 python docs/figures/pyramid.py docs/pages/figures/pyramid.svg
 """
@@ -28,7 +28,7 @@ def draw() -> str:
         stack(8, 82, frames, 50, 40, FRAME, 6),
         text(54, 176, f"{frames} frames"),
         arrow((112, 140), (136, 140)),
-        box(142, 104, 120, 72, FRAME, "backbone", "SlowOnly, TSM"),
+        box(142, 104, 120, 72, FRAME, "backbone", "SlowOnly R101"),
         arrow((262, 122), (280, 122), (280, 70), (298, 70)),
         arrow((262, 160), (280, 160), (280, 212), (298, 212)),
         box(304, 40, 134, 60, FINE, "c4, fine", f"{fine} ch, 1/16"),
@@ -52,7 +52,10 @@ def draw() -> str:
         arrow((900, 141), (922, 141)),
         box(928, 114, 106, 54, OUT, "head", "class scores"),
     ]
-    title = "Two feature levels of one backbone, pooled to two tempos, flow into each other and fuse"
+    title = (
+        "TPN-SlowOnly R101: the last two stages of the backbone are pooled to two tempos, exchange features in two flows, "
+        "and are fused and classified"
+    )
     return drawing(1040, 270, title, parts, sizes=(18, 15))
 
 
