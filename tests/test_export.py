@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from backbones import Pyramid
@@ -23,9 +25,6 @@ from tpn import export
 from tpn.errors import CheckpointError
 from tpn.video import decode, encode, motion
 from tpn.zoo.names import is_exported
-
-onnx = pytest.importorskip("onnx", reason='pip install "tpn[export]"')
-onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "tpn[export]"')
 
 TINY = "tpn_slowonly_tiny_motion"
 SPEC = tpn.InputSpec(4, 2, short_side=72, crop_size=64, three_crop_size=64)

@@ -80,7 +80,7 @@ def test_passing_failures_are_retried(server, download, caplog, monkeypatch, fau
     server.faults = [fault] * 2
     download()
     assert server.requests == [("GET", "/file.pth")] * 3
-    assert re.findall(r"again in (\S+) s", caplog.text) == ["0.001", "0.002"]
+    assert re.findall(r"(?m)[^\s:]; trying again in (\S+) s$", caplog.text) == ["0.001", "0.002"]
 
 
 @pytest.mark.parametrize(

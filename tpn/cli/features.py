@@ -81,12 +81,7 @@ def features(
         check_path(output)  # before the model is downloaded
     else:
         check_folder(output)
-    found, empty_folders = find_videos(videos)
-    for _, error in empty_folders:
-        err.print(f"error: {error}")
-    names: dict[str, str] = {}  # of the features: paths below the given folder, without suffix
-    for file, folder in found:
-        names.setdefault(str(file), file.relative_to(folder).with_suffix("").as_posix())
+    names, num_empty = _find_videos(videos)
     if not names:
         raise typer.Exit(1)
     if not output.exists() and not any(Path(path).exists() for path in names):  # existing features may be those of deleted videos
@@ -104,7 +99,7 @@ def features(
     else:
         results = extract_windows(classifier, names, output, name=model, stride=stride, window=window, dtype=dtype or "float32")
     failed = _report(results, output, len(names))
-    if failed or empty_folders:
+    if failed or num_empty:
         raise typer.Exit(1)
 
 
@@ -113,6 +108,17 @@ def _check_options(stride: int | None, of_windows: dict[str, object], of_views: 
     given = [name for name, value in wrong.items() if value is not None]
     if given:
         raise typer.BadParameter("needs --stride" if stride is None else "is not valid with --stride", param_hint=given[0])
+
+
+def _find_videos(videos: list[Path]) -> tuple[dict[str, str], int]:
+    """Return the files with the names of their features, paths below a given folder without suffix, and report empty folders."""
+    files, empty = find_videos(videos)
+    for _, error in empty:
+        err.print(f"error: {error}")
+    names: dict[str, str] = {}
+    for file, folder in files:
+        names.setdefault(str(file), file.relative_to(folder).with_suffix("").as_posix())
+    return names, len(empty)
 
 
 def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_videos: int) -> int:
