@@ -173,6 +173,10 @@ def test_missing_files_are_reported_before_the_model_is_downloaded(folder):
     for command in (["explain"], ["timeline"], ["demo"], ["features", "--output", "a.npz"]):
         done = run(*command, "no.mp4", "--model", "nonsense", cwd=folder)
         assert (done.returncode, done.stderr) == (1, "error: no.mp4: No such file or directory\n")
+
+
+def test_bad_output_is_reported_before_the_model_is_downloaded(folder):
+    pytest.importorskip("onnx", reason='pip install "tpn[export]"')
     (folder / "folder.onnx").mkdir()
     for path, bad in (("nowhere/a.onnx", "nowhere"), ("folder.onnx", "folder.onnx")):
         done = run("export", "nonsense", "--output", path, cwd=folder)
