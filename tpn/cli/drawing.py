@@ -140,7 +140,7 @@ def _draw_pictures(axes: Any, pictures: "dict[int, Tensor]", duration: float, fp
     for place, (number, picture) in enumerate(pictures.items()):
         left, right = (place + 0.02) * cell, (place + 0.98) * cell
         axes.imshow(picture.permute(1, 2, 0).cpu().numpy(), extent=(left, right, 0, 1), aspect="auto")
-        axes.annotate(f"{number / fps:.1f} s", ((left + right) / 2, 1.03), ha="center", color="0.35", annotation_clip=False)
+        axes.annotate(f"{number / fps:.1f} s", ((left + right) / 2, 1.03), ha="center", annotation_clip=False)
     height, width = picture.shape[1:]
     axes.set(ylim=(0, 1), aspect=0.96 * cell * height / width, anchor="S")  # a cell has the proportions of a picture
     axes.axis("off")
