@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -49,6 +50,7 @@ NOT_VIDEOS = {
 
 PYAV = tuple(int(part) for part in av.__version__.split(".")[:2])
 
+OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < (19, 0) else {}  # PyAV 19 always replaces
 REFORMAT_OPTIONS: dict[str, int] = {"threads": 1} if PYAV >= (17, 0) else {}
 """Convert pixels in one thread, as PyAV did before version 17. Several threads would compete with the decoder's threads."""
 
@@ -103,7 +105,7 @@ def open_video(path: PathLike, *, one_thread: bool = False) -> Iterator[tuple[In
             f"file:{path}",  # with "file:", FFmpeg does not read a file name as a URL
             options=early_limits,
             container_options={"protocol_whitelist": "file", "format_whitelist": FORMATS},  # also for what a file refers to
-            metadata_errors="replace",
+            **OPEN_OPTIONS,
         )
     with container:
         with video_errors(path, lambda: "the video stream cannot be opened"):
