@@ -1,6 +1,6 @@
 """Classify an uploaded video on a web page: its classes, its timeline, and an explanation.
 
-    pip install "tpn[app]"
+    pip install ".[app]"
     python examples/app.py
 
 On Hugging Face: create a Space with the SDK Gradio, upload this file, and add a `requirements.txt` with the line `tpn[app]`. The

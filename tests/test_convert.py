@@ -148,6 +148,18 @@ def test_what_training_scripts_save(zipped, small, tmp_path):
     assert all(torch.equal(tensors[name], value) for name, value in weights.items())
 
 
+@FORMATS
+def test_paths_saved_by_python_3_13(zipped, small, tmp_path, monkeypatch):
+    module = types.ModuleType("pathlib._local")
+    kind = type("PosixPath", (), {"__module__": module.__name__, "__reduce__": lambda path: (type(path), ("runs",))})
+    module.PosixPath = kind
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, module.__name__, module)
+        path = save({"output": kind(), "state_dict": small}, tmp_path / "a.pth", zipped)
+    tensors, _ = read_checkpoint(path)
+    assert tensors.keys() == small.keys()
+
+
 class Call:
     """Pickles as a call of `function(*args)`."""
 

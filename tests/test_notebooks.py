@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_learns_new_classes(run, tmp_path):
     printed = run()
-    before, after = re.search(r"top-1 before: (\S+) %, after: (\S+) %", printed).groups()
+    before, after = re.search(r"top-1 before: (\S+)%, after: (\S+)%", printed).groups()
     assert float(before) < 40
     assert float(after) > 70
     assert "validation at step 200" in printed  # as text, without the states of a progress bar

@@ -56,7 +56,7 @@ class InputSpec:
         sampling: "dense" (clips of equally spaced frames) or "segments" (one frame per segment of the whole video).
         num_clips: clips per video in the test protocol, up to 1,000.
         num_crops: crops per clip in the test protocol, 1 or 3.
-        flip: whether the test protocol adds a mirrored copy of every view.
+        flip: whether the test protocol adds a flipped copy of every view.
         short_side: pixels of the shorter side after resizing, up to 8,192.
         crop_size: side of the single center crop, and of training crops, in pixels.
         three_crop_size: side of the three crops along the longer side, in pixels. Default: `short_side`.
@@ -125,13 +125,13 @@ class InputSpec:
         )
 
     def crops(self, frames: Tensor) -> Tensor:
-        """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), with `flip` the mirrored crops last."""
+        """Resize and crop: uint8 (..., 3, H, W) → uint8 (num_crops, ..., 3, S, S), with `flip` the flipped crops last."""
         import torch
 
         return torch.stack(self.crop_views(frames))
 
     def crop_views(self, frames: Tensor) -> list[Tensor]:
-        """Return the crops of `crops` one by one; those that are not mirrored are views of the resized frames."""
+        """Return the crops of `crops` one by one; those that are not flipped are views of the resized frames."""
         from tpn.video import transforms
 
         frames = transforms.resize_short_side(frames, self.short_side)
@@ -200,7 +200,7 @@ class InputSpec:
             raise ValueError(f"the transforms take RGB clips; mean and std are for {self.in_chans} channels")
 
     def with_views(self, num_clips: int | None = None, num_crops: int | None = None) -> InputSpec:
-        """Return the spec with other views, without mirrored ones; a number that is not given stays. See `parse_views`."""
+        """Return the spec with other views, without flipped ones; a number that is not given stays. See `parse_views`."""
         if num_clips is None and num_crops is None:
             return self
         clips = self.num_clips if num_clips is None else num_clips

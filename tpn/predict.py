@@ -250,7 +250,7 @@ class VideoClassifier:
             source: a path; bytes, or a file that is open in binary mode; or frames, uint8 RGB 0..255, an array or tensor
                 (T, H, W, 3) or (T, 3, H, W), any T >= 1, or a list of T arrays of one frame each or of PIL images. A list of
                 anything else is a list of videos. OpenCV's frames are BGR: pass `frame[..., ::-1]`.
-            num_clips: clips along time. Default: the test protocol of the weights (`.spec`), mirrored views included.
+            num_clips: clips along time. Default: the test protocol of the weights (`.spec`), flipped views included.
             num_crops: crops of each clip, 1 or 3. Default: as for `num_clips`.
             progress: called with (views done, views of this source).
 

@@ -1,6 +1,6 @@
 """Write what the page "Try it" loads: the bundled model as ONNX, its metadata as JSON, and the WebAssembly runtime.
 
-python docs/browser/build.py     # needs npm, and pip install "tpn[export]"
+python docs/browser/build.py     # needs npm, and pip install ".[export]"
 """
 
 import json

@@ -40,7 +40,7 @@ def draw() -> str:
         side = -1 if mean == min(means.values()) else 1
         parts.append(text(x_of(mean) + 3 * side, 16, name, anchor="end" if side < 0 else "start"))
     for tick in range(LOWEST, HIGHEST + 1, 20):
-        parts.append(text(x_of(tick), y + 14, f"{tick} %"))
+        parts.append(text(x_of(tick), y + 14, f"{tick}%"))
     title = "Top-1 of each variant: one dot for each seed, and a bar at their mean"
     return drawing(515, y + 24, title, [*parts, *marks], sizes=(14, 13), shrinks=True)
 

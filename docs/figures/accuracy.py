@@ -49,7 +49,7 @@ def draw() -> str:
             spec = model.checkpoint.config.input_spec
             parts += [
                 f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"><title>{model.checkpoint.model}, {spec.num_frames} x '
-                f"{spec.frame_interval}: {model.checkpoint.reported_top1:.1f} %, {model.gmacs:.1f} GMACs</title></circle>",
+                f"{spec.frame_interval}: {model.checkpoint.reported_top1:.1f}%, {model.gmacs:.1f} GMACs</title></circle>",
             ]
         parts.append(text(*place, title, bold=True))
     return drawing(660, 385, "Reported accuracy of TPN and of its backbones over their cost on Kinetics-400", parts)

@@ -8,7 +8,7 @@ import math
 from drawing import COARSE, FINE, FRAME, OUT, drawing, line, read_table, text, write
 
 LEFT, STEP, BOTTOM, HEIGHT = 54, 50, 330, 300
-"""Position of the first tempo, distance between tempos, position of 0 %, and height of 100 %."""
+"""Position of the first tempo, distance between tempos, position of 0%, and height of 100%."""
 COLORS = {"no pyramid": FRAME, "top-down": OUT, "bottom-up": "#8250df", "parallel": FINE, "cascade": COARSE}
 TRAINED, CHANCE = ("0.5x", "2x"), 100 / 14
 
@@ -35,7 +35,7 @@ def draw() -> str:
     ]
     for percent in range(0, 101, 25):
         parts.append(line((LEFT, y_of(percent)), (right, y_of(percent)), color=FRAME, width=0.4))
-        parts.append(text(LEFT - 10, y_of(percent) + 5, f"{percent} %", anchor="end"))
+        parts.append(text(LEFT - 10, y_of(percent) + 5, f"{percent}%", anchor="end"))
     parts += [text(x_of(tempo), BOTTOM + 20, tempo) for tempo in tempos]
     for i, (name, color) in enumerate(COLORS.items()):
         points = [(x_of(tempo), y_of(float(cell.split()[0]))) for tempo, cell in zip(tempos, rows[name], strict=True)]

@@ -44,7 +44,7 @@ def draw() -> str:
         parts += [text(LEFT - 14, y + 5, name, anchor="end"), *curve(y, cycles, frames)]
     parts += windows(262, fine, frames, FINE, "fine level", f"{frames // fine} steps left: order in time is kept")
     parts += windows(324, coarse, frames, COARSE, "coarse level", f"{frames // coarse} step left: the whole clip at once")
-    title = "A motion of one, two and four cycles a clip, and the frames that the two levels of the pyramid pool"
+    title = "A motion of one, two, and four cycles per clip, and the frames that each of the two levels pools into one step"
     return drawing(720, 376, title, parts)
 
 

@@ -274,7 +274,7 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
     name = str(dtype).removeprefix("torch.")
     about = tpn.model_info(args.model)
     reported = about.checkpoint.reported_top1
-    label = f"{about.checkpoint.model} {'–' if reported is None else f'{reported:.1f} %'}, {spec.num_frames} frames, {name}"
+    label = f"{about.checkpoint.model} {'–' if reported is None else f'{reported:.1f}%'}, {spec.num_frames} frames, {name}"
     runs: dict[str, Run] = {label: in_batches(optimized, clips, args.batch_size)}
     for other, (frames, size) in TORCHVISION.items():
         weights = torchvision.models.get_model_weights(other).DEFAULT
@@ -282,7 +282,7 @@ def time_torchvision(bench: Bench, args: argparse.Namespace, model: tpn.TPNClass
         shape = (args.batch_size, 3, frames, size, size)
         x = torch.randn(shape, device=args.device, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
         top1 = weights.meta["_metrics"]["Kinetics-400"]["acc@1"]
-        label = f"{other} {top1:.1f} %, {frames} frames, {name}"
+        label = f"{other} {top1:.1f}%, {frames} frames, {name}"
         runs[label] = in_batches(torch.compile(network) if args.compile else network, x, args.batch_size)
     bench.compare(
         f"torchvision, batch {args.batch_size}; top-1 on Kinetics-400 as reported upstream", runs, clips=args.batch_size

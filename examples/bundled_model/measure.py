@@ -21,7 +21,7 @@ SECONDS = (0.5, 1, 1.5, 2, 4, 6)
 
 
 def print_explanations(classifier: tpn.VideoClassifier, clips_per_class: int) -> None:
-    """Print how much of a map lies on the shape, relative to an even map, with a 95 % interval from resampling the clips."""
+    """Print how much of a map lies on the shape, relative to an even map, with a 95% interval from resampling the clips."""
     spec, rng, clips, masks = classifier.spec, np.random.default_rng(0), [], []
     labels = [label for label in range(len(motion.CLASSES)) for _ in range(clips_per_class)]
     for i, label in enumerate(labels):

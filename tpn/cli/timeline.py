@@ -58,7 +58,7 @@ def timeline(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write every clip and segment to this file.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-timeline.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write.")] = Path("tpn-timeline.png"),
 ) -> None:
     """Report the actions in a long or live video with their start and end times.
 

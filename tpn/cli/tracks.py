@@ -29,7 +29,7 @@ MAX_PANELS = 12
 
 TracksOption = Annotated[
     Path | None,
-    typer.Option(help="Boxes of people or objects over time, MOT text or CSV: classify each track instead of the whole picture."),
+    typer.Option(help="Boxes of people or objects over time, MOT text or CSV: classify each track instead of the whole frame."),
 ]
 AnnotateOption = Annotated[
     Path | None, typer.Option(help="With --tracks: video to write, with boxes, ids, and classes. .mp4, .mkv, or .mov.")

@@ -40,7 +40,7 @@ MAX_SHOWN_BAD_FILES = 10
 def demo(
     video: Annotated[Path | None, typer.Argument(help="Video file. Default: render one.", metavar="[VIDEO]")] = None,
     model: ModelOption = BUNDLED_MODEL,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path("tpn-demo.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write.")] = Path("tpn-demo.png"),
 ) -> None:
     """Report the actions in a video and draw them along time.
 

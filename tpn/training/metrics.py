@@ -134,7 +134,7 @@ class Evaluation:
         if not MIN_TEMPERATURE < temperature < MAX_TEMPERATURE:
             main = self.main_metric
             raise ValueError(
-                f"no temperature fits {len(self.items)} videos with {main} {self.metrics[main]:.2f} %: it needs some that the "
+                f"no temperature fits {len(self.items)} videos with {main} {self.metrics[main]:.2f}%: it needs some that the "
                 "model gets wrong, and more that it gets right. Calibrate on other videos"
             )
         return self.at_temperature(temperature)

@@ -154,7 +154,7 @@ def _choose_optimization(plan: _Plan, facts: DataFacts, start: str, device: torc
 
 def _choose_augmentation(plan: _Plan) -> None:
     plan.choose("crop_area", (0.3, 1.0), "small parts of a frame often miss the action")
-    plan.choose("flip_prob", 0.5, "most actions stay the same in a mirror; 0 if left and right matter")
+    plan.choose("flip_prob", 0.5, "most actions stay the same when flipped; 0 if left and right matter")
     plan.choose("color_jitter", True, "videos of other cameras have other colors")
     for name in ("rand_augment", "random_erasing", "mixup", "cutmix"):
         plan.choose(name, 0, "off by default")

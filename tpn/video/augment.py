@@ -27,7 +27,7 @@ class TrainTransform(nn.Module):
             the other class of the pair are not flipped.
         color_jitter: jitter colors.
         rand_augment: magnitude of RandAugment's two operations, 1 to 30; 0 for none.
-        random_erasing: probability of erasing a rectangle, 2 % to 33 % of the picture.
+        random_erasing: probability of erasing a rectangle, 2% to 33% of the frame.
         fill: color of erased pixels, and of those that RandAugment moves into the picture; per channel, 0..255.
         normalize: applied last, such as `spec.normalize`; None returns uint8.
 
@@ -92,12 +92,12 @@ class TrainTransform(nn.Module):
         return clip if label is None else (clip, label)
 
     def _can_flip(self, label: int | Tensor | None) -> bool:
-        """Return whether the mirrored clip has a class."""
+        """Return whether the flipped clip has a class."""
         alone = [label for label, flipped in self.flipped_labels.items() if flipped is None]
         return not (label[alone].any() if isinstance(label, Tensor) else label in alone)
 
     def _flip_label(self, label: int | Tensor | None) -> int | Tensor | None:
-        """Return the label of the mirrored clip."""
+        """Return the label of the flipped clip."""
         if not isinstance(label, Tensor):
             return label if label is None else self.flipped_labels.get(label, label)
         label = label.clone()

@@ -139,7 +139,7 @@ class Checkpoint:
     def protocol(self) -> str:
         """The test protocol of the reported accuracy, in words."""
         spec = self.config.input_spec
-        flip = ", each also mirrored" if spec.flip else ""
+        flip = ", each also flipped" if spec.flip else ""
         crops = f"{spec.num_crops} crops" if spec.num_crops > 1 else "1 crop"
         return f"{spec.num_clips} clips x {crops} of {spec.view_size}{flip}; mean of softmax over {spec.num_views} views"
 

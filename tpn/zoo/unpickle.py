@@ -86,6 +86,7 @@ _DATA = {
     "types": "SimpleNamespace",
     "datetime": "date datetime timedelta timezone",
     "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+    "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",  # Python 3.13
     "_codecs": "encode",  # of bytes, in protocol 2
 }
 """Names of the standard library that training scripts save as metadata, such as their arguments."""
