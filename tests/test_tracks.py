@@ -524,6 +524,19 @@ def test_labels_stay_in_the_picture():
     assert len({color_of(id) for id in range(20)}) == 20
 
 
+def test_labels_of_small_boxes_are_small(tmp_path):
+    """A third of the median side, 20 pixels, but never more than a thirtieth of the picture, 30 pixels."""
+    video = tmp_path / "v.mp4"
+    encode.write_video(video, np.full((2, 900, 1200, 3), 127, np.uint8), fps=5)
+    heights = []
+    for side in (60, 600):
+        track = steady((200, 200, 200 + side, 200 + side), range(2))
+        annotate.annotate(video, tmp_path / "a.mp4", [(track, [Caption(0, 1, "a")])], fps=5)
+        above = decode.read_frames(tmp_path / "a.mp4", [0])[0].permute(1, 2, 0).numpy()[:200, 204]
+        heights.append((np.abs(above.astype(int) - 127).max(axis=-1) > 50).sum())
+    assert heights[0] < 35 < heights[1]
+
+
 @pytest.mark.parametrize("codec", ["h264", "mpeg4"])
 def test_odd_sizes_and_frame_rates(tmp_path, monkeypatch, codec):
     if codec == "mpeg4":

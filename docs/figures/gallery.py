@@ -35,10 +35,10 @@ MIN_TRACK, MAX_ABSENCE = 32, 5
 """Frames of the shortest track, and frames without a fish after which a track ends."""
 STRAIGHT, TURN = 20, 60
 """Change of direction within a window, in degrees: below the first, a fish swims straight; above the second, it turns."""
-MOVING, AREA = range(376, 500, 2), (slice(0, 480), slice(300, 960))
+MOVING, AREA = range(376, 500, 2), (slice(0, 500), slice(280, 1050))
 """Frames, rows and columns of the animation."""
 EXPLAINED = "fish/val/right/11_275.mp4"
-TRAIN = "train fish --output runs/fish --model tpn_slowonly_tiny_motion --steps 400 --val-interval 4 --workers 1"
+TRAIN = "train fish --output runs/fish --model tpn_slowonly_tiny_motion --steps 400 --val-interval 4 --workers 1 --flip-prob 0"
 
 
 def find_fish(frames: Sequence[Array]) -> Iterator[Array]:
