@@ -7,7 +7,7 @@ import re
 
 from drawing import COARSE, FINE, FRAME, drawing, read_table, text, write
 
-LEFT, UNIT, ROW, BAR = 222, 13, 24, 16
+LEFT, UNIT, ROW, BAR = 222, 12, 24, 16
 """Start of the bars, the length of 1x, and the heights of a row and of its bar."""
 TABLES = {
     "CPU with AVX512-BF16: one clip on two cores": "| TPN-SlowOnly R50 | 1 clip, ms |",
