@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from backbones import SMALL as SPEC
 from backbones import Pyramid
+from matplotlib.figure import Figure
 from PIL import Image
 from test_cli import run
 from test_models import randomize_norms
@@ -169,6 +170,20 @@ def test_every_model(which, video, tmp_path):
         pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     assert len(pictures) == spec.num_frames
     assert pictures[0].shape == (4 * 65, 4 * 65 * (1 + num_levels), 3)
+
+
+def test_an_interrupted_write_leaves_the_old_picture(classifier, video, tmp_path, monkeypatch):
+    def interrupted(figure, path, **kwargs):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError("no space")
+
+    explanation = explain(classifier, video, method="grad-cam")
+    (tmp_path / "map.png").write_text("old")
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(OSError, match="no space"):
+        explanation.save_png(tmp_path / "map.png")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("map.png", "old")]
 
 
 def test_explained_clips_are_those_of_the_classifier(classifier, video):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import evaluating
@@ -91,7 +92,8 @@ class Explanation:
             f"{name.replace('_', '-')} flow: logit {share.logit:+.1f}, {share.share:.0%}" for name, share in self.flows.items()
         )
         figure.suptitle(f"{self.label}  {self.probability:.1%}" + (f"      {flows}" if flows else ""), fontsize=11)
-        figure.savefig(path, dpi=130)
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, dpi=130)
 
     def save_mp4(self, path: str | os.PathLike[str], *, fps: int = 4) -> None:
         """Write a video of all frames with the map of each level to the right."""
