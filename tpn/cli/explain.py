@@ -60,7 +60,7 @@ def explain(
             raise typer.BadParameter(f"must end in .mp4, got {str(video_output)!r}", param_hint="--video")
         require_parent_folder(video_output)
     require_model(model, checkpoint)
-    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=device)
+    classifier = VideoClassifier(model, checkpoint_path=checkpoint, device=device)
     explanation = explain_clip(classifier, video, target=target, clip=clip, method=method)
     print_result(str(video))
     print_result(f"  {explanation.probability:7.2%}  {explanation.label}")

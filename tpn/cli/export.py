@@ -8,7 +8,10 @@ import typer
 from tpn.cli.app import (
     EXPORT,
     CheckpointOption,
+    FirstFrameOption,
+    FramesOption,
     ModelArgument,
+    RootOption,
     ViewsOption,
     app,
     examples,
@@ -65,11 +68,9 @@ def export(
             min=0, max=1, help="Leave layers out of int8 until the accuracy on held-back videos drops by at most this share."
         ),
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
-    ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
+    root: RootOption = None,
+    frames: FramesOption = None,
+    first_frame: FirstFrameOption = 1,
 ) -> None:
     """Export a model to one file and compare its results with those of the model.
 

@@ -16,9 +16,13 @@ from tpn.cli.app import (
     USE,
     CheckpointOption,
     DeviceOption,
+    FirstFrameOption,
+    FramesOption,
     ModelOption,
     PrecisionOption,
+    RootOption,
     ViewsOption,
+    WorkersOption,
     app,
     examples,
     find_videos,
@@ -58,7 +62,7 @@ def demo(
     picture = require_picture(output)
     if published := require_model(model):
         tempo.sliding_spec(published)
-    classifier = VideoClassifier(model, pretrained=True)
+    classifier = VideoClassifier(model)
     if video is None:
         video = output.with_name("tpn-demo.mp4")
         render_video(video)
@@ -115,7 +119,6 @@ def predict(
 
     classifier = VideoClassifier(
         model,
-        pretrained=checkpoint is None,
         checkpoint_path=checkpoint,
         device=device,
         precision=precision,
@@ -153,12 +156,10 @@ def check(
     data: Annotated[
         Path, typer.Argument(help="Folder with one folder per class, or with train and val; or a table or list of videos.")
     ],
-    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
-    ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
+    root: RootOption = None,
+    frames: FramesOption = None,
+    first_frame: FirstFrameOption = 1,
+    workers: WorkersOption = 2,
     report: Annotated[Path, typer.Option(help="Text file to write, one unreadable file per line with its error.")] = Path(
         "bad_files.txt"
     ),
