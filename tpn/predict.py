@@ -143,9 +143,9 @@ class VideoClassifier:
         workers: int | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("workers", workers)):  # before a model is fetched
+        for argument, value in (("batch_size", batch_size), ("workers", workers)):  # before a model is fetched
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{argument} must be at least 1, got {value}")
         if precision not in (None, "auto", *DTYPES):
             raise ValueError(f"precision must be one of {', '.join(DTYPES)} or auto, got {precision!r}")
         if device is not None:
