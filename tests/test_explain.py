@@ -17,7 +17,6 @@ from test_models import randomize_norms
 from torch import nn
 
 import tpn
-from tpn.cli import explain as cli_explain
 from tpn.explain import explain, grad_cam, occlusion, overlay
 from tpn.models.layers import freeze_batch_norm
 from tpn.video import motion
@@ -281,7 +280,7 @@ def test_errors(classifier, video, monkeypatch):
         grad_cam(nn.ReLU(), torch.zeros(1), 0)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
-    with pytest.raises(ImportError, match=r'captum: pip install "tpn\[explain\]"'):
+    with pytest.raises(ImportError, match=r'captum missing: pip install "tpn\[explain\]"'):
         explain(classifier, video, method="grad-cam")
 
 
@@ -320,6 +319,7 @@ def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options)
 
 
 def test_command_without_matplotlib(video, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_explain, "has_matplotlib", lambda: False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     done = run("explain", video, "-m", NAME, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, 'error: pictures need matplotlib: pip install "tpn[explain]"\n')
+    assert (done.returncode, done.stderr) == (1, 'error: matplotlib missing: pip install "tpn[explain]"\n')

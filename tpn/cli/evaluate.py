@@ -30,6 +30,7 @@ from tpn.cli.app import (
 )
 from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import is_first_process
+from tpn.errors import plural
 
 if TYPE_CHECKING:
     from tpn.training.metrics import Evaluation
@@ -143,7 +144,7 @@ def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
     from tpn.training import metrics
-    from tpn.training.wording import calibration_line, plural
+    from tpn.training.wording import calibration_line
 
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")

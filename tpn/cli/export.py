@@ -21,6 +21,7 @@ from tpn.cli.app import (
 )
 from tpn.cli.console import err, print_result
 from tpn.files import atomic_write
+from tpn.validation import need_packages
 
 Format = Literal["onnx", "pt2", "openvino"]
 FORMAT_OF_SUFFIX: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino"}
@@ -96,9 +97,9 @@ def export(
     if not int8 and (unused := [name for name, value in given.items() if value is not None]):
         raise typer.BadParameter("needs --int8", param_hint=", ".join(unused))
     if format == "openvino":
-        exporting.need_packages("openvino", *(["nncf"] if int8 else []), extra="openvino")
+        need_packages("openvino", *(["nncf"] if int8 else []), extra="openvino")
     elif format == "onnx":
-        exporting.need_packages("onnx", "onnxscript", "onnxruntime")
+        need_packages("onnx", "onnxscript", "onnxruntime")
     num_clips, num_crops = parse_views_option(views)
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}{SUFFIX_OF_FORMAT[format]}")
     require_parent_folder(output)

@@ -36,6 +36,7 @@ from tpn.cli.drawing import require_picture
 from tpn.cli.follow import follow, open_source
 from tpn.cli.results import PredictionPrinter
 from tpn.cli.tracks import FACTS, AnnotateOption, TracksOption, open_tracks, predict_tracks
+from tpn.errors import plural
 
 MAX_SHOWN_BAD_FILES = 10
 
@@ -169,7 +170,6 @@ def check(
     If you interrupt it, the report lists the unreadable files found so far.
     """
     from tpn.config import InputSpec
-    from tpn.training.wording import plural
     from tpn.video import datasets, lists
 
     require_exists(data)

@@ -21,13 +21,12 @@ from tpn.config import InputSpec, parse_views
 from tpn.exported import ExportedClassifier
 from tpn.files import atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
-from tpn.models.layers import evaluating, reference_tensor
+from tpn.models.layers import evaluating, reference_tensor, weights_hash
 from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, check_calibration, write_results
 from tpn.training.report import write_report
-from tpn.training.state import weights_hash
 from tpn.training.wording import calibration_line
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
