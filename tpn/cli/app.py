@@ -1,4 +1,4 @@
-"""What all commands share: the application, common arguments and options, and checks before a model is downloaded."""
+"""The application, common arguments and options, and checks before a model is downloaded."""
 
 import errno
 import os

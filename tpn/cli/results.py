@@ -1,4 +1,4 @@
-"""How commands print and write what they found in videos."""
+"""Print and write predictions, clips, and segments."""
 
 import csv
 import io

@@ -24,7 +24,7 @@ T = TypeVar("T")
 CPU_CROP = 112
 """Side of the crops in pixels for a network of images on a CPU."""
 MIN_STEPS = 300
-"""Steps of a planned run on however few videos, and of however many processes."""
+"""Minimum steps of a planned run."""
 
 
 @dataclass(frozen=True)
