@@ -234,14 +234,34 @@ def test_played_motions(visit):
 
 
 @pytest.mark.slow
+def test_page_says_why_a_clip_has_no_name_and_goes_on(visit):
+    page = visit()
+    perform(page, "at rest")
+    page.evaluate("""() => {
+        const post = Worker.prototype.postMessage;
+        const damage = (message) => ({ ...message, clip: new Float32Array(1) });
+        Worker.prototype.postMessage = function (message) { post.call(this, damage(message)); };
+        window.repair = () => { Worker.prototype.postMessage = post; };
+    }""")
+    page.wait_for_function("document.getElementById('try-live').textContent.startsWith('Error')")
+    page.evaluate("repair()")
+    perform(page, "at rest")
+
+
+@pytest.mark.slow
 def test_page_says_why_nothing_runs(visit, browser):
     page = visit(loaded=False)
     page.route("**/model.onnx", lambda route: route.fulfill(status=404))
     page.click("#try-load")
     page.wait_for_selector("text=model.onnx: HTTP 404")
     page.unroute("**/model.onnx")
+    page.route("**/model.onnx", lambda route: route.fulfill(body="damaged"))
+    page.click("#try-load")
+    page.wait_for_selector("text=The model did not load (Error")
+    page.unroute("**/model.onnx")
     page.click("#try-load")
     page.wait_for_function("window.tpn")
+    assert sum(worker.url.endswith("try.worker.js") for worker in page.workers) == 1
 
     page = browser.new_page()
     page.goto((SITE / "try.html").resolve().as_uri())

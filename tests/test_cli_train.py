@@ -283,6 +283,16 @@ def test_faults_are_one_sentence(monkeypatch, tmp_path, make, code, message):
     assert tpn_train("my videos", "-o", "out", "--resume").stderr == done.stderr
 
 
+def test_torchrun_continues_with_torchrun(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise Interrupted(signal.SIGTERM, 7)
+
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setenv("RANK", "0")
+    done = tpn_train(tmp_path, "-o", "out")
+    assert done.stderr == "stopped by SIGTERM at step 7; continue with: the same torchrun command with --resume\n"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_is_one_sentence(monkeypatch, tmp_path, number, code):
     before = signal.getsignal(number)

@@ -350,6 +350,18 @@ def test_errors(folder, args, code, message):
     assert code == 2 or len(done.stderr.splitlines()) == 1
 
 
+def test_a_model_without_class_names_is_reported(folder, tmp_path, caplog):
+    model = tpn.create_model(folder / "model")
+    rows = [f"{folder}/video 0.mp4,{name}\n" for name in model.labels]
+    (tmp_path / "names.csv").write_text("path,label\n" + "".join(rows))
+    (tmp_path / "numbers.txt").write_text("".join(f"{folder}/video 0.mp4 {number}\n" for number in range(len(rows))))
+    for labels, data, reported in ((model.labels, "names.csv", 0), (None, "numbers.txt", 0), (None, "names.csv", 1)):
+        caplog.clear()
+        model.labels = labels
+        tpn.evaluate(model, tmp_path / data, views="1x1")
+        assert ["names.csv" in record.getMessage() for record in caplog.records] == [True] * reported
+
+
 def test_bad_arguments(folder):
     for model, options, error, says in (
         (torch.nn.Linear(1, 1), {}, TypeError, "model.*Linear"),

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from backbones import SMALL as SPEC
 from backbones import Pyramid
+from matplotlib.figure import Figure
 from PIL import Image
 from test_cli import run
 from test_models import randomize_norms
 from torch import nn
 
 import tpn
-from tpn.cli import explain as cli_explain
 from tpn.explain import explain, grad_cam, occlusion, overlay
 from tpn.models.layers import freeze_batch_norm
 from tpn.video import motion
@@ -171,6 +171,20 @@ def test_every_model(which, video, tmp_path):
     assert pictures[0].shape == (4 * 65, 4 * 65 * (1 + num_levels), 3)
 
 
+def test_an_interrupted_write_leaves_the_old_picture(classifier, video, tmp_path, monkeypatch):
+    def interrupted(figure, path, **kwargs):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError("no space")
+
+    explanation = explain(classifier, video, method="grad-cam")
+    (tmp_path / "map.png").write_text("old")
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(OSError, match="no space"):
+        explanation.save_png(tmp_path / "map.png")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("map.png", "old")]
+
+
 def test_explained_clips_are_those_of_the_classifier(classifier, video):
     explanation = explain(classifier, video)
     frames = read_frames(video, range(60))
@@ -266,7 +280,7 @@ def test_errors(classifier, video, monkeypatch):
         grad_cam(nn.ReLU(), torch.zeros(1), 0)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
-    with pytest.raises(ImportError, match=r'captum: pip install "tpn\[explain\]"'):
+    with pytest.raises(ImportError, match=r'captum missing: pip install "tpn\[explain\]"'):
         explain(classifier, video, method="grad-cam")
 
 
@@ -305,6 +319,7 @@ def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options)
 
 
 def test_command_without_matplotlib(video, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_explain, "has_matplotlib", lambda: False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     done = run("explain", video, "-m", NAME, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, 'error: pictures need matplotlib: pip install "tpn[explain]"\n')
+    assert (done.returncode, done.stderr) == (1, 'error: matplotlib missing: pip install "tpn[explain]"\n')

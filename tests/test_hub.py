@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import json
 import logging
 import re
 import urllib.error
@@ -11,12 +12,14 @@ import pytest
 import small
 import timm
 from huggingface_hub import constants
+from scripts import call
 from servers import run_python
 from small import BY_HAND, SLOWONLY, one_line, put_on_hub, same, wanted
 from test_fetch import max_file_size
 
 import tpn
 from tpn import WeightsUnavailableError
+from tpn.cli import main
 from tpn.errors import HubUnreachableError, NoRepositoryError
 from tpn.hub import translate_errors
 from tpn.transfer import TransferError
@@ -52,6 +55,15 @@ def test_requests(hub, commit, cache):
     assert hub.requests == []
     assert tpn.input_spec(f"hf-hub:{REPO}@{newest}").num_frames == 8
     assert hub.requests == []
+
+
+def test_info_fetches_no_weights(hub, commit):
+    commit("a")
+    done = call(main, "tpn", "info", f"hf-hub:{REPO}", "--json")
+    assert done.returncode == 0, done.stderr
+    model = tpn.create_model("tsm_r50_sthv2", base_channels=4, num_classes=1)
+    assert json.loads(done.stdout)["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert not any(WEIGHTS_FILE in str(request) for request in hub.requests)
 
 
 def test_revisions(hub, commit, cache):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tpn
+from tpn.training import plan as training_plan
 from tpn.training.config import TrainConfig
 from tpn.training.data import DataFacts
 from tpn.training.plan import make_plan
@@ -52,7 +53,7 @@ def test_a_cpu_keeps_the_weights_for_images():
     ],
 )
 def test_depthwise_convolutions_learn_in_float32_on_cpus(monkeypatch, backbone, freeze, amp):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(training_plan, "cpu_has_amx", lambda: True)
     assert plan(backbone=f"timm/{backbone}", freeze=freeze).amp == amp
 
 

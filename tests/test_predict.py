@@ -19,7 +19,7 @@ from servers import run_python
 from videos import write_video
 
 import tpn
-from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier
+from tpn import ClassificationHead, InputSpec, ResNet3dSlowOnly, TemporalPyramid, TPNClassifier, VideoClassifier, predict
 from tpn.config import parse_views
 from tpn.errors import UnknownModelError
 from tpn.models.features import FeatureModel
@@ -427,6 +427,13 @@ def test_bad_arguments(model):
     bare = TPNClassifier(model.backbone, model.neck, model.head)
     with pytest.raises(ValueError, match="input_spec"):
         VideoClassifier(bare)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("workers", 0), ("precision", "half"), ("device", "warp")])
+def test_bad_arguments_are_refused_before_the_model_is_fetched(monkeypatch, name, value):
+    monkeypatch.setattr(predict, "open_model", None)
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        VideoClassifier("tpn_slowonly_r50_k400", **{name: value})
 
 
 def test_wrapped_model(model, video):

@@ -252,9 +252,18 @@ def test_bad_files_are_replaced_and_listed(videos, tmp_path):
         ({"freeze": "head"}, ValueError, "freeze.*backbone.*'head'"),
         ({"views": "3"}, ValueError, "views.*'3'"),
         ({"group": "("}, ValueError, r"group.*'\('"),
-        ({"group": "x", "val": "y"}, ValueError, "group='x'.*--val y"),
+        ({"group": "x", "val": "y"}, ValueError, "group='x'.*val=y"),
     ],
 )
 def test_errors(videos, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         fit(videos, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threads", 0), ("seed", -1), ("target_fps", -5.0), ("crop_area", (2.0, 1.0)), ("crop_area", (0.5, 0.4))],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
+        tpn.TrainConfig(**{name: value})

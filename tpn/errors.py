@@ -1,6 +1,8 @@
-"""Exceptions that this package raises, and how their messages stay one line."""
+"""Exceptions that this package raises, and the words of their messages."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 """Control characters, line breaks, changes of direction, and bytes of a file name that are not UTF-8."""
@@ -9,6 +11,16 @@ _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\ud
 def printable(text: object) -> str:
     """Return a text, such as a path, with unprintable characters written as escapes."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 video" and "1,200 videos"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the three names that are most like a name, for a message."""
+    return ", ".join(map(repr, difflib.get_close_matches(name, names, n=3, cutoff=0.0)))
 
 
 class UnknownModelError(ValueError):

@@ -4,12 +4,10 @@ Occlusion maps and shares measure how far the logit of a class falls when someth
 flow. Grad-CAM maps (Selvaraju et al., ICCV 2017, from captum) need two passes instead of one per box, but are less precise.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -19,12 +17,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tpn.errors import nearest
+from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import evaluating
 from tpn.models.neck import TemporalPyramid
 from tpn.optimization import OptimizedClassifier
 from tpn.predict import VideoClassifier
+from tpn.validation import need_packages
 from tpn.video.encode import write_video
 from tpn.video.sources import Source, read_clips
 
@@ -91,7 +92,8 @@ class Explanation:
             f"{name.replace('_', '-')} flow: logit {share.logit:+.1f}, {share.share:.0%}" for name, share in self.flows.items()
         )
         figure.suptitle(f"{self.label}  {self.probability:.1%}" + (f"      {flows}" if flows else ""), fontsize=11)
-        figure.savefig(path, dpi=130)
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, dpi=130)
 
     def save_mp4(self, path: str | os.PathLike[str], *, fps: int = 4) -> None:
         """Write a video of all frames with the map of each level to the right."""
@@ -233,8 +235,7 @@ def grad_cam(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, layer
         ImportError: captum is missing.
     """
     model = _require_explainable(model)
-    if importlib.util.find_spec("captum") is None:
-        raise ModuleNotFoundError('Grad-CAM needs captum: pip install "tpn[explain]"')
+    need_packages("captum", extra="explain")
     from captum.attr import LayerGradCam
 
     with _frozen(model):
@@ -285,8 +286,7 @@ def _class_index(target: int | str, labels: Sequence[str]) -> int:
     if isinstance(target, str) and target.isdecimal():
         target = int(target)
     if isinstance(target, str):
-        nearest = get_close_matches(target, labels, 3, 0) or labels[:3]
-        raise ValueError(f"the model has no class {target!r}; the nearest are {', '.join(map(repr, nearest))}")
+        raise ValueError(f"the model has no class {target!r}; the nearest are {nearest(target, labels)}")
     if isinstance(target, bool) or target not in range(len(labels)):
         raise ValueError(f"target must be a class name or an index in 0..{len(labels) - 1}, got {target}")
     return target

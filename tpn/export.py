@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tpn import openvino_runtime, quantization
 from tpn.config import InputSpec
-from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, need_packages, prepare
+from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, prepare
 from tpn.files import atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
 from tpn.quantization import QuantizationReport
+from tpn.validation import need_packages
 
 __all__ = ["ExportedClassifier", "export_onnx", "export_openvino", "export_pt2", "load", "max_difference"]
 

@@ -5,7 +5,6 @@ A file holds one network for clips of one size, with classes, sampling and trans
 """
 
 import copy
-import importlib.util
 import json
 import os
 import zipfile
@@ -23,7 +22,7 @@ from tpn.config import InputSpec
 from tpn.errors import CheckpointError
 from tpn.files import file_sha256
 from tpn.models.classifier import TPNClassifier
-from tpn.validation import check_int, check_temperature
+from tpn.validation import check_int, check_temperature, need_packages
 from tpn.version import __version__
 
 METADATA = "tpn"
@@ -162,12 +161,6 @@ def _resized(spec: InputSpec, size: int | None) -> InputSpec:
 
 def clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
     return in_chans, spec.num_frames, spec.crop_size, spec.crop_size
-
-
-def need_packages(*packages: str, extra: str = "export") -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'{" and ".join(missing)} missing: pip install "tpn[{extra}]"')
 
 
 def _load_onnx(path: Path, providers: Sequence[str]) -> ExportedClassifier:

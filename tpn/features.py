@@ -18,8 +18,8 @@ from tpn.config import InputSpec
 from tpn.errors import printable
 from tpn.files import atomic_write
 from tpn.models.features import FeatureModel
+from tpn.models.layers import weights_hash
 from tpn.predict import Prediction, Unreadable, VideoClassifier
-from tpn.training.state import weights_hash
 from tpn.video.tables import import_pyarrow
 
 Level = Literal["video", "clip"]
@@ -37,7 +37,7 @@ class About:
 
     Attributes:
         model: name of the model, as given by the caller.
-        weights: SHA-256 of the weights, from `tpn.training.state.weights_hash`.
+        weights: SHA-256 of the weights, from `tpn.models.layers.weights_hash`.
         feature: name of the feature map; None for the input of the classifier.
         level: "video" for the mean over all views of a video, "clip" for the mean over the crops of each clip, "window" for the
             center crop of each window of `tpn.strided`.

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from tpn import openvino_runtime
 from tpn.config import ModelConfig
 from tpn.devices import as_dtype, fastest_dtype, resolve_device
-from tpn.exported import ExportedClassifier, need_packages, prepare
+from tpn.exported import ExportedClassifier, prepare
 from tpn.models.backbones.resnet import ResidualBlock
 from tpn.models.classifier import Clips, TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import channels_last, reference_tensor
+from tpn.validation import need_packages
 
 SMALL_BATCH = 4
 """Largest batch for CUDA graphs: with few clips, a GPU waits for the launch of kernels, which a graph does at once."""

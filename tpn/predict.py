@@ -143,8 +143,13 @@ class VideoClassifier:
         workers: int | None = None,
         **kwargs: Any,
     ) -> None:
+        for argument, value in (("batch_size", batch_size), ("workers", workers)):  # before a model is fetched
+            if value is not None and value < 1:
+                raise ValueError(f"{argument} must be at least 1, got {value}")
+        if precision not in (None, "auto", *DTYPES):
+            raise ValueError(f"precision must be one of {', '.join(DTYPES)} or auto, got {precision!r}")
         if device is not None:
-            device = resolve_device(device)  # before a model is fetched
+            device = resolve_device(device)
         if isinstance(model, str | os.PathLike):
             name, has_weights = model, kwargs.get("checkpoint_path") is not None
             saved = is_saved(name) or is_exported(name)
@@ -173,9 +178,6 @@ class VideoClassifier:
             raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
         if model.in_chans != 3:
             raise ValueError(f"VideoClassifier reads RGB video, the model takes in_chans={model.in_chans}; pass it clips")
-        for name, value in (("batch_size", batch_size), ("workers", workers)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.device = reference_tensor(model).device if device is None else torch.device(device)
         _prepare_forks()
         on_cpu = self.device.type == "cpu"
@@ -186,8 +188,6 @@ class VideoClassifier:
         self._mix_videos = not on_cpu
         # A compiled model is compiled again for every size of a batch.
         self._pad_batches = compile or (isinstance(model, OptimizedClassifier) and model.report.compiled)
-        if precision not in (None, "auto", *DTYPES):
-            raise ValueError(f"precision must be one of {', '.join(DTYPES)} or auto, got {precision!r}")
         if precision is None and not compile:
             if model.training:
                 _logger.info("put the model in evaluation mode; call model.train() to train it further")

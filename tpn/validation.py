@@ -1,5 +1,6 @@
 """Checks of the fields of a configuration: types, ranges, and relations between fields."""
 
+import importlib.util
 import math
 import reprlib
 from collections.abc import Iterator
@@ -103,6 +104,13 @@ def clipped(text: str) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
+
+
+def need_packages(*packages: str, extra: str = "export") -> None:
+    """Raise ModuleNotFoundError if optional packages are missing. Do not import them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'{" and ".join(missing)} missing: pip install "tpn[{extra}]"')
 
 
 @contextmanager

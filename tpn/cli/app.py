@@ -1,4 +1,4 @@
-"""What all commands share: the application, common arguments and options, and checks before a model is downloaded."""
+"""The application, common arguments and options, and checks before a model is downloaded."""
 
 import errno
 import os
@@ -44,6 +44,12 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option(help="Weights file, .safetensors or .pth, saved by tpn, MMAction2, or the original TPN code."),
 ]
+RootOption = Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")]
+FramesOption = Annotated[
+    str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
+]
+FirstFrameOption = Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")]
 ViewsOption = Annotated[str | None, typer.Option(help="CLIPSxCROPS, such as 1x1. Default: as published.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available, otherwise cpu; cpu for exported files.")

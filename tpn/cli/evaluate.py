@@ -15,9 +15,13 @@ from tpn.cli.app import (
     TRAIN,
     CheckpointOption,
     DeviceOption,
+    FirstFrameOption,
+    FramesOption,
     ModelArgument,
     PrecisionOption,
+    RootOption,
     ViewsOption,
+    WorkersOption,
     app,
     examples,
     parse_views_option,
@@ -26,6 +30,7 @@ from tpn.cli.app import (
 )
 from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import is_first_process
+from tpn.errors import plural
 
 if TYPE_CHECKING:
     from tpn.training.metrics import Evaluation
@@ -53,11 +58,9 @@ def evaluate(
         bool, typer.Option("--calibrate", help="Fit the temperature of a saved model to these videos, and save it in its folder.")
     ] = False,
     dump: Annotated[Path | None, typer.Option(help="File for the probabilities of all videos: .json, .pkl, or .npz.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
-    ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
+    root: RootOption = None,
+    frames: FramesOption = None,
+    first_frame: FirstFrameOption = 1,
     target_fps: Annotated[
         float | None, typer.Option(help="Sample as if every video had this frame rate. Default: as in training.")
     ] = None,
@@ -74,7 +77,7 @@ def evaluate(
     ] = None,
     precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model, which takes up to a minute.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
+    workers: WorkersOption = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the accuracy of a model on labeled videos, each counted once.
@@ -141,7 +144,7 @@ def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
     from tpn.training import metrics
-    from tpn.training.wording import calibration_line, plural
+    from tpn.training.wording import calibration_line
 
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")

@@ -19,7 +19,7 @@ from tpn.cli.app import (
     require_picture_path,
 )
 from tpn.cli.console import err, print_result
-from tpn.cli.drawing import has_matplotlib
+from tpn.validation import need_packages
 
 
 @app.command(
@@ -51,8 +51,7 @@ def explain(
     from tpn.explain import explain as explain_clip
     from tpn.predict import VideoClassifier
 
-    if not has_matplotlib():
-        raise ModuleNotFoundError('pictures need matplotlib: pip install "tpn[explain]"')
+    need_packages("matplotlib", extra="explain")
     require_exists(video)
     require_picture_path(output)
     if video_output is not None:
@@ -60,7 +59,7 @@ def explain(
             raise typer.BadParameter(f"must end in .mp4, got {str(video_output)!r}", param_hint="--video")
         require_parent_folder(video_output)
     require_model(model, checkpoint)
-    classifier = VideoClassifier(model, pretrained=checkpoint is None, checkpoint_path=checkpoint, device=device)
+    classifier = VideoClassifier(model, checkpoint_path=checkpoint, device=device)
     explanation = explain_clip(classifier, video, target=target, clip=clip, method=method)
     print_result(str(video))
     print_result(f"  {explanation.probability:7.2%}  {explanation.label}")

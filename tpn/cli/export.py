@@ -8,7 +8,10 @@ import typer
 from tpn.cli.app import (
     EXPORT,
     CheckpointOption,
+    FirstFrameOption,
+    FramesOption,
     ModelArgument,
+    RootOption,
     ViewsOption,
     app,
     examples,
@@ -18,6 +21,7 @@ from tpn.cli.app import (
 )
 from tpn.cli.console import err, print_result
 from tpn.files import atomic_write
+from tpn.validation import need_packages
 
 Format = Literal["onnx", "pt2", "openvino"]
 FORMAT_OF_SUFFIX: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino"}
@@ -65,11 +69,9 @@ def export(
             min=0, max=1, help="Leave layers out of int8 until the accuracy on held-back videos drops by at most this share."
         ),
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
-    ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
+    root: RootOption = None,
+    frames: FramesOption = None,
+    first_frame: FirstFrameOption = 1,
 ) -> None:
     """Export a model to one file and compare its results with those of the model.
 
@@ -95,9 +97,9 @@ def export(
     if not int8 and (unused := [name for name, value in given.items() if value is not None]):
         raise typer.BadParameter("needs --int8", param_hint=", ".join(unused))
     if format == "openvino":
-        exporting.need_packages("openvino", *(["nncf"] if int8 else []), extra="openvino")
+        need_packages("openvino", *(["nncf"] if int8 else []), extra="openvino")
     elif format == "onnx":
-        exporting.need_packages("onnx", "onnxscript", "onnxruntime")
+        need_packages("onnx", "onnxscript", "onnxruntime")
     num_clips, num_crops = parse_views_option(views)
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}{SUFFIX_OF_FORMAT[format]}")
     require_parent_folder(output)

@@ -22,6 +22,7 @@ from tpn.cli.app import (
 )
 from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import one_line_message
+from tpn.errors import plural
 
 if TYPE_CHECKING:
     from tpn.predict import Unreadable
@@ -123,8 +124,6 @@ def _find_videos(videos: list[Path]) -> tuple[dict[str, str], int]:
 
 def _report(results: "Generator[tuple[str, Unreadable | None]]", out: Path, num_videos: int) -> int:
     """Run the extraction, and print what happened. Return the number of unreadable videos."""
-    from tpn.training.wording import plural
-
     added = failed = 0
     with progress_bars() as progress:
         try:

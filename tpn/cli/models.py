@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.table import Table
 
 from tpn.cli.app import MODELS, app, complete_model, examples
 from tpn.cli.console import err, print_result
+
+if TYPE_CHECKING:
+    from tpn.zoo.checkpoints import Checkpoint
 
 
 @app.command("list", rich_help_panel=MODELS, epilog=examples("tpn list", "tpn list '*r101*' --weights"))
@@ -26,19 +29,16 @@ def list_(
     names = list_models(pattern, pretrained=weights)
     if not names:
         raise ValueError(f"no model matches {pattern!r}; tpn list shows all models")
-    rows = [_facts(name, with_cache=weights or as_json) for name in names]
     if as_json:
-        for row in rows:
-            print_result(json.dumps(row))
+        for name in names:
+            print_result(json.dumps(_facts(name)))
         return
+    rows = [_columns(name, weights=weights) for name in names]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ["model", "params", "GMACs", "frames x interval", "dataset", "top-1", "top-5", "source"]
-    if weights:
-        columns.append("weights")
-    for column in columns:
+    for column in rows[0]:
         table.add_column(column, no_wrap=True, justify="left" if column in ("model", "dataset", "source", "weights") else "right")
     for row in rows:
-        table.add_row(row["model" if weights else "architecture"], *(row["shown"][c] for c in columns[1:]))
+        table.add_row(*row.values())
     console = Console(width=1000)  # more than any row needs: a narrow terminal wraps rows, and nothing is truncated
     console.print(table)
     legend = "\ntop-1, top-5: percent, reported upstream (* measured by this project). GMACs: one clip at the training size."
@@ -63,8 +63,7 @@ def info(
         facts = _saved_facts(name)
         shown = facts | {"labels": ", ".join(facts["labels"][:5]) + (", ..." if len(facts["labels"]) > 5 else "")}
     else:
-        facts = _facts(name)
-        shown = {"model": facts["model"], **facts["shown"], **facts["details"]}
+        facts, shown = _facts(name), _columns(name, weights=True) | _details(name)
     if as_json:
         print_result(json.dumps(facts))
         return
@@ -154,11 +153,18 @@ def publish(
 
 def _saved_facts(name: str) -> dict[str, Any]:
     """Return the properties of a saved model for `info`."""
-    from tpn.zoo.create import count, create_model
+    import torch
 
-    model = create_model(name)
-    config, spec = model.config, model.config.input_spec
-    params, gmacs = count(model)
+    from tpn.models.classifier import TPNClassifier
+    from tpn.zoo.create import count, saved_folder
+    from tpn.zoo.saved import open_saved
+
+    folder = saved_folder(name, weights=False)
+    assert folder is not None
+    config = open_saved(folder, weights=False)
+    with torch.device("meta"):
+        params, gmacs = count(TPNClassifier.from_config(config))
+    spec = config.input_spec
     parts = {"backbone": config.backbone, **({"neck": config.neck} if config.neck else {})}
     return {
         "model": name,
@@ -176,18 +182,13 @@ def _saved_facts(name: str) -> dict[str, Any]:
     }
 
 
-def _facts(name: str, *, with_cache: bool = True) -> dict[str, Any]:
-    """Return the properties of "model" or "model.tag" for `list` and `info`, `with_cache` also whether its weights are there."""
-    from tpn.zoo.checkpoints import CHECKPOINTS, HubFiles
-    from tpn.zoo.names import WEIGHTS_FILE, model_info, weights_folder
+def _facts(name: str) -> dict[str, Any]:
+    """Return the properties of "model" or "model.tag" as JSON values."""
+    from tpn.zoo.checkpoints import HubFiles
+    from tpn.zoo.names import model_info
 
     about = model_info(name)
     entry, source, spec = about.checkpoint, about.checkpoint.source, about.checkpoint.config.input_spec
-    here = with_cache and (weights_folder(entry) / WEIGHTS_FILE).is_file()
-    interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
-    measured = "not yet" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
-    top1 = f"{measured}*" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}"
-    tags = [other.tag for other in CHECKPOINTS.values() if other.model == entry.model and other is not entry]
     return {
         "architecture": entry.model,
         "model": entry.name,
@@ -195,6 +196,7 @@ def _facts(name: str, *, with_cache: bool = True) -> dict[str, Any]:
         "gmacs": round(about.gmacs, 2),
         "num_frames": spec.num_frames,
         "frame_interval": spec.frame_interval,
+        "num_classes": entry.config.num_classes,
         "dataset": entry.dataset,
         "reported_top1": entry.reported_top1,
         "reported_top5": entry.reported_top5,
@@ -206,25 +208,55 @@ def _facts(name: str, *, with_cache: bool = True) -> dict[str, Any]:
         "sha256": source.sha256,
         "repo_id": source.repo_id if isinstance(source, HubFiles) else entry.mirror,
         "license": entry.license,
-        "cached": here,
-        "shown": {
-            "params": f"{about.params / 1e6:.1f} M",
-            "GMACs": f"{about.gmacs:.1f}",
-            "frames x interval": f"{spec.num_frames}{interval}",
-            "dataset": entry.dataset,
-            "top-1": top1,
-            "top-5": "" if entry.reported_top5 is None else f"{entry.reported_top5:.2f}",
-            "source": entry.publisher,
-            "weights": "in the cache" if here else source.access,
-        },
-        "details": {
-            "accuracy": f"{'reported upstream; ' if entry.reported_top1 else ''}measured by this project: {measured}",
-            "protocol": entry.protocol,
-            "classes": str(entry.config.num_classes),
-            "initialized from": entry.initialized_from,
-            "note": entry.note,
-            "license": entry.license,
-            "link": source.url or source.access,
-            "other tags": ", ".join(tags) or "none",
-        },
+        "initialized_from": entry.initialized_from,
+        "note": entry.note,
+        "cached": _is_cached(entry),
     }
+
+
+def _columns(name: str, *, weights: bool) -> dict[str, str]:
+    """Return a row of the table of models, with `weights` a row about a checkpoint."""
+    from tpn.zoo.names import model_info
+
+    about = model_info(name)
+    entry, spec = about.checkpoint, about.checkpoint.config.input_spec
+    interval = f"x{spec.frame_interval}" if spec.sampling == "dense" else " segments"
+    row = {
+        "model": entry.name if weights else entry.model,
+        "params": f"{about.params / 1e6:.1f} M",
+        "GMACs": f"{about.gmacs:.1f}",
+        "frames x interval": f"{spec.num_frames}{interval}",
+        "dataset": entry.dataset,
+        "top-1": f"{_measured(entry)}*" if entry.reported_top1 is None else f"{entry.reported_top1:.2f}",
+        "top-5": "" if entry.reported_top5 is None else f"{entry.reported_top5:.2f}",
+        "source": entry.publisher,
+    }
+    return row | {"weights": "in the cache" if _is_cached(entry) else entry.source.access} if weights else row
+
+
+def _details(name: str) -> dict[str, str]:
+    """Return what `info` adds to the columns of the table."""
+    from tpn.zoo.checkpoints import CHECKPOINTS, get_checkpoint
+
+    entry = get_checkpoint(name)
+    tags = [other.tag for other in CHECKPOINTS.values() if other.model == entry.model and other is not entry]
+    return {
+        "accuracy": f"{'reported upstream; ' if entry.reported_top1 else ''}measured by this project: {_measured(entry)}",
+        "protocol": entry.protocol,
+        "classes": str(entry.config.num_classes),
+        "initialized from": entry.initialized_from,
+        "note": entry.note,
+        "license": entry.license,
+        "link": entry.source.url or entry.source.access,
+        "other tags": ", ".join(tags) or "none",
+    }
+
+
+def _measured(entry: "Checkpoint") -> str:
+    return "not yet" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
+
+
+def _is_cached(entry: "Checkpoint") -> bool:
+    from tpn.zoo.names import WEIGHTS_FILE, weights_folder
+
+    return (weights_folder(entry) / WEIGHTS_FILE).is_file()

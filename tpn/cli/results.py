@@ -1,4 +1,4 @@
-"""How commands print and write what they found in videos."""
+"""Print and write predictions, clips, and segments."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tpn.cli.console import err, print_result
 from tpn.cli.script import one_line_message
+from tpn.errors import plural
 
 if TYPE_CHECKING:
     from tpn.predict import Prediction
@@ -35,8 +36,6 @@ class PredictionPrinter:
 
     def prediction(self, video: Path, prediction: "Prediction", part: str = "", **facts: Any) -> None:
         """Print a prediction; `facts` are about the part of the video, which the text calls `part`."""
-        from tpn.training.wording import plural
-
         best = prediction.top(self.top, min_probability=self.min_probability)
         num_views = len(prediction.view_logits)
         if self.form == "json":

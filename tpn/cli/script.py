@@ -1,4 +1,4 @@
-"""What commands and scripts share: errors as one line, and exits that do not wait for other processes.
+"""Errors as one line, and exits that do not wait for other processes, for commands and scripts.
 
 Nothing here imports PyTorch or PyAV: an error of theirs cannot arise before somebody else imports them.
 """

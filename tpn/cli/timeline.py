@@ -79,7 +79,6 @@ def timeline(
         tempo.sliding_spec(published, frame_interval)
     classifier = VideoClassifier(
         model,
-        pretrained=checkpoint is None,
         checkpoint_path=checkpoint,
         device=device,
         precision=precision,

@@ -1,4 +1,4 @@
-"""What `tpn predict --tracks` and `tpn timeline --tracks` do."""
+"""Tracks in `tpn predict --tracks` and `tpn timeline --tracks`."""
 
 import json
 import os

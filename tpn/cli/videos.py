@@ -16,9 +16,13 @@ from tpn.cli.app import (
     USE,
     CheckpointOption,
     DeviceOption,
+    FirstFrameOption,
+    FramesOption,
     ModelOption,
     PrecisionOption,
+    RootOption,
     ViewsOption,
+    WorkersOption,
     app,
     examples,
     find_videos,
@@ -32,6 +36,7 @@ from tpn.cli.drawing import require_picture
 from tpn.cli.follow import follow, open_source
 from tpn.cli.results import PredictionPrinter
 from tpn.cli.tracks import FACTS, AnnotateOption, TracksOption, open_tracks, predict_tracks
+from tpn.errors import plural
 
 MAX_SHOWN_BAD_FILES = 10
 
@@ -58,7 +63,7 @@ def demo(
     picture = require_picture(output)
     if published := require_model(model):
         tempo.sliding_spec(published)
-    classifier = VideoClassifier(model, pretrained=True)
+    classifier = VideoClassifier(model)
     if video is None:
         video = output.with_name("tpn-demo.mp4")
         render_video(video)
@@ -115,7 +120,6 @@ def predict(
 
     classifier = VideoClassifier(
         model,
-        pretrained=checkpoint is None,
         checkpoint_path=checkpoint,
         device=device,
         precision=precision,
@@ -153,12 +157,10 @@ def check(
     data: Annotated[
         Path, typer.Argument(help="Folder with one folder per class, or with train and val; or a table or list of videos.")
     ],
-    root: Annotated[Path | None, typer.Option(help="Base folder of the paths in a list. Default: the list's folder.")] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="File names of extracted frames, such as img_{:05d}.jpg, for a list of frame folders.")
-    ] = None,
-    first_frame: Annotated[int, typer.Option(min=0, help="Number of the first extracted frame.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 2,
+    root: RootOption = None,
+    frames: FramesOption = None,
+    first_frame: FirstFrameOption = 1,
+    workers: WorkersOption = 2,
     report: Annotated[Path, typer.Option(help="Text file to write, one unreadable file per line with its error.")] = Path(
         "bad_files.txt"
     ),
@@ -168,7 +170,6 @@ def check(
     If you interrupt it, the report lists the unreadable files found so far.
     """
     from tpn.config import InputSpec
-    from tpn.training.wording import plural
     from tpn.video import datasets, lists
 
     require_exists(data)

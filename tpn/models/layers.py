@@ -1,5 +1,6 @@
 """Small pieces shared by the backbones, the neck and the heads."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -110,3 +111,11 @@ def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None
 
 kaiming_fan_out = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 """Initialization of the residual networks' convolutions (mmaction2 and torchvision)."""
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 (hexadecimal) of a model's state dict, including names and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ Other arguments are not saved, because the rest of the model determines them. A 
 - necks: `in_channels`, `num_frames`, `spatial_scales` of the feature maps, one value per level, finest level first.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tpn.config import InputDefaults, PartConfig
-from tpn.errors import UnknownModelError
+from tpn.errors import UnknownModelError, nearest
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 FindDefaults = Callable[[str, Mapping[str, Any]], InputDefaults]
@@ -95,10 +94,9 @@ class Registry:
         if name not in self._entries and prefix in self._entries:
             return *self._entries[prefix], prefix
         if name not in self._entries:
-            near = ", ".join(map(repr, difflib.get_close_matches(name, self._entries, n=3, cutoff=0.0)))
             raise UnknownModelError(
-                f"no {self.kind} is registered as {name!r}; the nearest names are {near}. Import the module that registers it, "
-                f"or pass {self.kind}=MODULE"
+                f"no {self.kind} is registered as {name!r}; the nearest names are {nearest(name, self._entries)}. "
+                f"Import the module that registers it, or pass {self.kind}=MODULE"
             )
         return *self._entries[name], ""
 

@@ -104,12 +104,14 @@ class TrainConfig:
             ),
             **dict.fromkeys(("crop_size", "patience", "val_interval", "log_interval", "checkpoint_interval"), (1, None)),
             **dict.fromkeys(("workers", "first_frame", "momentum", "weight_decay", "clip_grad", "aux_weight", "lr"), (0, None)),
-            **dict.fromkeys(("mixup", "cutmix", "backbone_lr"), (0, None)),
+            **dict.fromkeys(("mixup", "cutmix", "backbone_lr", "seed"), (0, None)),
+            "threads": (1, None),
             **dict.fromkeys(
                 ("flip_prob", "random_erasing", "label_smoothing", "layer_decay", "max_bad", "warmup", "ema"), (0, 1)
             ),
             "val_fraction": (0, 0.9),
             "rand_augment": (0, 30),
+            "target_fps": (0.01, 1000),
         }
         for name, (smallest, largest) in ranges.items():
             value = getattr(self, name)
@@ -124,6 +126,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[1-9]\d*x[13]", value):
                 raise ValueError(f"{name} must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {value!r}")
+        if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"crop_area must be two shares of the frame, 0 < smallest <= largest <= 1, got {self.crop_area}")
         if self.group is not None:
             try:
                 re.compile(self.group)

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from tpn.errors import printable
+from tpn.errors import plural, printable
 from tpn.training import wording
 from tpn.training.observer import Observer
-from tpn.training.wording import METRIC_NAMES, metric, plural
+from tpn.training.wording import METRIC_NAMES, metric
 
 if TYPE_CHECKING:
     from tpn.training.loop import Run

@@ -94,7 +94,7 @@ def open_data(data: str, config: TrainConfig, model: TPNClassifier) -> TrainData
         "max_bad": config.max_bad,
         "seed": config.seed,
     }
-    val, how = config.val, f"--val {config.val}"
+    val, how = config.val, f"val={config.val}"
     if folders := lists.split_folders(data):
         if val is None:
             val, how = data, f"the folders {folders['train'].name} and {(folders.get('val') or folders['test']).name}"

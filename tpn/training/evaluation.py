@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,12 @@ from tpn.config import InputSpec, parse_views
 from tpn.exported import ExportedClassifier
 from tpn.files import atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
-from tpn.models.layers import evaluating, reference_tensor
+from tpn.models.layers import evaluating, reference_tensor, weights_hash
 from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, check_calibration, write_results
 from tpn.training.report import write_report
-from tpn.training.state import weights_hash
 from tpn.training.wording import calibration_line
 from tpn.video.ahead import read_ahead
 from tpn.video.datasets import VideoDataset, bad_reason
@@ -41,6 +41,8 @@ Result = NDArray[np.float32] | str
 """Probabilities (K,) of a video, or the reason why it cannot be read."""
 Sampling = tuple[str | None, float | None, int | None]
 """The arguments views, target_fps and frame_interval of `evaluate`."""
+
+_logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -72,7 +74,7 @@ def evaluate(
         model: a name, whose published weights are loaded; the folder of a saved model; an exported file; or a model, whose mode
             does not change.
         data: a folder of class folders, a table, or a list of videos, with the classes of the model. Of data with a split, the
-            validation part is evaluated.
+            validation part is evaluated. For a model without class names, those of the data are in alphabetical order.
         output: folder for `report.html`, `summary.json` and `per_class.csv`; created if necessary. The same call resumes an
             interrupted evaluation. All processes must share the folder. Default: write nothing.
         views: clips along time and crops of each, such as "10x3" or "1x1". Default: the test protocol of the weights.
@@ -306,12 +308,16 @@ def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
 
 
 def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
-    """Raise ValueError if the labels of the videos are not those of the model."""
+    """Raise ValueError if the labels of the videos are not those of the model. Warn if only their number can be compared."""
     if len(data.classes) != model.num_classes:
         raise ValueError(f"{source} has {len(data.classes)} classes, but the model has {model.num_classes}")
     if data.multi_label and not model.multi_label:
         raise ValueError(
             f"{source} has videos with several classes, but the model is for one class; train a model on multi-label data"
+        )
+    if model.labels is None and not data.numbered:
+        _logger.warning(
+            "the model has no class names: it takes the classes of %s in alphabetical order; set model.labels", source
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tpn.config import InputSpec
+from tpn.devices import cpu_has_amx
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import RECIPES, TrainConfig
 from tpn.training.data import DataFacts
@@ -23,7 +24,7 @@ T = TypeVar("T")
 CPU_CROP = 112
 """Side of the crops in pixels for a network of images on a CPU."""
 MIN_STEPS = 300
-"""Steps of a planned run on however few videos, and of however many processes."""
+"""Minimum steps of a planned run."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _choose_computation(plan: _Plan, device: torch.device, model: TPNClassifier)
         cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
         workers = plan.choose("workers", min(max(cores // 2, 2), 4, cores), "reading videos often takes longest")
         plan.choose("threads", max(cores - workers, 1), f"{cores} cores, less those of the workers")
-        if not torch.cpu._is_amx_tile_supported():
+        if not cpu_has_amx():
             plan.choose("amp", "float32", "the CPU has no AMX")
         elif plan.config.freeze != "backbone" and any(map(_is_depthwise, model.backbone.modules())):
             plan.choose("amp", "float32", "the gradients of depthwise convolutions are slow in bfloat16 on CPUs")

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tpn.errors import printable
+from tpn.errors import plural, printable
 from tpn.files import atomic_write
 from tpn.training import wording
 from tpn.training.charts import Line, line_chart
 from tpn.training.metrics import Evaluation
 from tpn.training.plan import PlanLine
-from tpn.training.wording import METRIC_NAMES, metric, plural
+from tpn.training.wording import METRIC_NAMES, metric
 from tpn.version import __version__
 from tpn.video.datasets import Item, VideoDataset
 from tpn.video.decode import VideoError

@@ -1,6 +1,5 @@
 """Files of a run: the checkpoint from which it resumes, its metrics, and the lock on its folder."""
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -216,11 +215,3 @@ def report_bad_files(path: Path, data: VideoDataset, others: Mapping[str, str] |
         with atomic_write(path) as unfinished:
             unfinished.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     data.check_bad(bad)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 (hexadecimal) of a model's state dict, including names and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

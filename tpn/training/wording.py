@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpn.errors import printable
+from tpn.errors import plural, printable
 from tpn.training.plan import PlanLine
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun, such as "1 video" and "1,200 videos"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def class_counts(classes: Sequence[str], counts: Sequence[int], *, shown: int = 20) -> str:

@@ -6,7 +6,6 @@ confirmation page). Reported accuracies are theirs; both projects are released u
 trained by this project and ships with it.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig
-from tpn.errors import UnknownModelError
+from tpn.errors import UnknownModelError, nearest
 from tpn.video import motion
 
 if TYPE_CHECKING:
@@ -286,7 +285,5 @@ def get_checkpoint(name: str) -> Checkpoint:
             f"{name} is the name of an exported file, for predict, timeline, demo and evaluate only; "
             "pass the model that it was made from"
         )
-    near = difflib.get_close_matches(model, {entry.model for entry in CHECKPOINTS.values()}, n=3, cutoff=0.0)
-    raise UnknownModelError(
-        f"unknown model {name!r}; the nearest are {', '.join(near)}; tpn list shows all (tpn.list_models() in Python)"
-    )
+    near = nearest(model, {entry.model for entry in CHECKPOINTS.values()})
+    raise UnknownModelError(f"unknown model {name!r}; the nearest are {near}; tpn list shows all (tpn.list_models() in Python)")

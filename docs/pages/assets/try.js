@@ -141,6 +141,7 @@
       begin();
     } catch (error) {
       stop.abort();
+      worker?.terminate();
       loadButton.disabled = false;
       loadButton.textContent = `The model did not load (${error.message}). Try again`;
     }
@@ -184,9 +185,16 @@
     });
     const tempo = recent.reduce((sum, each) => sum + each.tempo, 0) / recent.length;
     const atRest = recent.slice(1).every(({ change }) => change < MIN_CHANGE);
+    let logits;
     busy = true;
-    const { logits } = await classify(clip);
-    busy = false;
+    try {
+      ({ logits } = await classify(clip));
+    } catch (error) {
+      element("live").textContent = error.message;
+      return;
+    } finally {
+      busy = false;
+    }
     const powers = Array.from(logits, (logit) => Math.exp((logit - Math.max(...logits)) / about.temperature));
     const probs = powers.map((power) => power / powers.reduce((a, b) => a + b)), probability = Math.max(...probs);
     const motion = probability < MIN_PROBABILITY ? "unsure" : about.labels[probs.indexOf(probability)];

@@ -1,6 +1,5 @@
 """Networks for images as backbones: any network of timm, or a module of your own, run on each frame of a clip."""
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from tpn import hub
 from tpn.config import InputDefaults
-from tpn.errors import UnknownModelError, WeightsUnavailableError
+from tpn.errors import UnknownModelError, WeightsUnavailableError, nearest
 from tpn.models.backbones.tsm import FOLD, UNFOLD, shift_every, temporal_shift
 from tpn.models.feature_maps import FeatureShape, measure, to_feature_list
 from tpn.models.registry import register_backbone
@@ -222,8 +221,8 @@ def check_network_args(args: Mapping[str, Any], out_indices: Sequence[int]) -> N
 def _check_name(name: str) -> None:
     model = name.partition(".")[0]
     if not timm.is_model(model):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0)
-        raise UnknownModelError(f"timm has no model {name!r}; the nearest are {', '.join(near)}; timm.list_models() lists all")
+        near = nearest(name, timm.list_models())
+        raise UnknownModelError(f"timm has no model {name!r}; the nearest are {near}; timm.list_models() lists all")
     if name != model and name not in (tags := timm.list_pretrained(f"{model}.*")):
         raise UnknownModelError(f"timm has no weights {name!r}; it has {', '.join(tags) or 'none for this model'}")
 
