@@ -219,7 +219,7 @@ FIXED_SIZE = {
     ("kwargs", "error", "says"),
     [
         ({"backbone": "resnet50"}, tpn.UnknownModelError, "'resnet50'.*register"),
-        ({"backbone": "timm/resnet51"}, tpn.UnknownModelError, "'resnet51'.* resnet5"),
+        ({"backbone": "timm/resnet51"}, tpn.UnknownModelError, "'resnet51'.* 'resnet5"),
         ({"backbone": "torchvision/mvit_v2_s"}, tpn.UnknownModelError, "mvit_v2_s.*r3d_18"),
         ({"backbone": "torchvision/r3d_18", "in_chans": 1}, ValueError, "in_chans.*3.*1"),
         ({"backbone": "torchvision/r3d_18", "out_indices": (3, 2)}, ValueError, r"out_indices.*\(3, 2\)"),
