@@ -270,6 +270,13 @@ def test_unexpected_frames_are_decoded_from_the_start(tmp_path, monkeypatch):
     assert num_decoded(path, [2, 160], monkeypatch) > 161  # first from the key frame, then from the start
 
 
+def test_no_frames_are_decoded_for_no_indices(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 5)
+    assert [number(f) for f in decode.iter_frames(path, indices=[3])] == [3]
+    monkeypatch.delattr(decode, "decode_all")
+    assert not list(decode.iter_frames(path, indices=[]))
+
+
 def test_short_side_resizes_while_reading(tmp_path):
     path = write_video(tmp_path / "v.mp4", 5)
     assert torch.equal(read_frames(path, [1, 4], short_side=20), resize_short_side(read_frames(path, [1, 4]), 20))

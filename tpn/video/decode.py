@@ -190,7 +190,9 @@ def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Colle
     skipped, and decoding stops after the last of them. Raises the same errors as `probe`; damage raises VideoError when the
     iteration reaches it.
     """
-    chosen, end = (None, -1) if indices is None else (set(indices), max(indices, default=-1))
+    if indices is not None and len(indices) == 0:
+        return
+    chosen, end = (None, -1) if indices is None else (set(indices), max(indices))
     with open_video(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
