@@ -164,6 +164,12 @@ def test_kinetics_csv(root, tmp_path, caplog):
     assert data[1][0].shape == (4, 3, 32, 32)
 
 
+@pytest.mark.parametrize("template", ["img_%05d.jpg", "img.jpg", "img_{}_{}.jpg", "{x}.jpg", "img_{:q}.jpg", "{"])
+def test_templates_without_one_place_for_the_number(tmp_path, template):
+    with pytest.raises(ValueError, match=re.escape(f"got {template!r}")):
+        RawFrames(tmp_path / "list.txt", SPEC, train=False, template=template)
+
+
 def test_raw_frames(root, tmp_path):
     frames = read_frames(root / "left turn" / "video 0.mp4", range(20))
     (tmp_path / "my video").mkdir()

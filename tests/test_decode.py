@@ -141,9 +141,8 @@ def test_packets_without_a_frame(tmp_path):
 def test_frames_that_only_the_container_marks_as_key_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 200, codec="mpeg4", g=30)
     every = read_frames(path, range(200))
-    monkeypatch.setitem(
-        frame_index.SEEK_BY, ("mov,mp4,m4a,3gp,3g2,mj2", "mpeg4"), "dts"
-    )  # a codec whose decoder accepts any start
+    seekable = {*frame_index.SEEKABLE, ("mov,mp4,m4a,3gp,3g2,mj2", "mpeg4")}  # a codec whose decoder accepts any start
+    monkeypatch.setattr(frame_index, "SEEKABLE", seekable)
     assert by_key_frames(path, [100]) is not None
     path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # without the table of key frames, all frames are marked
     frames, _ = sample_frames(path, lambda total: np.array([100, 190]))
@@ -211,6 +210,18 @@ def test_seeking_skips_frames(tmp_path, monkeypatch, name):
     assert num_decoded(path, [5, 23], monkeypatch) == 24  # too close for a seek
 
 
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_a_seek_ends_at_the_nearest_key_frame(tmp_path, monkeypatch, name, open_gop):
+    params = f"keyint=40:min-keyint=40:scenecut=0:bframes=3:b-adapt=0:open-gop={open_gop}"
+    path = write_video(tmp_path / name, 240, codec="libx264", x264_params=params)
+    with decode.open_video(path) as (container, stream):
+        keys = decode.read_index(container, stream).key_frames
+    assert len(keys) > 5
+    for key in keys[1:]:
+        assert num_decoded(path, [key], monkeypatch) <= 1 + 3 * open_gop  # B-frames of an open GOP come before its key frame
+
+
 def test_distant_frames_are_located_by_key_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 300, codec="libx264", g=50, sc_threshold=0)
     every = read_frames(path, range(300))
@@ -257,6 +268,13 @@ def test_unexpected_frames_are_decoded_from_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "read_index", wrong)
     assert num_decoded(path, [2, 160], monkeypatch) > 161  # first from the key frame, then from the start
+
+
+def test_no_frames_are_decoded_for_no_indices(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 5)
+    assert [number(f) for f in decode.iter_frames(path, indices=[3])] == [3]
+    monkeypatch.delattr(decode, "decode_all")
+    assert not list(decode.iter_frames(path, indices=[]))
 
 
 def test_short_side_resizes_while_reading(tmp_path):

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import tpn
 from tpn import CheckpointError, WeightsUnavailableError, transfer
+from tpn.cli.script import BUNDLED_MODEL, error_message
 from tpn.zoo import fetch
-from tpn.zoo.checkpoints import Link, get_checkpoint
+from tpn.zoo.checkpoints import Embedded, Link, get_checkpoint
 from tpn.zoo.saved import WEIGHTS_FILE
 
 pytestmark = pytest.mark.usefixtures("hub", "cache")
@@ -98,9 +99,10 @@ def test_failures_that_stay(server, download, fault, reason, tries):
     server.faults, server.forever = [fault], True
     with pytest.raises(
         WeightsUnavailableError,
-        match=rf"file.pth: .*{reason}.*tpn info {SLOWONLY} .*tpn convert FILE --model {SLOWONLY}.*tiny_motion",
-    ):
+        match=rf"file.pth: .*{reason}.*tpn info {SLOWONLY} .*tpn convert FILE --model {SLOWONLY}.*checkpoint_path",
+    ) as caught:
         download()
+    assert re.search(rf"{reason}.*tpn convert FILE --model {SLOWONLY}.*tiny_motion", error_message(caught.value))
     assert len(server.requests) == tries
     server.faults = []
     download()
@@ -429,3 +431,13 @@ def test_one_of_two_processes_downloads(server, published, tmp_path):
     out, errors = process.communicate(timeout=200)
     assert (out, ours) == (f"{ours}\n", wanted(server)["head.fc.weight"].sum().item()), errors
     assert len(server.requests) == 1
+
+
+def test_an_error_without_network_names_the_arguments_of_python_or_of_the_shell(published, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnavailableError, match="checkpoint_path") as caught:
+        tpn.create_model(SLOWONLY, pretrained=True)
+    assert not re.search(r"Offline.*--", str(caught.value))
+    assert f"--checkpoint FILE, or --model {BUNDLED_MODEL}" in error_message(caught.value)
+    assert "checkpoint_path" not in error_message(caught.value)
+    assert isinstance(get_checkpoint(BUNDLED_MODEL).source, Embedded)

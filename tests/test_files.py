@@ -73,12 +73,13 @@ def test_many_writers(tmp_path):
     assert (tmp_path / "a.txt").read_text() in "0123"
 
 
-def test_leftovers_of_killed_processes_are_removed_later(tmp_path):
-    young, old = tmp_path / ".incomplete-a.txt-1", tmp_path / ".incomplete-a.txt-2"
+@pytest.mark.parametrize("name", ["a.txt", "a**b.txt", "a[id].txt"])
+def test_leftovers_of_killed_processes_are_removed_later(tmp_path, name):
+    young, old = tmp_path / f".incomplete-{name}-1", tmp_path / f".incomplete-{name}-2"
     for folder in (young, old):
         folder.mkdir()
     os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
-    with atomic_write(tmp_path / "a.txt") as unfinished:
+    with atomic_write(tmp_path / name) as unfinished:
         unfinished.touch()
     assert young.exists()
     assert not old.exists()

@@ -35,6 +35,13 @@ class WeightsUnavailableError(RuntimeError):
     """Weights cannot be fetched now, or only by hand; the message names the next step."""
 
 
+class OfflineError(WeightsUnavailableError):
+    """Weights are not in the cache, and their server cannot be reached."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}. Offline, pass the folder of a saved model, or a file as checkpoint_path"
+
+
 class NoRepositoryError(WeightsUnavailableError):
     """A Hub repository does not exist, or is private."""
 

@@ -1,5 +1,6 @@
 """Write files that are complete or absent, notice files that have changed, and find the folder for downloads."""
 
+import glob
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".incomplete-{path.name}-*"):
+    for left_over in path.parent.glob(f".incomplete-{glob.escape(path.name)}-*"):
         with suppress(FileNotFoundError):  # its process has just finished
             newest = max(file.stat().st_mtime for file in (left_over, *left_over.iterdir()))
             if time.time() - newest > ABANDONED:

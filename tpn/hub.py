@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -280,8 +279,6 @@ def _hub_error(error: BaseException, repo: str, name: str, spent: str = "") -> W
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if caused_by(OfflineModeIsEnabled):
-        return HubUnreachableError(f"{repo} is not complete in the cache, and HF_HUB_OFFLINE forbids requests")
     if caused_by(GatedRepoError) or status == 403:
         return WeightsUnavailableError(f"no access to {where}: {_LOG_IN}, with an account that may read it")
     if caused_by(RevisionNotFoundError):

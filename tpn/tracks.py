@@ -224,8 +224,6 @@ def _read(
 
 def _frames(video: Path | Array, numbers: Sequence[int]) -> Generator[tuple[Tensor, int]]:
     """Yield the frames with increasing numbers, (3, H, W), as far as they exist."""
-    if not numbers:
-        return
     if isinstance(video, str | os.PathLike):
         yield from zip(decode.iter_frames(video, indices=numbers), numbers, strict=False)
     elif isinstance(video, np.ndarray | Tensor):

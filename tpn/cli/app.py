@@ -24,7 +24,7 @@ app = typer.Typer(
 # Groups of commands in `tpn --help`.
 USE, TRAIN, EXPORT, MODELS = "Use", "Train", "Export and features", "Models"
 
-DEFAULT_MODEL, BUNDLED_MODEL = "tpn_slowonly_r50_k400", "tpn_slowonly_tiny_motion"
+DEFAULT_MODEL = "tpn_slowonly_r50_k400"
 
 
 def complete_model(incomplete: str) -> list[str]:

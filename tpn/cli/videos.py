@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tpn.cli.app import (
-    BUNDLED_MODEL,
     DEFAULT_MODEL,
     TRAIN,
     USE,
@@ -35,6 +34,7 @@ from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.drawing import require_picture
 from tpn.cli.follow import follow, open_source
 from tpn.cli.results import PredictionPrinter
+from tpn.cli.script import BUNDLED_MODEL
 from tpn.cli.tracks import FACTS, AnnotateOption, TracksOption, open_tracks, predict_tracks
 from tpn.errors import plural
 

@@ -348,6 +348,14 @@ class RawFrames(VideoDataset):
         classes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        try:
+            paths = {template.format(number) for number in (1, 2)}
+        except (IndexError, KeyError, ValueError):
+            paths = set()
+        if len(paths) < 2:
+            raise ValueError(
+                f"template must have one place for the number of the frame, such as 'img_{{:05d}}.jpg', got {template!r}"
+            )
         self.template, self.first = template, first
         items, names, self.numbered = read_items(file, root, classes, num_fields=3)
         if any(item.num_frames is None or item.is_part for item in items):

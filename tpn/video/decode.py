@@ -190,7 +190,9 @@ def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Colle
     skipped, and decoding stops after the last of them. Raises the same errors as `probe`; damage raises VideoError when the
     iteration reaches it.
     """
-    chosen, end = (None, -1) if indices is None else (set(indices), max(indices, default=-1))
+    if indices is not None and len(indices) == 0:
+        return
+    chosen, end = (None, -1) if indices is None else (set(indices), max(indices))
     with open_video(path) as (container, stream):
         reformatter = VideoReformatter()
         size: tuple[int, int] | None = None
@@ -366,20 +368,20 @@ def _decode_with_seeks(
 
     Return None if it saves none, or if the decoder returns other frames than the packets announce.
     """
-    key_numbers = [number for number, _ in index.key_frames]
-    keys = [index.key_frames[bisect_right(key_numbers, number) - 1] for number in wanted.tolist()] if key_numbers else []
-    if not any(key - after > MIN_SKIP for (key, _), after in zip(keys, [0, *(wanted + 1).tolist()], strict=False)):
+    key_frames = index.key_frames
+    keys = [key_frames[bisect_right(key_frames, number) - 1] for number in wanted.tolist()] if key_frames else []
+    if not any(key - after > MIN_SKIP for key, after in zip(keys, [0, *(wanted + 1).tolist()], strict=False)):
         return None
     with open_video(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
         buffer = _FrameBuffer(path, wanted, size, short_side, device, crop)
         frames = decode_all(path, container, stream)
         next_number = 0
-        for number, (key, timestamp) in zip(wanted.tolist(), keys, strict=True):
+        for number, key in zip(wanted.tolist(), keys, strict=True):
             seeks = key - next_number > MIN_SKIP
             if seeks:
                 with video_errors(path, lambda: "damaged, seeking failed"):
-                    container.seek(timestamp, stream=stream)
+                    container.seek(int(index.pts[key]), stream=stream)
                 frames = decode_all(path, container, stream)
                 next_number = key
             while next_number <= number:

@@ -11,13 +11,13 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-SEEK_BY = {
-    (container, codec): timestamp
-    for container, timestamp in (("mov,mp4,m4a,3gp,3g2,mj2", "dts"), ("matroska,webm", "pts"))
+SEEKABLE = {
+    (container, codec)
+    for container in ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
     for codec in ("h264", "hevc", "vp9", "av1", "libdav1d")
 }
-"""Timestamp by which FFmpeg seeks, for each (container, codec) with marked key frames from which decoding can start and one frame
-in each packet. MPEG-4 part 2 is excluded because some of its packets contain no frame."""
+"""Containers and codecs with marked key frames from which decoding can start and one frame in each packet. MPEG-4 part 2 is
+excluded because some of its packets contain no frame."""
 
 PICTURE = b"\0\0\1\xb6"
 """Start code of a picture in MPEG-4 part 2."""
@@ -38,13 +38,13 @@ class FrameIndex:
         num_frames: number of frames in the packets, as far as a few of their bytes tell.
         is_exact: whether the decoder returns as many frames. Otherwise only decoding can tell.
         pts: presentation timestamp of each frame, ascending; empty if seeking is not reliable.
-        key_frames: frame number and seek timestamp of each key frame, in order; empty if seeking is not reliable.
+        key_frames: number of each key frame, ascending; empty if seeking is not reliable.
     """
 
     num_frames: int
     is_exact: bool = False
     pts: NDArray[np.int64] = field(default_factory=_no_timestamps)
-    key_frames: tuple[tuple[int, int], ...] = ()
+    key_frames: tuple[int, ...] = ()
 
     def agrees(self, number: int, frame: VideoFrame) -> bool:
         """Return whether a decoded frame is the one that the packets announce. A packet may be half of an interlaced one."""
@@ -113,18 +113,18 @@ def read_index(container: InputContainer, stream: VideoStream) -> FrameIndex:
     """
     counter = FrameCounter(stream)
     num_packets, is_suspect = 0, False
-    packets: list[tuple[Any, Any, bool]] = []
+    packets: list[tuple[int, bool]] = []
     for packet in read_packets(container, stream):  # the packets are not stored, they are as large as the file
         if packet.size:
             num_packets += 1
             is_suspect |= packet.is_corrupt
             counter.add(packet)
             if packet.pts is not None:
-                packets.append((packet.pts, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
-    times = np.unique(np.array([pts for pts, _, _ in packets], dtype=np.int64))
-    seek_by = SEEK_BY.get((container.format.name, counter.codec))
+                packets.append((packet.pts, packet.is_keyframe))
+    times = np.unique(np.array([pts for pts, _ in packets], dtype=np.int64))
+    is_seekable = (container.format.name, counter.codec) in SEEKABLE
     is_one_each = len(times) == len(packets) == num_packets == counter.total
-    if seek_by is None or is_suspect or not is_one_each or not packets or not packets[0][2]:
+    if not is_seekable or is_suspect or not is_one_each or not packets or not packets[0][1]:
         return FrameIndex(counter.total)
-    keys = sorted((pts, pts if seek_by == "pts" else dts) for pts, dts, is_key in packets if is_key)
-    return FrameIndex(counter.total, True, times, tuple((int(times.searchsorted(pts)), time) for pts, time in keys))
+    keys = times.searchsorted(sorted(pts for pts, is_key in packets if is_key))
+    return FrameIndex(counter.total, True, times, tuple(keys.tolist()))

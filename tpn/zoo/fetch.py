@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from tpn import hub, transfer
-from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, WeightsUnavailableError
+from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, OfflineError, WeightsUnavailableError
 from tpn.files import file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
@@ -37,11 +37,6 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try of a download."""
 
 _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
-
-_OFFLINE = (
-    "Offline, pass a saved folder, a file (--checkpoint), or --model tpn_slowonly_tiny_motion, "
-    "which recognizes rendered motion only"
-)
 
 _logger = logging.getLogger(__name__)
 
@@ -93,9 +88,9 @@ def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.
     file = urlsplit(source.url).path.rpartition("/")[2]
     if constants.HF_HUB_OFFLINE:
         problem = problem or f"the weights of {entry.name} are not in the cache ({folder})"
-        raise WeightsUnavailableError(
+        raise OfflineError(
             f"{problem}, and HF_HUB_OFFLINE forbids requests; "
-            f"unset it, or download {file} elsewhere and run: {convert_command(entry)}. {_OFFLINE}"
+            f"unset it, or download {file} elsewhere and run: {convert_command(entry)}"
         )
     try:
         with _locked(folder):
@@ -168,9 +163,9 @@ def download(link: Link, path: Path, entry: Checkpoint) -> None:
     try:
         transfer.download(link.url, path, pauses=PAUSES, sha256=link.sha256)
     except transfer.TransferError as error:
-        raise WeightsUnavailableError(
+        raise OfflineError(
             f"cannot download {urlsplit(link.url).path.rpartition('/')[2]}: {error}. Try again later, or download it on another "
-            f"computer (tpn info {entry.name} shows the link) and run: {convert_command(entry)}. {_OFFLINE}"
+            f"computer (tpn info {entry.name} shows the link) and run: {convert_command(entry)}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from tpn.errors import UnknownModelError, WeightsUnavailableError, nearest
 from tpn.models.backbones.tsm import FOLD, UNFOLD, shift_every, temporal_shift
 from tpn.models.feature_maps import FeatureShape, measure, to_feature_list
 from tpn.models.registry import register_backbone
+from tpn.validation import check_bool
 
 RESERVED = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights", "features_only"}
 """Arguments of timm and torchvision that choose what to load: never those of a saved model, whose author may be anybody."""
@@ -163,8 +164,7 @@ def timm_backbone(
     Raises UnknownModelError; ValueError if timm cannot build it; WeightsUnavailableError.
     """
     _check_name(name)
-    if not isinstance(temporal_shift, bool):
-        raise TypeError(f"temporal_shift must be True or False, got {temporal_shift!r}")
+    check_bool("temporal_shift", temporal_shift)
     check_network_args(args, out_indices)
     path, stages = _weights(name, cache_dir) if pretrained else None, Counter(out_indices)
     try:
