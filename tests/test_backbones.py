@@ -101,6 +101,7 @@ def test_baseline_has_the_same_interface():
     assert aux_logits is None
     assert model.num_features == with_pyramid.num_features == 512
     assert model.input_spec == with_pyramid.input_spec
+    assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), torch.nn.Conv2d)
     assert list(model.forward_intermediates(clips(model))[1]) == ["c5"]
 
 

@@ -55,6 +55,14 @@ def long(tmp_path_factory):
 # Columns and labels
 
 
+def test_a_misspelled_column(tmp_path, caplog):
+    """A missing start would pass for a whole video. Columns of other names are the user's own."""
+    file = write_csv(tmp_path / "a.csv", ["path", "label", "strat", "end", "camera"], ["a.mp4", "x", "1", "2", "north"])
+    ((row,), _) = read_table(file)
+    assert (row.start, row.end) == (None, 2)
+    assert [(record.levelname, record.args[1:]) for record in caplog.records] == [("WARNING", ("strat", "start"))]
+
+
 @pytest.mark.parametrize("write", [write_csv, write_parquet])
 def test_columns(tmp_path, write):
     suffix = "csv" if write is write_csv else "parquet"

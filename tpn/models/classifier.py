@@ -185,7 +185,7 @@ class TPNClassifier(nn.Module):
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "classifier": "head.fc" if self.aux_head is None else ("head.fc", "aux_head.fc"),
-            "first_conv": "backbone.conv1",
+            "first_conv": next(name for name, part in self.named_modules() if isinstance(part, nn.Conv2d | nn.Conv3d)),
             **input_cfg(spec),
         }
 

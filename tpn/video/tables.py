@@ -15,7 +15,9 @@ writes them.
 """
 
 import csv
+import difflib
 import io
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ from tpn.files import atomic_write
 from tpn.validation import shown
 
 PathLike = str | os.PathLike[str]
+
+_logger = logging.getLogger(__name__)
 
 SEPARATOR = "|"
 """Between the labels in one cell."""
@@ -100,9 +104,13 @@ def read_table(file: PathLike) -> tuple[list[Row], bool]:
         ValueError: it is not a table, or a cell is not valid; the message has the number of the row.
     """
     header, cells = _read_parquet(file) if _is_parquet(file) else _read_csv(file)
-    columns = [name for name in _column_names(header) if name in COLUMNS]
+    names = _column_names(header)
+    columns = [name for name in names if name in COLUMNS]
     if len(set(columns)) < len(columns) or "path" not in columns or ("label" in columns) == ("labels" in columns):
         raise ValueError(f"{file}: expected one column path and one column label (or labels), got {shown(', '.join(header))}")
+    for name in sorted({*names}.difference(COLUMNS)):
+        if near := difflib.get_close_matches(name, {*COLUMNS}.difference(columns), n=1, cutoff=0.75):
+            _logger.warning("%s: the column %r is ignored; rename it if it is %r", file, name, near[0])
     rows = [_parse_row(f"{file}: row {number}", number, row) for number, row in cells]
     return rows, "labels" in columns or any(len(row.labels) > 1 for row in rows)
 
