@@ -104,9 +104,11 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """Replace each line that ends in a marker. Readers of the repository see what is before the marker."""
     for marker, write in GENERATED.items():
         if marker in markdown:
-            markdown = markdown.replace(marker, write())
+            text = write()
+            markdown = re.sub(f"^.*{re.escape(marker)}$", lambda match: text, markdown, flags=re.MULTILINE)
     return markdown
 
 
