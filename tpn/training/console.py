@@ -109,13 +109,13 @@ class TrainingConsole(Observer):
     def _print_facts(self, run: "Run") -> None:
         train, val = run.data.train, run.data.val
         videos = plural(len(train), "video")
-        videos += f" for training, {len(val):,} for validation" if val else " for training, none for validation"
+        videos += f" for training, {len(val):,} for validation" if val else " for training"
         kind = " (a video may have several)" if train.multi_label else ""
         params = sum(parameter.numel() for parameter in run.model.parameters())
         counts = wording.class_counts(train.classes, run.facts.class_counts)
         devices = f"{run.world} devices of type {run.device.type}" if run.world > 1 else str(run.device)
         epochs = run.total_steps / run.epoch_steps
-        length = f"{plural(run.total_steps, 'step')} of {plural(run.batch, 'clip')}, {epochs:.3g} epochs, on {devices}"
+        length = f"{plural(run.total_steps, 'step')} of {plural(run.batch, 'clip')}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}, on {devices}"
         self._print_rows(
             [
                 ("data", f"{videos} ({printable(run.data.split)})"),
