@@ -42,8 +42,8 @@ import tpn
 from tpn.cli.script import positive_int, run_cli
 from tpn.config import parse_views
 from tpn.files import atomic_write
+from tpn.models.layers import weights_hash
 from tpn.predict import VideoClassifier
-from tpn.training.state import weights_hash
 from tpn.video import containers, decode
 from tpn.video.datasets import videos_below
 from tpn.video.decode import VideoError
