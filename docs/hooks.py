@@ -107,8 +107,8 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
     """Replace each line that ends in a marker. Readers of the repository see what is before the marker."""
     for marker, write in GENERATED.items():
         if marker in markdown:
-            text = write()
-            markdown = re.sub(f"^.*{re.escape(marker)}$", lambda match: text, markdown, flags=re.MULTILINE)
+            before, _, after = re.split(f"^(.*{re.escape(marker)})$", markdown, maxsplit=1, flags=re.MULTILINE)
+            markdown = before + write() + after
     return markdown
 
 
