@@ -70,9 +70,8 @@ def advice() -> Iterator[None]:
     from tpn.training.observer import Interrupted
 
     again, before = "the same torchrun command with --resume", dict[int, Any]()
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ:  # torchrun's processes may be waiting for each other, where no handler runs
         again = shlex.join(["tpn", *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
-        # torchrun's processes may be waiting for each other, where no handler runs
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = threading.excepthook
     # The run raises a full disk in TensorBoard's thread, too.

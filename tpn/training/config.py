@@ -102,10 +102,11 @@ class TrainConfig:
             **dict.fromkeys(
                 ("steps", "epochs", "batch_size", "accumulate", "lr_batch", "frame_interval", "short_side"), (1, None)
             ),
-            **dict.fromkeys(("crop_size", "patience", "val_interval", "log_interval", "checkpoint_interval"), (1, None)),
+            **dict.fromkeys(
+                ("crop_size", "patience", "val_interval", "log_interval", "checkpoint_interval", "threads"), (1, None)
+            ),
             **dict.fromkeys(("workers", "first_frame", "momentum", "weight_decay", "clip_grad", "aux_weight", "lr"), (0, None)),
             **dict.fromkeys(("mixup", "cutmix", "backbone_lr", "seed"), (0, None)),
-            "threads": (1, None),
             **dict.fromkeys(
                 ("flip_prob", "random_erasing", "label_smoothing", "layer_decay", "max_bad", "warmup", "ema"), (0, 1)
             ),

@@ -1,5 +1,6 @@
 """Draw tracks with captions into a copy of a video."""
 
+import math
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -77,7 +78,7 @@ def _annotated(
     waiting = sorted(captions, key=lambda each: each[0].first, reverse=True)
     visible: list[tuple[Track, NDArray[np.float64], Sequence[Caption]]] = []
     sides = [np.median(track.boxes[:, 2:] - track.boxes[:, :2]) for track, _ in captions]
-    size = int(np.median(sides) / 3) if sides else None
+    max_size = np.median(sides) / 3 if sides else math.inf
     for number, frame in enumerate(decode.iter_frames(video)):
         while waiting and waiting[-1][0].first <= number:
             track, texts = waiting.pop()
@@ -87,21 +88,20 @@ def _annotated(
         for track, boxes, texts in visible:
             text = next((each.text for each in texts if each.first <= number <= each.last), "")
             labels.append((track.id, boxes[number - track.first].tolist(), f"{track.id}  {text}".rstrip()))
-        yield draw_labels(frame.permute(1, 2, 0).numpy(), labels, size)
+        yield draw_labels(frame.permute(1, 2, 0).numpy(), labels, max_size)
         if progress is not None:
             progress(number + 1)
 
 
-def draw_labels(image: NDArray[np.uint8], labels: Sequence[Label], max_size: int | None = None) -> NDArray[np.uint8]:
+def draw_labels(image: NDArray[np.uint8], labels: Sequence[Label], max_size: float = math.inf) -> NDArray[np.uint8]:
     """Return a copy of an image, uint8 (H, W, 3), with boxes and texts: above the box, or in it at the top of the picture.
 
-    The font has a thirtieth of the shorter side of the image, but at most `max_size` pixels, and at least 10.
+    The height of the font is a thirtieth of the shorter side of the image, at most `max_size` pixels, and at least 10.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     pen = ImageDraw.Draw(picture)
     width, height = picture.size
-    size = min(width, height) // 30
-    size = max(10, size if max_size is None else min(size, max_size))
+    size = max(10, int(min(width / 30, height / 30, max_size)))
     font = _font(size)
     line, pad = max(2, size // 8), size // 5  # H.264 halves the resolution of colors: a line of one pixel fades
     inside = [each for each in labels if each[1][0] < width and each[1][1] < height and each[1][2] > 0 and each[1][3] > 0]
