@@ -164,8 +164,10 @@ def test_errors_name_the_field(changes, says):
 
 
 def test_three_crops_are_as_large_as_the_short_side_by_default():
-    assert tpn.InputSpec(8, short_side=128, crop_size=112).three_crop_size == 128
-    assert tpn.InputSpec(8, short_side=128, crop_size=112, three_crop_size=112).three_crop_size == 112
+    spec = tpn.InputSpec(8, short_side=128, crop_size=112)
+    assert spec.view_size == 128
+    assert replace(spec, short_side=120).view_size == 120
+    assert replace(spec, three_crop_size=112).view_size == 112
     assert tpn.InputSpec(8, num_crops=1, three_crop_size=300).view_size == 224
 
 

@@ -79,4 +79,4 @@ def test_other_crops_show_as_much_of_a_frame(given, short_side):
     data = SimpleNamespace(train=SimpleNamespace(use_spec=lambda spec, **draws: None), val=None)
     set_clips(model, data, TrainConfig(**given))
     assert (model.input_spec.short_side, model.input_spec.crop_size) == (short_side, given.get("crop_size", 64))
-    assert model.input_spec.three_crop_size == short_side
+    assert model.input_spec.view_size == short_side

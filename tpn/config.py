@@ -59,7 +59,7 @@ class InputSpec:
         flip: whether the test protocol adds a flipped copy of every view.
         short_side: pixels of the shorter side after resizing, up to 8,192.
         crop_size: side of the single center crop, and of training crops, in pixels.
-        three_crop_size: side of the three crops along the longer side, in pixels. Default: `short_side`.
+        three_crop_size: side of the three crops along the longer side, in pixels. None uses `short_side`.
         mean: of each channel, on the 0..255 scale, from -1,000 to 1,000. Up to 1,024 channels.
         std: of each channel, on the 0..255 scale, from 0.001 to 1,000.
         flip_label_pairs: pairs of class names that a horizontal flip exchanges, such as ("moving left", "moving right"). They
@@ -77,15 +77,13 @@ class InputSpec:
     flip: bool = False
     short_side: int = 256
     crop_size: int = 224
-    three_crop_size: int = 0
+    three_crop_size: int | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     flip_label_pairs: tuple[tuple[str, str], ...] = ()
     target_fps: float | None = None
 
     def __post_init__(self) -> None:
-        if type(self.three_crop_size) is int and self.three_crop_size == 0:
-            object.__setattr__(self, "three_crop_size", self.short_side)
         check_input_spec(self)
         check_label_pairs(self.flip_label_pairs)
 
@@ -106,7 +104,7 @@ class InputSpec:
     @property
     def view_size(self) -> int:
         """Side of the crops of the test protocol, in pixels."""
-        return self.three_crop_size if self.num_crops == 3 else self.crop_size
+        return (self.three_crop_size or self.short_side) if self.num_crops == 3 else self.crop_size
 
     def indices(self, total_frames: int) -> NDArray[np.int64]:
         """Return the frame indices (num_clips, num_frames) to read from a video of `total_frames` frames."""
@@ -136,10 +134,10 @@ class InputSpec:
 
         frames = transforms.resize_short_side(frames, self.short_side)
         if self.num_crops == 3:
-            size = self.three_crop_size
-            crops = transforms.three_crop_views(transforms.resize_short_side(frames, size), size)
+            frames = transforms.resize_short_side(frames, self.view_size)
+            crops = transforms.three_crop_views(frames, self.view_size)
         else:
-            crops = [transforms.center_crop(frames, self.crop_size)]
+            crops = [transforms.center_crop(frames, self.view_size)]
         return crops + [crop.flip(-1) for crop in crops] if self.flip else crops
 
     def normalize(self, frames: Tensor) -> Tensor:
@@ -418,7 +416,7 @@ def _upgrade_fields(values: dict[str, Any], labels: Sequence[str] | None) -> dic
     if "mirrored" in values:  # the first version, which had no limit for `three_crop_size`
         values["flip_label_pairs"] = values.pop("mirrored")
         sizes = [size for name in ("three_crop_size", "short_side") if isinstance(size := values.get(name), int)]
-        values["three_crop_size"] = min(sizes) if len(sizes) == 2 else values.get("three_crop_size", 0)
+        values["three_crop_size"] = min(sizes) if len(sizes) == 2 else values.get("three_crop_size")
     pairs = values.get("flip_label_pairs")
     if isinstance(pairs, list | tuple) and pairs and all(_are_indices(pair) for pair in pairs):
         names = dict(enumerate(labels or ()))

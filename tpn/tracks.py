@@ -66,7 +66,7 @@ def classify(
     crops = [SquareCrops(track, spec.short_side) for track in tracks]
     requests = [[sample(len(track))] for track in tracks]
     if spec.num_crops == 3:
-        spec = replace(spec, num_crops=1, short_side=spec.three_crop_size, crop_size=spec.three_crop_size)
+        spec = replace(spec, num_crops=1, short_side=spec.view_size, crop_size=spec.view_size)
     results: dict[int, Prediction | Unreadable] = {}
     for place, result in _classify(classifier, video, crops, requests, spec):
         results[place] = replace(result, source=path) if isinstance(result, Prediction) else result

@@ -52,8 +52,10 @@ def check_input_spec(spec: Any) -> None:
     """Raise TypeError or ValueError if an `InputSpec` describes no clips, or clips that no memory holds."""
     for name, maximum in (("num_frames", 4096), ("frame_interval", 10_000), ("num_clips", 1000), ("num_crops", 3)):
         check_int(name, getattr(spec, name), minimum=1, maximum=maximum)
-    for name in ("short_side", "crop_size", "three_crop_size"):
-        check_int(name, getattr(spec, name), minimum=1, maximum=8192)
+    three_crop_size = spec.short_side if spec.three_crop_size is None else spec.three_crop_size
+    sizes = {"short_side": spec.short_side, "crop_size": spec.crop_size, "three_crop_size": three_crop_size}
+    for name, size in sizes.items():
+        check_int(name, size, minimum=1, maximum=8192)
     for name, minimum in (("mean", -1000), ("std", 0.001)):
         if not isinstance(getattr(spec, name), tuple):
             raise TypeError(f"{name} must be a tuple of finite numbers, one per channel, got {shown(getattr(spec, name))}")
@@ -67,8 +69,8 @@ def check_input_spec(spec: Any) -> None:
     if spec.num_crops == 2:
         raise ValueError("num_crops must be 1 (center) or 3 (along the longer side), got 2")
     for name in ("crop_size", *["three_crop_size"] * (spec.num_crops == 3)):
-        if getattr(spec, name) > spec.short_side:
-            raise ValueError(f"{name} must be at most short_side={spec.short_side}, got {getattr(spec, name)}")
+        if sizes[name] > spec.short_side:
+            raise ValueError(f"{name} must be at most short_side={spec.short_side}, got {sizes[name]}")
     channels = len(spec.mean)
     if channels != len(spec.std) or not 1 <= channels <= 1024:
         raise ValueError(f"mean and std must have one value per channel, 1 to 1024, got {channels} and {len(spec.std)}")

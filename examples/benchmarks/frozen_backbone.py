@@ -137,7 +137,7 @@ def main() -> None:
     spec = create(args.backbone, num_classes=1).input_spec
     assert spec is not None
     options = {"frame_interval": INTERVAL, "crop_size": CROP, "short_side": SHORT_SIDE, "num_clips": 1, "num_crops": 1}
-    spec = tpn.InputSpec.from_dict(spec.to_dict() | options | {"three_crop_size": SHORT_SIDE})
+    spec = tpn.InputSpec.from_dict(spec.to_dict() | options)
     data = VideoFolder(args.data, spec, train=False)
     levels = compute_maps(data, args.backbone, args.output)
     index = {Path(item.path).resolve(): i for i, item in enumerate(data.items)}

@@ -98,7 +98,7 @@ def reader(spec: tpn.InputSpec) -> Callable[[Path], np.ndarray[Any, Any]]:
     sample = {"type": "SampleFrames", "clip_len": spec.num_frames, "frame_interval": spec.frame_interval}
     sample |= {"num_clips": spec.num_clips, "test_mode": True}
     steps = [{"type": "DecordInit"}, sample, {"type": "DecordDecode"}, {"type": "Resize", "scale": (-1, spec.short_side)}]
-    steps += [{"type": "ThreeCrop", "crop_size": spec.three_crop_size}, {"type": "FormatShape", "input_format": "NCTHW"}]
+    steps += [{"type": "ThreeCrop", "crop_size": spec.view_size}, {"type": "FormatShape", "input_format": "NCTHW"}]
     transforms = [TRANSFORMS.build(step) for step in steps]
 
     def read(path: Path) -> np.ndarray[Any, Any]:

@@ -102,7 +102,8 @@ def inference_variants(
 
 def time_inference(bench: Bench, args: argparse.Namespace, variants: dict[str, Any], model: tpn.TPNClassifier) -> None:
     spec = model.input_spec
-    shapes = {"inference": (args.batch_size, spec.crop_size), "latency": (1, spec.crop_size), "views": (30, spec.three_crop_size)}
+    views = spec.with_views(10, 3)
+    shapes = {"inference": (args.batch_size, spec.crop_size), "latency": (1, spec.crop_size), "views": (30, views.view_size)}
     for part, (batch, size) in shapes.items():
         if part not in args.only:
             continue

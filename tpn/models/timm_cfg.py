@@ -9,7 +9,7 @@ def input_cfg(spec: InputSpec) -> dict[str, Any]:
     """Return the part of an input spec that timm's configs have fields for."""
     return {
         "input_size": (spec.in_chans, spec.crop_size, spec.crop_size),
-        "test_input_size": (spec.in_chans, spec.three_crop_size, spec.three_crop_size),
+        "test_input_size": (spec.in_chans, spec.view_size, spec.view_size),
         "interpolation": "bilinear",
         "crop_pct": spec.crop_size / spec.short_side,
         "mean": tuple(round(v / 255, 6) for v in spec.mean),

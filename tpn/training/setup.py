@@ -61,12 +61,13 @@ def set_clips(model: TPNClassifier, data: TrainData, config: TrainConfig) -> Non
     short_side = config.short_side
     if short_side is None and config.crop_size is not None:  # crops show as much of a frame as before
         short_side = round(spec.short_side * config.crop_size / spec.crop_size)
-    changes: dict[str, Any] = {"short_side": short_side, "three_crop_size": short_side}
-    changes |= {name: getattr(config, name) for name in ("crop_size", "frame_interval", "target_fps")}
-    spec = replace(spec, **{name: value for name, value in changes.items() if value is not None})
+    names = ("crop_size", "frame_interval", "target_fps")
+    changes: dict[str, Any] = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if short_side is not None:
+        changes |= {"short_side": short_side, "three_crop_size": None}
+    spec = replace(spec, **changes)
     spec = spec.with_views(*parse_views(config.views)) if config.views else spec
-    names = ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")
-    draws = {name: getattr(config, name) for name in names}
+    draws = {name: getattr(config, name) for name in ("crop_area", "flip_prob", "color_jitter", "rand_augment", "random_erasing")}
     model.input_spec = spec
     data.train.use_spec(spec, **draws)
     if data.val is not None:
