@@ -1,7 +1,6 @@
 """The video of `tpn demo`."""
 
-import os
-
+from tpn.files import StrPath
 from tpn.video import motion
 from tpn.video.encode import write_video
 
@@ -10,7 +9,7 @@ SCENES = (("moving right", 2.0), ("turning clockwise", 4.0), ("swinging up and d
 SCENE_FRAMES = 60
 
 
-def render_video(path: str | os.PathLike[str]) -> None:
+def render_video(path: StrPath) -> None:
     """Write a video of one shape that moves as `SCENES` says."""
     parts = [(motion.CLASSES.index(name), tempo, SCENE_FRAMES) for name, tempo in SCENES]
     write_video(path, motion.render_sequence(parts, seed=12), fps=motion.FPS)

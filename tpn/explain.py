@@ -4,7 +4,6 @@ Occlusion maps and shares measure how far the logit of a class falls when someth
 flow. Grad-CAM maps (Selvaraju et al., ICCV 2017, from captum) need two passes instead of one per box, but are less precise.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tpn.errors import nearest
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import evaluating
@@ -72,7 +71,7 @@ class Explanation:
     levels: tuple[Share, ...]
     flows: Mapping[str, Share]
 
-    def save_png(self, path: str | os.PathLike[str]) -> None:
+    def save_png(self, path: StrPath) -> None:
         """Write a picture of up to 8 frames with the map of each level below them. Each map has its own scale."""
         from matplotlib.figure import Figure
 
@@ -95,7 +94,7 @@ class Explanation:
         with atomic_write(path) as unfinished:
             figure.savefig(unfinished, dpi=130)
 
-    def save_mp4(self, path: str | os.PathLike[str], *, fps: int = 4) -> None:
+    def save_mp4(self, path: StrPath, *, fps: int = 4) -> None:
         """Write a video of all frames with the map of each level to the right."""
         zoom = -(-MIN_PANEL_SIZE // self.frames.shape[-1])
         video = np.concatenate(self._panels(), axis=2).repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -5,7 +5,6 @@ metadata. `load` reads it; `VideoClassifier` and the commands take its name in p
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from tpn import openvino_runtime, quantization
 from tpn.config import InputSpec
 from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, prepare
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
 from tpn.quantization import QuantizationReport
@@ -28,7 +27,7 @@ TOLERANCE = 1e-4
 """Largest `max_difference` of a valid export."""
 
 
-def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
+def export_onnx(model: TPNClassifier, path: StrPath, *, size: int | None = None) -> Path:
     """Write a model as ONNX, in PyTorch's default opset.
 
     Input "clips": (B, C, T, size, size) float32, RGB, normalized, any B >= 1. Output "logits": (B, K) float32, or features
@@ -70,7 +69,7 @@ def export_onnx(model: TPNClassifier, path: str | os.PathLike[str], *, size: int
     return path
 
 
-def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int | None = None) -> Path:
+def export_pt2(model: TPNClassifier, path: StrPath, *, size: int | None = None) -> Path:
     """Write a model as a program of `torch.export`, which PyTorch runs without tpn; see `export_onnx`.
 
     PyTorch loads a `.pt2` file in the version that wrote it, and in later versions within its promises. ONNX files last longer.
@@ -87,12 +86,12 @@ def export_pt2(model: TPNClassifier, path: str | os.PathLike[str], *, size: int 
 
 def export_openvino(
     model: TPNClassifier,
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     size: int | None = None,
-    calibrate: str | os.PathLike[str] | None = None,
+    calibrate: StrPath | None = None,
     max_drop: float | None = None,
-    root: str | os.PathLike[str] | None = None,
+    root: StrPath | None = None,
     template: str | None = None,
     first: int = 1,
 ) -> QuantizationReport | None:
@@ -152,7 +151,7 @@ def export_openvino(
     return report
 
 
-def max_difference(model: TPNClassifier, path: str | os.PathLike[str]) -> float:
+def max_difference(model: TPNClassifier, path: StrPath) -> float:
     """Return the largest difference between the logits of an exported file and the model's, relative to the largest logit.
 
     Random clips, in batches of 2 and of 1, on the CPU in float32. The model stays unchanged.
@@ -165,7 +164,7 @@ def max_difference(model: TPNClassifier, path: str | os.PathLike[str]) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def _checked(path: str | os.PathLike[str], suffix: str) -> Path:
+def _checked(path: StrPath, suffix: str) -> Path:
     if Path(path).suffix != suffix:  # the name says how to read it
         raise ValueError(f"the name of this file must end in {suffix}, got {str(path)!r}")
     return Path(path)

@@ -6,7 +6,6 @@ A file holds one network for clips of one size, with classes, sampling and trans
 
 import copy
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tpn import openvino_runtime
 from tpn.config import InputSpec
 from tpn.errors import CheckpointError
-from tpn.files import file_sha256
+from tpn.files import StrPath, file_sha256
 from tpn.models.classifier import TPNClassifier
 from tpn.validation import check_int, check_temperature, need_packages
 from tpn.version import __version__
@@ -90,7 +89,7 @@ class ExportedClassifier(nn.Module):
 
 
 def load(
-    path: str | os.PathLike[str], *, providers: Sequence[str] = ("CPUExecutionProvider",), precision: str | None = None
+    path: StrPath, *, providers: Sequence[str] = ("CPUExecutionProvider",), precision: str | None = None
 ) -> ExportedClassifier:
     """Read an exported file.
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from tpn.config import InputSpec
 from tpn.errors import printable
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.models.features import FeatureModel
 from tpn.models.layers import weights_hash
 from tpn.predict import Prediction, Unreadable, VideoClassifier
@@ -92,7 +91,7 @@ class FeatureFile:
         FileNotFoundError: the folder of `path` does not exist.
     """
 
-    def __init__(self, path: str | PathLike[str], about: About) -> None:
+    def __init__(self, path: StrPath, about: About) -> None:
         check_path(path)
         self.path, self.about = Path(path), about
         self.rows: dict[str, Columns] = {}
@@ -176,7 +175,7 @@ class FeatureFolder:
         NotADirectoryError: `path` is a file.
     """
 
-    def __init__(self, path: str | PathLike[str], about: WindowsAbout) -> None:
+    def __init__(self, path: StrPath, about: WindowsAbout) -> None:
         check_folder(path)
         self.path, self.about = Path(path), about
         self._known: dict[str, tuple[str, int]] = {}  # path of the video and number of windows, by name
@@ -241,8 +240,8 @@ class FeatureFolder:
 
 def extract(
     classifier: VideoClassifier,
-    videos: Iterable[str | PathLike[str]],
-    path: str | PathLike[str],
+    videos: Iterable[StrPath],
+    path: StrPath,
     *,
     name: str,
     level: Level = "video",
@@ -330,12 +329,12 @@ def describe(model: FeatureModel, spec: InputSpec) -> dict[str, Any]:
     return {"weights": weights_hash(model.model), "feature": model.name, "parts": parts, "input": input_settings}
 
 
-def is_table(out: str | PathLike[str]) -> bool:
+def is_table(out: StrPath) -> bool:
     """Return whether features go to a `FeatureFile`, not to a `FeatureFolder`."""
     return Path(out).suffix in (".npz", ".parquet")
 
 
-def check_path(path: str | PathLike[str]) -> None:
+def check_path(path: StrPath) -> None:
     """Raise the errors that a `FeatureFile` at `path` would raise for its suffix and folder, before the work starts."""
     path = Path(path)
     if not is_table(path):
@@ -346,7 +345,7 @@ def check_path(path: str | PathLike[str]) -> None:
         import_pyarrow()
 
 
-def check_folder(path: str | PathLike[str]) -> None:
+def check_folder(path: StrPath) -> None:
     """Raise ValueError or NotADirectoryError if a `FeatureFolder` cannot be at `path`, before the work starts."""
     if Path(path).suffix.lower() in (".npz", ".parquet", ".npy", ".csv"):
         raise ValueError(f"features of windows go to a folder, or to a file that ends in .npz or .parquet, got {str(path)!r}")

@@ -11,14 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 
-CacheDir = str | os.PathLike[str] | None
+StrPath = str | os.PathLike[str]
+"""The path of a file or folder."""
 
 ABANDONED = 3600.0
 """Seconds after which an unfinished file belongs to a process that was killed."""
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: StrPath) -> Iterator[Path]:
     """Yield a path to write to; move the file to `path` when the block ends without an error.
 
     Readers see the old file or the new one, never a part. The parent folder is created if necessary. Other files written beside
@@ -50,7 +51,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(file, path.parent / file.name)
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
+def file_sha256(path: StrPath) -> str:
     """Return the SHA-256 of a file in hexadecimal; one core hashes about 1,500 MB/s with the processor's instructions for it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -113,7 +114,7 @@ def _write_record(record: Path, facts: dict[str, object]) -> None:
         _UNWRITTEN[record] = facts
 
 
-def cache_folder(cache_dir: CacheDir = None) -> Path | None:
+def cache_folder(cache_dir: StrPath | None = None) -> Path | None:
     """Return the folder for downloads: `cache_dir`, else $TPN_CACHE, else None for that of the library that downloads."""
     folder = cache_dir or os.environ.get("TPN_CACHE")
     return Path(folder).expanduser() if folder else None

@@ -28,7 +28,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 from safetensors import SafetensorError, safe_open
 
 from tpn.errors import HubUnreachableError, NoRepositoryError, WeightsUnavailableError
-from tpn.files import CacheDir, atomic_write, cache_folder, file_sha256, is_intact, remember_sha256
+from tpn.files import StrPath, atomic_write, cache_folder, file_sha256, is_intact, remember_sha256
 from tpn.transfer import MAX_WAIT, TRANSIENT_STATUS, TransferError, download, longer_pause, within
 
 PAUSES = (1.0, 2.0)
@@ -45,7 +45,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _logger = logging.getLogger(__name__)
 
 
-def snapshot(repo: str, *files: str, cache_dir: CacheDir = None, prefer_cached: bool = False, verify: bool = False) -> Path:
+def snapshot(repo: str, *files: str, cache_dir: StrPath | None = None, prefer_cached: bool = False, verify: bool = False) -> Path:
     """Return a folder with files of one commit of a Hub repository, from the cache or downloaded into it.
 
     The Hub is asked for the newest commit. If it does not send all files of that commit, those in the cache are used with a

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpn.devices import cpu_has_amx, fastest_dtype
-from tpn.files import file_sha256
+from tpn.files import StrPath, file_sha256
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 SMALL_ROW = 8
@@ -38,7 +37,7 @@ def convert(model: nn.Module, clips: Tensor) -> Any:
     return converted
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def read(path: StrPath) -> Any:
     """Read an `openvino.Model`. Raises RuntimeError."""
     return _core().read_model(path)
 

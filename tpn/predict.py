@@ -16,6 +16,7 @@ from torch import Tensor
 from tpn.config import InputSpec
 from tpn.devices import DTYPES, resolve_device
 from tpn.exported import ExportedClassifier, load
+from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.heads import change_temperature, class_probs
@@ -23,7 +24,7 @@ from tpn.models.layers import reference_tensor
 from tpn.optimization import OptimizedClassifier, optimize
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
-from tpn.video.sources import Array, Clips, File, Path, Source, is_frame_list, read_clips
+from tpn.video.sources import Array, Clips, File, Source, is_frame_list, read_clips
 from tpn.video.tracks import TrackSource
 from tpn.zoo.create import create_model
 from tpn.zoo.names import is_exported, is_saved
@@ -88,7 +89,7 @@ def _after_fork() -> None:
 
 
 def open_model(
-    name: Path, pretrained: bool = True, *, precision: str | None = None, **kwargs: Any
+    name: StrPath, pretrained: bool = True, *, precision: str | None = None, **kwargs: Any
 ) -> TPNClassifier | ExportedClassifier:
     """Return the model of a name: an exported file in a precision, see `tpn.export.load`, or a result of `create_model`."""
     if not is_exported(name):
@@ -133,7 +134,7 @@ class VideoClassifier:
 
     def __init__(
         self,
-        model: Path | Model,
+        model: StrPath | Model,
         pretrained: bool | None = None,
         *,
         device: str | torch.device | None = None,
@@ -219,7 +220,7 @@ class VideoClassifier:
     @overload
     def __call__(
         self,
-        source: Path | File | Array,
+        source: StrPath | File | Array,
         *,
         num_clips: int | None = None,
         num_crops: int | None = None,
@@ -302,7 +303,7 @@ class VideoClassifier:
                 name = names.popleft()
                 yield replace(result, source=name) if isinstance(result, Prediction) else result
 
-    def tracks(self, video: Path | Array, tracks: TrackSource, **options: Any) -> list[Prediction | Unreadable]:
+    def tracks(self, video: StrPath | Array, tracks: TrackSource, **options: Any) -> list[Prediction | Unreadable]:
         """Classify each person or object of a video, given its boxes over time. See `tpn.tracks.classify`."""
         from tpn.tracks import classify
 

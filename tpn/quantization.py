@@ -1,7 +1,6 @@
 """Post-training quantization to int8 with NNCF, on clips of real videos."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tpn import openvino_runtime
 from tpn.config import InputSpec
+from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier
 from tpn.video import lists
 from tpn.video.datasets import VideoDataset, open_dataset
@@ -60,9 +60,7 @@ class QuantizationReport:
         return ", ".join(parts)
 
 
-def open_data(
-    data: str | os.PathLike[str], spec: InputSpec, classes: Sequence[str] | None, **options: Any
-) -> tuple[VideoDataset, VideoDataset]:
+def open_data(data: StrPath, spec: InputSpec, classes: Sequence[str] | None, **options: Any) -> tuple[VideoDataset, VideoDataset]:
     """Return different videos of a dataset for calibration and for the comparison with float32.
 
     Those for training calibrate, and those for validation are compared; data without a split is divided at random.

@@ -17,10 +17,11 @@ from torch import Tensor
 from tpn.config import InputSpec
 from tpn.errors import printable
 from tpn.features import Columns, DType, FeatureFile, FeatureFolder, WindowsAbout, describe, feature_model, fill, is_table
+from tpn.files import StrPath
 from tpn.models.features import FeatureModel
 from tpn.models.layers import reference_tensor
 from tpn.predict import Unreadable, VideoClassifier
-from tpn.tempo import Frame, PathLike, preprocess, sliding_spec, sliding_windows
+from tpn.tempo import Frame, preprocess, sliding_spec, sliding_windows
 from tpn.validation import check_int
 from tpn.video import decode
 from tpn.video.decode import VideoError
@@ -50,7 +51,7 @@ class _Frame:
 
 
 def window_features(
-    classifier: VideoClassifier, frames: PathLike | Iterable[Frame], *, stride: int, window: int | None = None
+    classifier: VideoClassifier, frames: StrPath | Iterable[Frame], *, stride: int, window: int | None = None
 ) -> Generator[Window]:
     """Return the features of the center crop of a window that slides over a video.
 
@@ -107,7 +108,7 @@ def window_spec(spec: InputSpec, window: int | None = None) -> InputSpec:
 def extract_windows(
     classifier: VideoClassifier,
     videos: Mapping[str, str],
-    out: PathLike,
+    out: StrPath,
     *,
     name: str,
     stride: int,

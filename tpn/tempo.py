@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from tpn.config import InputSpec
+from tpn.files import StrPath
 from tpn.predict import Prediction, VideoClassifier
 from tpn.validation import check_int, check_number
 from tpn.video import decode
@@ -27,7 +28,6 @@ from tpn.video.sampling import dense_indices
 from tpn.video.sources import channels_first
 from tpn.video.transforms import center_crop, resize_short_side
 
-PathLike = str | os.PathLike[str]
 Frame = np.ndarray[Any, Any] | Tensor
 Kept = TypeVar("Kept")
 
@@ -103,7 +103,7 @@ class GainAgainstVariance:
 
 def slide(
     classifier: VideoClassifier,
-    frames: PathLike | Iterable[Frame],
+    frames: StrPath | Iterable[Frame],
     *,
     stride: int | None = None,
     frame_interval: int | None = None,

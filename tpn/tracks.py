@@ -17,6 +17,7 @@ from torch import Tensor
 from tpn import tempo
 from tpn.config import InputSpec
 from tpn.errors import printable
+from tpn.files import StrPath
 from tpn.predict import Prediction, Progress, Unreadable, VideoClassifier
 from tpn.tempo import Clip
 from tpn.validation import check_int
@@ -24,7 +25,7 @@ from tpn.video import decode
 from tpn.video.crops import SquareCrops
 from tpn.video.decode import VideoError
 from tpn.video.sampling import FrameSampler, at_frame_rate, dense_indices
-from tpn.video.sources import Array, Clips, Path, channels_first
+from tpn.video.sources import Array, Clips, channels_first
 from tpn.video.tracks import Track, TrackSource, read_tracks
 
 Indices = NDArray[np.int64]
@@ -32,7 +33,7 @@ Indices = NDArray[np.int64]
 
 def classify(
     classifier: VideoClassifier,
-    video: Path | Array,
+    video: StrPath | Array,
     tracks: TrackSource,
     *,
     num_clips: int | None = None,
@@ -77,7 +78,7 @@ def classify(
 
 def slide(
     classifier: VideoClassifier,
-    video: Path | Array,
+    video: StrPath | Array,
     tracks: TrackSource,
     *,
     stride: int | None = None,
@@ -148,7 +149,7 @@ def _sliding_indices(length: int, spec: InputSpec, stride: int) -> list[Indices]
 
 def _classify(
     classifier: VideoClassifier,
-    video: Path | Array,
+    video: StrPath | Array,
     crops: Sequence[SquareCrops],
     requests: Sequence[Sequence[Indices]],
     spec: InputSpec,
@@ -191,7 +192,7 @@ class _OpenTrack:
 
 
 def _read(
-    video: Path | Array, crops: Sequence[SquareCrops], requests: Sequence[Sequence[Indices]]
+    video: StrPath | Array, crops: Sequence[SquareCrops], requests: Sequence[Sequence[Indices]]
 ) -> Generator[tuple[int, Clips | VideoError]]:
     """Decode a video once. Yield the number of a track and its next clips, or the error that ends it."""
     where = f"{printable(os.fspath(video))}: " if isinstance(video, str | os.PathLike) else ""
@@ -222,7 +223,7 @@ def _read(
             yield place, failure or VideoError(f"{where}track {track.crops.track.id}: the video ends before its frame {last}")
 
 
-def _frames(video: Path | Array, numbers: Sequence[int]) -> Generator[tuple[Tensor, int]]:
+def _frames(video: StrPath | Array, numbers: Sequence[int]) -> Generator[tuple[Tensor, int]]:
     """Yield the frames with increasing numbers, (3, H, W), as far as they exist."""
     if isinstance(video, str | os.PathLike):
         yield from zip(decode.iter_frames(video, indices=numbers), numbers, strict=False)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tpn.config import InputSpec
+from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import TrainConfig
 from tpn.validation import shown
@@ -41,7 +42,7 @@ class TrainData:
     val: VideoDataset | None
     split: str
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: StrPath) -> None:
         """Write the division as a table, CSV or Parquet. Training on this table gives the same division.
 
         Class names that are numbers would be read as numbers of classes; they are written as "class 1".
@@ -117,7 +118,7 @@ def open_data(data: str, config: TrainConfig, model: TPNClassifier) -> TrainData
     return _divide_by_class(whole, config)
 
 
-def open_validation(data: str | os.PathLike[str], spec: InputSpec, **options: Any) -> VideoDataset:
+def open_validation(data: StrPath, spec: InputSpec, **options: Any) -> VideoDataset:
     """Open the validation part of a dataset, or all of a dataset without parts; see `open_dataset` for the options."""
     folders = lists.split_folders(data)
     whole = open_dataset(folders.get("val") or folders["test"] if folders else data, spec, train=False, **options)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tpn.config import InputSpec, parse_views
 from tpn.exported import ExportedClassifier
-from tpn.files import atomic_write, file_sha256
+from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import evaluating, reference_tensor, weights_hash
 from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
@@ -35,7 +35,6 @@ from tpn.zoo.create import input_spec
 from tpn.zoo.names import is_exported, local_folder
 from tpn.zoo.saved import save_temperature
 
-PathLike = str | os.PathLike[str]
 Network = TPNClassifier | ExportedClassifier
 Result = NDArray[np.float32] | str
 """Probabilities (K,) of a video, or the reason why it cannot be read."""
@@ -46,14 +45,14 @@ _logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: PathLike | Network,
-    data: PathLike,
+    model: StrPath | Network,
+    data: StrPath,
     *,
-    output: PathLike | None = None,
+    output: StrPath | None = None,
     views: str | None = None,
     calibrate: bool = False,
-    checkpoint: PathLike | None = None,
-    root: PathLike | None = None,
+    checkpoint: StrPath | None = None,
+    root: StrPath | None = None,
     frames: str | None = None,
     first_frame: int = 1,
     target_fps: float | None = None,
@@ -255,7 +254,7 @@ class Journal:
 
 
 def _open_model(
-    model: PathLike | Network, checkpoint: PathLike | None, precision: str | None, sampling: Sampling
+    model: StrPath | Network, checkpoint: StrPath | None, precision: str | None, sampling: Sampling
 ) -> tuple[str, Network, InputSpec]:
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):
@@ -293,7 +292,7 @@ def _resampled(spec: InputSpec, views: str | None, target_fps: float | None, fra
     return spec if frame_interval is None else replace(spec, frame_interval=frame_interval)
 
 
-def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
+def _folder_to_calibrate(model: StrPath | Network) -> Path | None:
     """Return the folder of a saved model, None for a model. ValueError for one whose temperature cannot be set or saved."""
     if isinstance(model, ExportedClassifier) or (isinstance(model, str | os.PathLike) and is_exported(model)):
         raise ValueError("calibrate is not valid for an exported model, which is fixed; calibrate the model, and export it again")
@@ -307,7 +306,7 @@ def _folder_to_calibrate(model: PathLike | Network) -> Path | None:
     return folder
 
 
-def _check_classes(model: Network, data: VideoDataset, source: PathLike) -> None:
+def _check_classes(model: Network, data: VideoDataset, source: StrPath) -> None:
     """Raise ValueError if the labels of the videos are not those of the model. Warn if only their number can be compared."""
     if len(data.classes) != model.num_classes:
         raise ValueError(f"{source} has {len(data.classes)} classes, but the model has {model.num_classes}")

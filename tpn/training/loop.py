@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.models.layers import freeze_batch_norm
 from tpn.training.config import TrainConfig
@@ -69,9 +69,9 @@ class TrainResult:
 
 
 def train(
-    data: str | os.PathLike[str],
+    data: StrPath,
     *,
-    output: str | os.PathLike[str],
+    output: StrPath,
     resume: bool = False,
     dry_run: bool = False,
     verbose: bool = True,

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tpn.errors import plural, printable
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.training import wording
 from tpn.training.charts import Line, line_chart
 from tpn.training.metrics import Evaluation
@@ -43,7 +42,7 @@ Row = Sequence[str]
 
 
 def write_report(
-    path: str | os.PathLike[str],
+    path: StrPath,
     evaluation: Evaluation | None = None,
     data: VideoDataset | None = None,
     *,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from tpn.errors import printable
+from tpn.files import StrPath
 from tpn.video import decode
 from tpn.video.encode import write_video
 from tpn.video.tracks import Track
@@ -38,8 +39,8 @@ class Caption:
 
 
 def annotate(
-    video: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    video: StrPath,
+    output: StrPath,
     captions: Sequence[tuple[Track, Sequence[Caption]]],
     *,
     fps: float,
@@ -64,7 +65,7 @@ def annotate(
     write_video(output, _annotated(video, captions, progress), fps=fps, deterministic=False)
 
 
-def check_output(video: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+def check_output(video: StrPath, output: StrPath) -> None:
     """Raise ValueError if `annotate` cannot write to `output`."""
     if Path(output).suffix.lower() not in SUFFIXES:
         raise ValueError(f"the annotated video must end in {', '.join(SUFFIXES)}, got {os.fspath(output)!r}")
@@ -73,7 +74,7 @@ def check_output(video: str | os.PathLike[str], output: str | os.PathLike[str]) 
 
 
 def _annotated(
-    video: str | os.PathLike[str], captions: Sequence[tuple[Track, Sequence[Caption]]], progress: Callable[[int], None] | None
+    video: StrPath, captions: Sequence[tuple[Track, Sequence[Caption]]], progress: Callable[[int], None] | None
 ) -> Generator[NDArray[np.uint8]]:
     waiting = sorted(captions, key=lambda each: each[0].first, reverse=True)
     visible: list[tuple[Track, NDArray[np.float64], Sequence[Caption]]] = []

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from tpn.errors import printable
+from tpn.files import StrPath
 from tpn.video.frame_index import FrameCounter, read_packets
 from tpn.video.mp4_boxes import declared_samples
-
-PathLike = str | os.PathLike[str]
 
 MAX_PIXELS = 2**26
 """Largest number of pixels of a picture, 8192 x 8192: twice that of 8K video. Decoders keep several pictures in memory, each with
@@ -65,7 +64,7 @@ class VideoError(RuntimeError):
 
 
 @contextmanager
-def video_errors(path: PathLike, problem: Callable[[], str]) -> Iterator[None]:
+def video_errors(path: StrPath, problem: Callable[[], str]) -> Iterator[None]:
     """Raise each error of FFmpeg and PyAV as a VideoError. For damaged files, PyAV raises Python's own errors as well.
 
     Args:
@@ -90,7 +89,7 @@ def decode_in_one_thread() -> None:
 
 
 @contextmanager
-def open_video(path: PathLike, *, one_thread: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: StrPath, *, one_thread: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a video file, and its video stream with the largest picture. Cover pictures are ignored.
 
     Raises:
@@ -133,7 +132,7 @@ def _check_file(path: Path) -> None:
         raise VideoError(f"{path}: damaged, it declares {declared} samples but has only {size} bytes")
 
 
-def _main_stream(path: PathLike, container: InputContainer) -> VideoStream:
+def _main_stream(path: StrPath, container: InputContainer) -> VideoStream:
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
         raise VideoError(f"{path}: the file has no video stream")
@@ -146,7 +145,7 @@ def _main_stream(path: PathLike, container: InputContainer) -> VideoStream:
     return stream
 
 
-def decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def decode_all(path: StrPath, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield the frames from the current position in the file to its end. VideoError if there is none, or at the first damage."""
     number, is_suspect, is_interlaced = 0, False, False
     counter = FrameCounter(stream)
@@ -175,7 +174,7 @@ def decode_all(path: PathLike, container: InputContainer, stream: VideoStream) -
         raise VideoError(f"{path}: no frame could be decoded")
 
 
-def to_rgb(path: PathLike, reformatter: VideoReformatter, frame: VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
+def to_rgb(path: StrPath, reformatter: VideoReformatter, frame: VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Scale a frame to a width and height, convert it to RGB and rotate it upright: (H, W, 3)."""
     quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, like rot90
     with video_errors(path, lambda: "the picture cannot be converted to RGB"):

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tpn.config import InputSpec
+from tpn.files import StrPath
 from tpn.video import augment, decode, lists
 from tpn.video.ahead import read_ahead
 from tpn.video.bad_files import MAX_LISTED, SharedState, TooManyBadFilesError, format_bad_files
@@ -33,8 +34,6 @@ from tpn.video.items import Item, bad_reason, naming_row, read_items
 from tpn.video.lists import videos_below
 from tpn.video.sampling import FrameSampler
 from tpn.video.transforms import resize_short_side
-
-PathLike = str | os.PathLike[str]
 
 _logger = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ class VideoFolder(_VideoFiles):
     """
 
     def __init__(
-        self, root: PathLike, spec: InputSpec, *, train: bool, classes: Sequence[str] | None = None, **kwargs: Any
+        self, root: StrPath, spec: InputSpec, *, train: bool, classes: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         folders = lists.class_folders(root)
         if not folders:
@@ -309,11 +308,11 @@ class VideoList(_VideoFiles):
 
     def __init__(
         self,
-        file: PathLike,
+        file: StrPath,
         spec: InputSpec,
         *,
         train: bool,
-        root: PathLike | None = None,
+        root: StrPath | None = None,
         classes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -338,11 +337,11 @@ class RawFrames(VideoDataset):
 
     def __init__(
         self,
-        file: PathLike,
+        file: StrPath,
         spec: InputSpec,
         *,
         train: bool,
-        root: PathLike | None = None,
+        root: StrPath | None = None,
         template: str = "img_{:05d}.jpg",
         first: int = 1,
         classes: Sequence[str] | None = None,
@@ -382,7 +381,7 @@ class RawFrames(VideoDataset):
         return Path(item.path, self.template.format(self.first + index))
 
 
-def open_dataset(data: PathLike, spec: InputSpec, *, train: bool, template: str | None = None, **kwargs: Any) -> VideoDataset:
+def open_dataset(data: StrPath, spec: InputSpec, *, train: bool, template: str | None = None, **kwargs: Any) -> VideoDataset:
     """Return a `VideoFolder` if `data` is a folder, a `RawFrames` if there is a `template`, otherwise a `VideoList`.
 
     `RawFrames` and `VideoList` read tables with a header (CSV, Parquet) and lists.

@@ -25,6 +25,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tpn.files import StrPath
 from tpn.video.containers import VideoError, decode_all, open_video, to_rgb, video_errors
 from tpn.video.frame_index import FrameIndex, read_index
 from tpn.video.sampling import FrameSampler, at_frame_rate
@@ -34,7 +35,6 @@ from tpn.video.transforms import resize_short_side
 # decoder would then deadlock: it holds the interpreter lock while it waits for threads that need the lock to log.
 av.logging.set_level(None)
 
-PathLike = str | os.PathLike[str]
 Device = torch.device | str | None
 Crop = Callable[[int, Tensor], Tensor]
 """Returns a part of the frame with a number, uint8 (3, H, W), for example `SquareCrops`."""
@@ -65,7 +65,7 @@ class VideoInfo:
     codec: str
 
 
-def probe(path: PathLike) -> VideoInfo:
+def probe(path: StrPath) -> VideoInfo:
     """Count the frames of a video and read its properties. Only one frame is decoded if the packets tell the number of frames.
 
     Of several video streams, the one with the largest picture is used. Cover pictures are ignored.
@@ -83,7 +83,7 @@ def probe(path: PathLike) -> VideoInfo:
         return VideoInfo(num_frames, width, height, _frame_rate(stream), stream.codec_context.name)
 
 
-def header(path: PathLike) -> tuple[float | None, int | None]:
+def header(path: StrPath) -> tuple[float | None, int | None]:
     """Return the frames per second and the number of frames according to the header, each None if unknown.
 
     The number may be wrong, and follows from the duration where the header states none; `probe` counts the frames. Raises the
@@ -95,7 +95,7 @@ def header(path: PathLike) -> tuple[float | None, int | None]:
 
 
 def read_frames(
-    path: PathLike, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None, crop: Crop | None = None
+    path: StrPath, indices: Sequence[int] | NDArray[np.integer], *, short_side: int | None = None, crop: Crop | None = None
 ) -> Tensor:
     """Read the frames with the given indices.
 
@@ -128,7 +128,7 @@ def read_frames(
 
 
 def sample_frames(
-    path: PathLike,
+    path: StrPath,
     sample: FrameSampler,
     *,
     target_fps: float | None = None,
@@ -183,7 +183,7 @@ def sample_frames(
     raise VideoError(f"{path}: decoding twice gave different numbers of frames")
 
 
-def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Collection[int] | None = None) -> Generator[Tensor]:
+def iter_frames(path: StrPath, *, short_side: int | None = None, indices: Collection[int] | None = None) -> Generator[Tensor]:
     """Yield every frame of a video in order, uint8 RGB (3, H, W), rotated as the file's metadata says.
 
     Only one frame is in memory at a time. `short_side` resizes each frame, as in `read_frames`. With `indices`, the others are
@@ -206,7 +206,7 @@ def iter_frames(path: PathLike, *, short_side: int | None = None, indices: Colle
                 return
 
 
-def verify(path: PathLike) -> int:
+def verify(path: StrPath) -> int:
     """Decode a whole video and return the number of its frames. Raises the same errors as `probe`.
 
     One thread decodes: the frame at which damage is reported would depend on the number of threads.
@@ -215,7 +215,7 @@ def verify(path: PathLike) -> int:
         return sum(1 for _ in decode_all(path, container, stream))
 
 
-def _read_index(path: PathLike) -> tuple[FrameIndex, float | None, Fraction | None]:
+def _read_index(path: StrPath) -> tuple[FrameIndex, float | None, Fraction | None]:
     """Return the frames of a file according to its packets, its frame rate, and the unit of its timestamps in seconds."""
     with open_video(path) as (container, stream), video_errors(path, lambda: "damaged, the file cannot be read to its end"):
         return read_index(container, stream), _frame_rate(stream), stream.time_base
@@ -226,7 +226,7 @@ def _frame_rate(stream: VideoStream) -> float | None:
 
 
 def find_segment(
-    path: PathLike, start: float | None, end: float | None, *, by_packets: bool = True
+    path: StrPath, start: float | None, end: float | None, *, by_packets: bool = True
 ) -> tuple[FrameIndex, float | None, int, int]:
     """Return the index of a file, its frame rate, and the numbers of the first frame of a segment and of the frame after it.
 
@@ -266,7 +266,7 @@ class _FrameBuffer:
 
     def __init__(
         self,
-        path: PathLike,
+        path: StrPath,
         wanted: NDArray[np.int64],
         size: tuple[int, int],
         short_side: int | None,
@@ -324,7 +324,7 @@ class _FrameBuffer:
 
 
 def _decode_selected(
-    path: PathLike,
+    path: StrPath,
     wanted: NDArray[np.int64],
     short_side: int | None,
     device: Device,
@@ -357,7 +357,7 @@ def _decode_selected(
 
 
 def _decode_with_seeks(
-    path: PathLike,
+    path: StrPath,
     wanted: NDArray[np.int64],
     short_side: int | None,
     device: Device,

@@ -1,6 +1,5 @@
 """Write video files."""
 
-import os
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -8,7 +7,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 
 CODECS: dict[str, dict[str, str]] = {
     "libx264": {"crf": "20", "preset": "veryfast"},
@@ -17,9 +16,7 @@ CODECS: dict[str, dict[str, str]] = {
 """Encoders with their options; the first one that FFmpeg has is used."""
 
 
-def write_video(
-    path: str | os.PathLike[str], frames: Iterable[NDArray[np.uint8]], *, fps: float, deterministic: bool = True
-) -> None:
+def write_video(path: StrPath, frames: Iterable[NDArray[np.uint8]], *, fps: float, deterministic: bool = True) -> None:
     """Encode frames as H.264, or as MPEG-4 where FFmpeg was built without x264. Frames are taken one by one.
 
     Args:

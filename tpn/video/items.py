@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from tpn.errors import printable
+from tpn.files import StrPath
 from tpn.video import lists, tables
 from tpn.video.decode import VideoError
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Item:
 
 
 def read_items(
-    file: PathLike, root: PathLike | None, classes: Sequence[str] | None, *, num_fields: int = 2
+    file: StrPath, root: StrPath | None, classes: Sequence[str] | None, *, num_fields: int = 2
 ) -> tuple[list[Item], list[str], bool]:
     """Return the items of a table or list, the class names, and whether the file has numbers for them."""
     folder = Path(file).parent if root is None else Path(root)

@@ -7,10 +7,9 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from tpn.files import StrPath
 from tpn.validation import shown
 from tpn.video.tables import MAX_DIGITS, SEPARATOR, SPLITS, Row, parse_count
-
-PathLike = str | os.PathLike[str]
 
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"]
@@ -30,12 +29,12 @@ _ENDS_IN_NUMBER = re.compile(r"\s[\d.]+$")
 _logger = logging.getLogger(__name__)
 
 
-def class_folders(root: PathLike) -> list[str]:
+def class_folders(root: StrPath) -> list[str]:
     """Return the sorted names of the folders in a folder, except hidden ones."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def split_folders(data: PathLike) -> dict[str, Path]:
+def split_folders(data: StrPath) -> dict[str, Path]:
     """Return the folders train, val, and test in a folder of datasets, as far as they exist, by these names.
 
     Other spellings are those of `tables.SPLITS`. The result is empty if `data` is a file, or if it has no folder train beside one
@@ -65,7 +64,7 @@ def videos_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_list(file: PathLike, root: Path, *, num_fields: int = 2) -> list[Row]:
+def read_list(file: StrPath, root: Path, *, num_fields: int = 2) -> list[Row]:
     """Return the videos of a text file with 2 fields on each line, "path label", or 3, or of a Kinetics CSV file.
 
     Only the path may contain spaces. Empty lines are skipped. `root` is the folder of relative paths.
@@ -93,7 +92,7 @@ def _has_more_fields(path: str, root: Path) -> bool:
     return _ENDS_IN_NUMBER.search(path) is not None and not os.path.exists(root / path)
 
 
-def _find_kinetics_videos(file: PathLike, lines: Sequence[str], root: Path) -> list[Row]:
+def _find_kinetics_videos(file: StrPath, lines: Sequence[str], root: Path) -> list[Row]:
     """Return the videos of an official Kinetics CSV file. Missing ones are skipped with a warning."""
     reader = csv.DictReader(lines)
     missing = {"label", "youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ())
@@ -120,7 +119,7 @@ def are_numbers(labels: Collection[str]) -> bool:
     return all(label.isdecimal() for label in labels)
 
 
-def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] | None) -> tuple[list[int], list[str], bool]:
+def encode_labels(file: StrPath, labels: Sequence[str], classes: Sequence[str] | None) -> tuple[list[int], list[str], bool]:
     """Convert labels to numbers. Return them, the class names, and whether the labels are numbers themselves.
 
     They are if all of them look like numbers, unless `classes` has them as names. The default class names are "class 0",
@@ -143,7 +142,7 @@ def encode_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str] 
     return [index[label] for label in labels], names, False
 
 
-def _refuse_joined_labels(file: PathLike, labels: Sequence[str], classes: Sequence[str]) -> None:
+def _refuse_joined_labels(file: StrPath, labels: Sequence[str], classes: Sequence[str]) -> None:
     known = {*labels, *classes}
     for label in sorted(set(labels) - set(classes)):
         parts = re.split(r"\s*[,;|]\s*", label)
@@ -152,7 +151,7 @@ def _refuse_joined_labels(file: PathLike, labels: Sequence[str], classes: Sequen
             raise ValueError(problem + f"Separate labels by {SEPARATOR!r}, in a CSV table with the header path,label")
 
 
-def check_classes(source: PathLike, found: Collection[str], expected: Sequence[str]) -> None:
+def check_classes(source: StrPath, found: Collection[str], expected: Sequence[str]) -> None:
     def shorten(names: Sequence[str]) -> str:
         return ", ".join(shown(name)[1:-1] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -6,7 +6,6 @@ other. One cycle of a motion (once across the picture, one turn, one swing, ...)
 from 1 to 8.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from tpn.files import StrPath
 
 CLASSES = (
     "moving left",
@@ -114,7 +115,7 @@ def render_sequence(parts: Sequence[tuple[int, float, int]], *, seed: int) -> ND
 
 
 def write_dataset(
-    root: str | os.PathLike[str],
+    root: StrPath,
     clips_per_class: int,
     *,
     seed: int,

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from tpn.config import InputSpec
+from tpn.files import StrPath
 from tpn.video import decode
 from tpn.video.decode import VideoError
 
-Path = str | os.PathLike[str]
 Bytes = bytes | bytearray | memoryview
 File = IO[bytes] | Bytes
 Array = np.ndarray[Any, Any] | Tensor
 Frame = Array | Image.Image
-Source = Path | File | Array | list[Frame] | tuple[Frame, ...]
+Source = StrPath | File | Array | list[Frame] | tuple[Frame, ...]
 Clips = tuple[Tensor, Tensor]
 """Distinct frames of a video, uint8 (N, 3, H, W), and its clips as indices into them, int64 (clips, T)."""
 

@@ -19,16 +19,13 @@ import difflib
 import io
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpn.files import atomic_write
+from tpn.files import StrPath, atomic_write
 from tpn.validation import shown
-
-PathLike = str | os.PathLike[str]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ class Row:
     track: int | None = None
 
 
-def is_table(file: PathLike) -> bool:
+def is_table(file: StrPath) -> bool:
     """Return whether a file is a Parquet file, by its suffix, or has a header with a column path."""
     if _is_parquet(file):
         return True
@@ -95,7 +92,7 @@ def is_table(file: PathLike) -> bool:
     return False
 
 
-def read_table(file: PathLike) -> tuple[list[Row], bool]:
+def read_table(file: StrPath) -> tuple[list[Row], bool]:
     """Return the rows of a table, and whether it is multi-label: a cell has several labels, or the column is named labels.
 
     Raises:
@@ -115,7 +112,7 @@ def read_table(file: PathLike) -> tuple[list[Row], bool]:
     return rows, "labels" in columns or any(len(row.labels) > 1 for row in rows)
 
 
-def write_table(file: PathLike, rows: Iterable[Row], *, multi_label: bool = False) -> None:
+def write_table(file: StrPath, rows: Iterable[Row], *, multi_label: bool = False) -> None:
     """Write a table, CSV or, if the file name ends in .parquet, Parquet. `multi_label` names the column labels."""
     rows = list(rows)
     for row in rows:
@@ -142,7 +139,7 @@ def write_table(file: PathLike, rows: Iterable[Row], *, multi_label: bool = Fals
             writer.writerows(zip(*columns.values(), strict=True))
 
 
-def _is_parquet(file: PathLike) -> bool:
+def _is_parquet(file: StrPath) -> bool:
     return Path(file).suffix.lower() in (".parquet", ".pq")
 
 
@@ -154,7 +151,7 @@ Cells = list[tuple[int, dict[str, str]]]
 """The number and the cells of each row, by the name of the column."""
 
 
-def csv_lines(file: PathLike) -> Iterator[tuple[int, list[str]]]:
+def csv_lines(file: StrPath) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the cells of each line of a CSV file that is not empty. Raises ValueError if it is not valid."""
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
@@ -167,7 +164,7 @@ def csv_lines(file: PathLike) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{file}: row {reader.line_num}: not valid CSV ({error})") from error
 
 
-def _read_csv(file: PathLike) -> tuple[list[str], Cells]:
+def _read_csv(file: StrPath) -> tuple[list[str], Cells]:
     lines = list(csv_lines(file))
     if not lines:
         raise ValueError(f"{file}: the file is empty; expected a header, such as path,label")
@@ -179,7 +176,7 @@ def _read_csv(file: PathLike) -> tuple[list[str], Cells]:
     return header, [(number, dict.fromkeys(names, "") | dict(zip(names, line, strict=False))) for number, line in rest]
 
 
-def _read_parquet(file: PathLike) -> tuple[list[str], Cells]:
+def _read_parquet(file: StrPath) -> tuple[list[str], Cells]:
     arrow, parquet = import_pyarrow()
     with open(file, "rb") as opened:  # Python's own errors for missing files
         try:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tpn.files import StrPath
 from tpn.validation import check_int, shown
 from tpn.video.tables import csv_lines
 
-PathLike = str | os.PathLike[str]
 Boxes = NDArray[np.float64]
 
 MAX_GAP = 30
@@ -95,7 +95,7 @@ class Track:
         return Track(self.id, np.arange(first, last + 1), self.filled()[first - self.first : last - self.first + 1])
 
 
-TrackSource = PathLike | Mapping[int, tuple[ArrayLike, ArrayLike]] | NDArray[Any] | Sequence[Track]
+TrackSource = StrPath | Mapping[int, tuple[ArrayLike, ArrayLike]] | NDArray[Any] | Sequence[Track]
 
 
 @np.errstate(over="ignore", invalid="ignore")  # such numbers are refused
@@ -135,7 +135,7 @@ def read_tracks(source: TrackSource, *, max_gap: int = MAX_GAP) -> list[Track]:
     return [part for track in tracks for part in _split(track, max_gap)]
 
 
-def _read_file(path: PathLike) -> tuple[Boxes, Callable[[int], str]]:
+def _read_file(path: StrPath) -> tuple[Boxes, Callable[[int], str]]:
     """Return rows of frame, id, and corners, and a function from the number of a row to its place in the file."""
     if (size := os.stat(path).st_size) > MAX_BYTES:
         raise ValueError(f"{path}: the file has {size:,} bytes, the limit is {MAX_BYTES:,}; divide it by track")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpn import hub
 from tpn.config import InputSpec, ModelConfig
 from tpn.errors import UnknownModelError
+from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier, build_backbone, unwrapped
 from tpn.models.feature_maps import feature_shapes
 from tpn.models.registry import BACKBONES
@@ -28,15 +29,15 @@ _logger = logging.getLogger(__name__)
 
 
 def create_model(
-    name: str | PathLike[str],
+    name: StrPath,
     pretrained: bool = False,
     *,
     num_classes: int | None = None,
-    checkpoint_path: str | PathLike[str] | None = None,
+    checkpoint_path: StrPath | None = None,
     backbone: str | nn.Module | None = None,
     neck: str | nn.Module | None = "auto",
     backbone_pretrained: bool | Literal["imagenet"] = False,
-    cache_dir: hub.CacheDir = None,
+    cache_dir: StrPath | None = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> TPNClassifier:
@@ -138,7 +139,7 @@ def count(model: TPNClassifier) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / 1e9
 
 
-def input_spec(model: TPNClassifier | str | PathLike[str]) -> InputSpec:
+def input_spec(model: TPNClassifier | StrPath) -> InputSpec:
     """Return the clips that a model takes: frames, sampling, size, normalization, transforms.
 
     Args:
@@ -150,9 +151,7 @@ def input_spec(model: TPNClassifier | str | PathLike[str]) -> InputSpec:
     return (read_config(folder) if folder else get_checkpoint(str(model)).config).input_spec
 
 
-def saved_folder(
-    name: str | PathLike[str], cache_dir: hub.CacheDir = None, *, weights: bool = True, verify: bool = False
-) -> Path | None:
+def saved_folder(name: StrPath, cache_dir: StrPath | None = None, *, weights: bool = True, verify: bool = False) -> Path | None:
     """Return the folder of a saved model, downloaded if necessary; None for the name of a published model.
 
     With `verify`, files in the cache are compared with their SHA-256 again.
@@ -170,7 +169,7 @@ def saved_folder(
 
 
 def _find(
-    name: str | PathLike[str], backbone: Any, kwargs: Mapping[str, Any], cache_dir: hub.CacheDir, *, with_weights: bool
+    name: StrPath, backbone: Any, kwargs: Mapping[str, Any], cache_dir: StrPath | None, *, with_weights: bool
 ) -> tuple[ModelConfig, Checkpoint | Path | None]:
     """Return the config that a name stands for, and the source of its weights: an entry, the file of a saved model, or None."""
     if name == "tpn":
@@ -200,7 +199,7 @@ def _check_start(config: ModelConfig, neck: Any, pretrained: Any, checkpoint_pat
         raise ValueError("pass one of pretrained=True (implied for a saved model), checkpoint_path and backbone_pretrained")
 
 
-def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: hub.CacheDir) -> TPNClassifier:
+def _build(config: ModelConfig, backbone: Any, neck: Any, backbone_pretrained: Any, cache_dir: StrPath | None) -> TPNClassifier:
     """Build a model from its config, with modules of the caller and weights of the backbone, if any."""
     modules = {kind: m for kind, m in (("backbone", backbone), ("neck", neck)) if isinstance(m, nn.Module)}
     loads_itself = "backbone" not in modules and BACKBONES.takes(config.backbone, "pretrained")
@@ -226,7 +225,7 @@ def _check_view_size(model: TPNClassifier) -> None:
         )
 
 
-def _published_weights(overlay: Mapping[str, Any], source: Checkpoint | Path | None, cache_dir: hub.CacheDir) -> Any:
+def _published_weights(overlay: Mapping[str, Any], source: Checkpoint | Path | None, cache_dir: StrPath | None) -> Any:
     """Return the tensors or the file that an overlay names, otherwise the file of the source."""
     if overlay.get("state_dict") or overlay.get("file"):
         return overlay.get("state_dict") or overlay["file"]

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from os import PathLike
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from tpn import hub, transfer
 from tpn.errors import CheckpointError, HubUnreachableError, NoRepositoryError, OfflineError, WeightsUnavailableError
-from tpn.files import file_sha256, is_intact
+from tpn.files import StrPath, file_sha256, is_intact
 from tpn.models.classifier import TPNClassifier
 from tpn.zoo import checkpoints, load
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Link, Page, Source
@@ -41,7 +40,7 @@ _OTHER_FOLDER = "choose another folder with TPN_CACHE or cache_dir"
 _logger = logging.getLogger(__name__)
 
 
-def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str | None = None, verify: bool = False) -> Path:
+def weights_file(entry: Checkpoint, cache_dir: StrPath | None = None, *, url: str | None = None, verify: bool = False) -> Path:
     """Return the path of an entry's weights, fetched and converted if necessary; see the module for the order.
 
     Args:
@@ -75,7 +74,9 @@ def weights_file(entry: Checkpoint, cache_dir: hub.CacheDir = None, *, url: str 
     return path
 
 
-def from_source(entry: Checkpoint, source: Source, folder: Path, cache_dir: hub.CacheDir = None, *, verify: bool = False) -> Path:
+def from_source(
+    entry: Checkpoint, source: Source, folder: Path, cache_dir: StrPath | None = None, *, verify: bool = False
+) -> Path:
     """Fetch an entry's weights from a source; `folder` is the entry's folder in the cache."""
     problem = ""
     if (folder / WEIGHTS_FILE).exists():
@@ -126,7 +127,7 @@ def store(entry: Checkpoint, weights: load.Weights, folder: Path) -> Path:
     return save_pretrained(model, folder) / WEIGHTS_FILE
 
 
-def convert(entry: Checkpoint, checkpoint: str | PathLike[str]) -> Path:
+def convert(entry: Checkpoint, checkpoint: StrPath) -> Path:
     """Store a published checkpoint that a person downloaded in the cache, for `pretrained=True`; return its path there.
 
     Raises CheckpointError if it is not the entry's own: by its hash if that is known, otherwise by layout and number of classes.
@@ -189,7 +190,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir, verify: bool) -> Path | None:
+def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: StrPath | None, verify: bool) -> Path | None:
     """Return the copy under $TPN_HUB_NAMESPACE; None if there is none, or, with a warning, if the Hub does not respond."""
     try:
         return _from_hub(mirror, cache_dir, verify)
@@ -203,7 +204,7 @@ def _from_mirror(entry: Checkpoint, mirror: HubFiles, cache_dir: hub.CacheDir, v
     return None
 
 
-def _from_hub(source: HubFiles, cache_dir: hub.CacheDir, verify: bool) -> Path:
+def _from_hub(source: HubFiles, cache_dir: StrPath | None, verify: bool) -> Path:
     repo = source.repo_id + (f"@{source.commit}" if source.commit else "")
     path = hub.snapshot(repo, WEIGHTS_FILE, cache_dir=cache_dir, prefer_cached=True, verify=verify) / WEIGHTS_FILE
     if source.sha256 is not None and not hub.has_sha256(path, source.sha256):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tpn import hub
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError
+from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier
 from tpn.models.registry import BACKBONES, NECKS, attached_config
 from tpn.zoo.checkpoints import Checkpoint
@@ -52,7 +52,7 @@ class Weights:
         return len(weight) if weight.ndim else None
 
 
-def read_weights(source: str | PathLike[str] | Mapping[str, Tensor]) -> Weights:
+def read_weights(source: StrPath | Mapping[str, Tensor]) -> Weights:
     """Read a `.safetensors` or `.pth` file, or a state dict, in our, mmaction2's or the original layout.
 
     Raises CheckpointError, and FileNotFoundError, IsADirectoryError or PermissionError.
@@ -151,7 +151,7 @@ def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
     return True
 
 
-def load_imagenet(model: TPNClassifier, cache_dir: hub.CacheDir = None) -> None:
+def load_imagenet(model: TPNClassifier, cache_dir: StrPath | None = None) -> None:
     """Load the ImageNet weights that the backbone names, a ResNet of timm or torchvision, into it, strictly.
 
     A 2D kernel that becomes 3D is repeated along time and divided by its length (inflation, Carreira and Zisserman 2017): a video

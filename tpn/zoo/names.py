@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from tpn.errors import WeightsUnavailableError
-from tpn.files import CacheDir, cache_folder
+from tpn.files import StrPath, cache_folder
 from tpn.zoo import checkpoints
 from tpn.zoo.checkpoints import Checkpoint, Page, get_checkpoint
 
@@ -48,7 +48,7 @@ def model_info(name: str) -> ModelInfo:
     return ModelInfo(entry, entry.params, entry.gmacs)
 
 
-def local_folder(name: str | PathLike[str]) -> Path | None:
+def local_folder(name: StrPath) -> Path | None:
     """Return the folder that "local-dir:folder" or a path names; None for other names.
 
     A string without "/" is a path if the folder has a `config.json`, and no published model has this name.
@@ -66,18 +66,18 @@ def local_folder(name: str | PathLike[str]) -> Path | None:
     return Path(name) if Path(name, CONFIG_FILE).is_file() and not published else None
 
 
-def is_saved(name: str | PathLike[str]) -> bool:
+def is_saved(name: StrPath) -> bool:
     """Return whether a name stands for a saved model, whose weights are always loaded."""
     return local_folder(name) is not None or str(name).startswith("hf-hub:")
 
 
-def is_exported(name: str | PathLike[str]) -> bool:
+def is_exported(name: StrPath) -> bool:
     """Return whether a name is that of a file of `tpn.export`, which `VideoClassifier` and `evaluate` take."""
     scheme = str(name).startswith(("local-dir:", "hf-hub:"))
     return str(name).endswith((".onnx", ".pt2", ".xml")) and not scheme and not os.path.isdir(name)
 
 
-def weights_folder(entry: Checkpoint, cache_dir: CacheDir = None) -> Path:
+def weights_folder(entry: Checkpoint, cache_dir: StrPath | None = None) -> Path:
     """Return the folder that holds, or will hold, an entry's converted weights."""
     from huggingface_hub import constants
 

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import nn
 from tpn import hub
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
+from tpn.files import StrPath
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
 from tpn.zoo.names import convert_command
@@ -103,7 +103,7 @@ def publish(
     *,
     dry_run: bool = False,
     private: bool = False,
-    cache_dir: str | PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
     token: str | None = None,
 ) -> Iterator[Publication]:
     """Upload every checkpoint of the table that is in the cache or has a direct link, to `{namespace}/{model}.{tag}`.

@@ -8,7 +8,6 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tpn.errors import CheckpointError
+from tpn.files import StrPath
 from tpn.validation import clipped
 from tpn.zoo.unpickle import Entry, Storage, Unpickler, kind_of
 
@@ -24,7 +24,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checkpoint(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a `.safetensors` or `.pth` file, under the names they have there, and its metadata.
 
     A `.pth` may hold the tensors under "state_dict" or "model", and their names may have the prefixes of torch.compile
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise _damaged(path, kind, error) from error
 
 
-def read_header(path: str | PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def read_header(path: StrPath) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shapes and the metadata of a safetensors file, without reading a tensor; errors as `read_checkpoint`."""
     path = Path(path)
     if (kind := _kind_of_file(path)) != "safetensors":

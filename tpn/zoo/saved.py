@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from tpn.config import MODULE, InputSpec, ModelConfig
 from tpn.errors import CheckpointError, UnknownModelError
-from tpn.files import atomic_write, file_sha256
+from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import BATCH_NORMS
 from tpn.validation import shown
@@ -37,7 +36,7 @@ from tpn.zoo.reader import read_checkpoint, read_header, without_wrappers
 _CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError)
 
 
-def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
+def save_pretrained(model: nn.Module, folder: StrPath) -> Path:
     """Write `model.safetensors` and `config.json`, which `create_model("local-dir:FOLDER")` reads.
 
     Before a file appears, the model is compared with one built from its config: names, shapes, and types of modules.

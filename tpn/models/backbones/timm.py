@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os import PathLike
 from typing import Any, cast
 
 import timm
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tpn import hub
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError, WeightsUnavailableError, nearest
+from tpn.files import StrPath
 from tpn.models.backbones.tsm import FOLD, UNFOLD, shift_every, temporal_shift
 from tpn.models.feature_maps import FeatureShape, measure, to_feature_list
 from tpn.models.registry import register_backbone
@@ -146,7 +146,7 @@ def timm_backbone(
     in_chans: int = 3,
     num_frames: int = 8,
     pretrained: bool = False,
-    cache_dir: str | PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
     **args: Any,
 ) -> FoldedBackbone:
     """Build a network of timm as a backbone.
@@ -227,7 +227,7 @@ def _check_name(name: str) -> None:
         raise UnknownModelError(f"timm has no weights {name!r}; it has {', '.join(tags) or 'none for this model'}")
 
 
-def _weights(name: str, cache_dir: str | PathLike[str] | None) -> Any:
+def _weights(name: str, cache_dir: StrPath | None) -> Any:
     """Fetch the weights like those of the zoo; None where only timm knows how."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id or cfg.custom_load:

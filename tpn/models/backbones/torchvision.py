@@ -1,7 +1,6 @@
 """Networks for video as backbones: those of torchvision, or a module of your own that is a chain of stages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tpn import hub, transfer
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError
-from tpn.files import atomic_write, file_sha256
+from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.backbones.timm import check_network_args, on_255
 from tpn.models.layers import checkpointed
 from tpn.models.registry import register_backbone
@@ -66,7 +65,7 @@ def torchvision_backbone(
     out_indices: Sequence[int] = (-2, -1),
     in_chans: int = 3,
     pretrained: bool = False,
-    cache_dir: str | PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
     **args: Any,
 ) -> StagedBackbone:
     """Build one of torchvision's networks for video, a key of `STAGES`, as a backbone.
