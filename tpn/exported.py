@@ -20,7 +20,7 @@ from tpn import openvino_runtime
 from tpn.config import InputSpec
 from tpn.errors import CheckpointError
 from tpn.files import StrPath, file_sha256
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, require_input_spec
 from tpn.validation import check_int, check_temperature, need_packages
 from tpn.version import __version__
 
@@ -123,9 +123,7 @@ def prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tens
     """Return a copy of a model for inference on a CPU, zeros (2, C, T, size, size) to trace it with, and the metadata."""
     if not isinstance(model, TPNClassifier):
         raise TypeError(f"only a TPNClassifier can be exported, got {type(model).__name__}")
-    if model.input_spec is None:
-        raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
-    spec = _resized(model.input_spec, size)
+    spec = _resized(require_input_spec(model), size)
     # Two clips: PyTorch treats a batch of one as a constant.
     clips = torch.zeros(2, *clip_shape(model.in_chans, spec))
     config = None

@@ -17,7 +17,7 @@ from tpn.config import InputSpec
 from tpn.devices import DTYPES, resolve_device
 from tpn.exported import ExportedClassifier, load
 from tpn.files import StrPath
-from tpn.models.classifier import TPNClassifier, unwrapped
+from tpn.models.classifier import TPNClassifier, require_input_spec, unwrapped
 from tpn.models.features import FeatureModel
 from tpn.models.heads import change_temperature, class_probs
 from tpn.models.layers import reference_tensor
@@ -175,8 +175,7 @@ class VideoClassifier:
             model = cast("Model", unwrapped(model))
             if not isinstance(model, Model):
                 raise TypeError(f"model must be a name or a TPNClassifier, got {type(model).__name__}")
-        if model.input_spec is None:
-            raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+        self.spec = require_input_spec(model)
         if model.in_chans != 3:
             raise ValueError(f"VideoClassifier reads RGB video, the model takes in_chans={model.in_chans}; pass it clips")
         self.device = reference_tensor(model).device if device is None else torch.device(device)
@@ -184,7 +183,6 @@ class VideoClassifier:
         on_cpu = self.device.type == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else 30)
         self.workers = workers or (2 if on_cpu else min(os.cpu_count() or 1, 16))
-        self.spec: InputSpec = model.input_spec
         # On a CPU, mixing gains nothing, and without it a result does not depend on the other videos.
         self._mix_videos = not on_cpu
         # A compiled model is compiled again for every size of a batch.

@@ -10,8 +10,8 @@ from tpn.config import HeadConfig, InputSpec, ModelConfig, PartConfig
 from tpn.models.feature_maps import FeatureList, feature_shapes, layer_names, spatial_scales
 from tpn.models.heads import AuxHead, ClassificationHead
 from tpn.models.layers import reference_tensor
-from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
-from tpn.models.timm_cfg import input_cfg
+from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config, part_of
+from tpn.models.timm_cfg import timm_cfg
 from tpn.validation import check_labels
 
 Clips = Tensor | Sequence[Tensor]
@@ -27,6 +27,14 @@ def unwrapped(model: nn.Module, *, compiled: bool = False) -> Any:
             model = cast("nn.Module", model._orig_mod)
         else:
             return model
+
+
+def require_input_spec(model: Any) -> InputSpec:
+    """Return the input spec of a model; ValueError without one, which only a model put together by hand can be."""
+    if model.input_spec is None:
+        raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
+    spec: InputSpec = model.input_spec
+    return spec
 
 
 class TPNClassifier(nn.Module):
@@ -129,14 +137,12 @@ class TPNClassifier(nn.Module):
 
         Raises ValueError: a part was assigned after the model was built, and nothing says how to build it again.
         """
-        if self.input_spec is None:
-            raise ValueError("the model has no input_spec; build it with tpn.TPNClassifier.from_config, or assign one")
         return ModelConfig(
             head=_head_config("head", self.head),
             aux_head=None if self.aux_head is None else _head_config("aux_head", self.aux_head),
             backbone=_config_of("backbone", self.backbone),
             neck=None if self.neck is None else _config_of("neck", self.neck),
-            input_spec=self.input_spec,
+            input_spec=require_input_spec(self),
             labels=self.labels,
             architecture=self.architecture,
         )
@@ -180,14 +186,9 @@ class TPNClassifier(nn.Module):
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The description in timm's terms, for `timm.data.resolve_model_data_config` and timm's tools."""
-        spec: InputSpec = self.input_spec
-        return {
-            "architecture": self.architecture,
-            "num_classes": self.num_classes,
-            "classifier": "head.fc" if self.aux_head is None else ("head.fc", "aux_head.fc"),
-            "first_conv": next(name for name, part in self.named_modules() if isinstance(part, nn.Conv2d | nn.Conv3d)),
-            **input_cfg(spec),
-        }
+        first_conv = next(name for name, part in self.named_modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+        cfg = timm_cfg(require_input_spec(self), self.num_classes, has_aux_head=self.aux_head is not None, first_conv=first_conv)
+        return {"architecture": self.architecture, **cfg}
 
     default_cfg = pretrained_cfg
 
@@ -325,8 +326,7 @@ def _describe(kind: str, module: nn.Module) -> None:
     """Attach a config to a module of the caller, unless it has one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{kind} must be a module, got {module!r}; the config takes names")
-    if attached_config(module) is None:
-        attach_config(module, PartConfig.of_module(module))
+    attach_config(module, part_of(module))
 
 
 def _config_of(kind: str, module: nn.Module) -> PartConfig:

@@ -110,6 +110,11 @@ def attached_config(module: nn.Module) -> PartConfig | None:
     return module.__dict__.get("part_config")
 
 
+def part_of(module: nn.Module) -> PartConfig:
+    """Return the attached config, otherwise one that names the class of the module."""
+    return attached_config(module) or PartConfig.of_module(module)
+
+
 def _parameters(build: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {name: p for name, p in inspect.signature(build).parameters.items() if p.kind not in kinds}

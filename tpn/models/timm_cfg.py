@@ -1,13 +1,16 @@
-"""The description of a model's input in timm's terms."""
+"""The description of a model in timm's terms."""
 
 from typing import Any
 
 from tpn.config import InputSpec
 
 
-def input_cfg(spec: InputSpec) -> dict[str, Any]:
-    """Return the part of an input spec that timm's configs have fields for."""
+def timm_cfg(spec: InputSpec, num_classes: int, *, has_aux_head: bool, first_conv: str) -> dict[str, Any]:
+    """Return what timm's configs have fields for."""
     return {
+        "num_classes": num_classes,
+        "first_conv": first_conv,
+        "classifier": ("head.fc", "aux_head.fc") if has_aux_head else "head.fc",
         "input_size": (spec.in_chans, spec.crop_size, spec.crop_size),
         "test_input_size": (spec.in_chans, spec.view_size, spec.view_size),
         "interpolation": "bilinear",

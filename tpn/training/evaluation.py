@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tpn.config import InputSpec, parse_views
 from tpn.exported import ExportedClassifier
 from tpn.files import StrPath, atomic_write, file_sha256
-from tpn.models.classifier import TPNClassifier, unwrapped
+from tpn.models.classifier import TPNClassifier, require_input_spec, unwrapped
 from tpn.models.layers import evaluating, reference_tensor, weights_hash
 from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
@@ -269,10 +269,7 @@ def _open_model(
         if not isinstance(network, Network):
             raise TypeError(f"model must be a name, a folder, or a TPNClassifier, got {type(network).__name__}")
         name = str(network.path or "exported") if isinstance(network, ExportedClassifier) else network.architecture
-    spec = network.input_spec
-    if spec is None:
-        raise ValueError("the model has no input_spec; set model.input_spec = tpn.InputSpec(num_frames=..., ...)")
-    spec = _resampled(spec, *sampling)
+    spec = _resampled(require_input_spec(network), *sampling)
     if isinstance(model, str | os.PathLike):
         network.input_spec = spec  # a compiled model is compiled for these views
     return name, network, spec

@@ -16,13 +16,13 @@ from tpn import hub
 from tpn.config import InputSpec, ModelConfig
 from tpn.errors import UnknownModelError
 from tpn.files import StrPath
-from tpn.models.classifier import TPNClassifier, build_backbone, unwrapped
+from tpn.models.classifier import TPNClassifier, build_backbone, require_input_spec, unwrapped
 from tpn.models.feature_maps import feature_shapes
-from tpn.models.registry import BACKBONES
+from tpn.models.registry import BACKBONES, part_of
 from tpn.zoo import fetch, load
 from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
 from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE, is_exported, local_folder
-from tpn.zoo.overrides import custom_config, override, part_of
+from tpn.zoo.overrides import custom_config, override
 from tpn.zoo.saved import open_saved, read_config
 
 _logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def input_spec(model: TPNClassifier | StrPath) -> InputSpec:
         model: a model, or any name that `create_model` takes.
     """
     if not isinstance(model, str | PathLike):
-        return unwrapped(model).input_spec
+        return require_input_spec(unwrapped(model))
     folder = saved_folder(model, weights=False)
     return (read_config(folder) if folder else get_checkpoint(str(model)).config).input_spec
 

@@ -14,21 +14,17 @@ from typing import Any, cast
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import nn
 
-from tpn.models.timm_cfg import input_cfg
+from tpn.models.timm_cfg import timm_cfg
 from tpn.zoo.checkpoints import CHECKPOINTS, Checkpoint, Embedded, get_checkpoint
 from tpn.zoo.names import CONFIG_FILE
 
 
 def _timm_cfg(entry: Checkpoint) -> dict[str, Any]:
     """Describe an entry in timm's terms."""
-    return {
-        **input_cfg(entry.config.input_spec),
-        "url": entry.source.url or "",
-        "file": str(entry.source.path) if isinstance(entry.source, Embedded) else None,
-        "num_classes": entry.config.num_classes,
-        "first_conv": "backbone.conv1",
-        "classifier": "head.fc" if entry.config.aux_head is None else ("head.fc", "aux_head.fc"),
-    }
+    config, source = entry.config, entry.source
+    has_aux_head = config.aux_head is not None
+    cfg = timm_cfg(config.input_spec, config.num_classes, has_aux_head=has_aux_head, first_conv="backbone.conv1")
+    return cfg | {"url": source.url or "", "file": str(source.path) if isinstance(source, Embedded) else None}
 
 
 default_cfgs = generate_default_cfgs({name: _timm_cfg(entry) for name, entry in CHECKPOINTS.items()})

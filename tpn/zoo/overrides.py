@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig
-from tpn.models.registry import BACKBONES, NECKS, attached_config
+from tpn.models.registry import BACKBONES, NECKS, part_of
 from tpn.validation import check_int
 
 CLIP_SPAN = 64
@@ -96,10 +96,6 @@ def _changed_spec(old: InputSpec, new: InputSpec | None, num_frames: int | None,
         raise ValueError(f"num_frames must be input_spec.num_frames={new.num_frames}, got {num_frames}; pass one of them")
     spec = spec if num_frames is None else replace(spec, num_frames=num_frames)
     return spec if in_chans is None else spec.for_channels(in_chans)
-
-
-def part_of(module: nn.Module) -> PartConfig:
-    return attached_config(module) or PartConfig.of_module(module)
 
 
 def _neck_part(config: ModelConfig, neck: str | nn.Module | None) -> PartConfig | None:
