@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+from forks import run_forked
 from scripts import ROOT
 
 import tpn
@@ -51,20 +54,23 @@ def weights(folder):
     return tpn.create_model(f"local-dir:{folder}").state_dict()
 
 
-def in_processes(options, count=1, before="", check=True):
-    """Run `train` in processes of its own; `before` is code that runs first."""
+def in_processes(options, count=1, before="", check=True, fork=True):
+    """Run `train` in processes of its own; `before` is code that runs first. fork: see `forks`."""
     script = f"import sys\nfrom tpn.training import loop\nfrom pathlib import Path\noptions = {options!r}\n{before}\nloop.train(**options)\n"
-    command = [sys.executable, "-c", script]
-    if count > 1:
-        file = options["output"] + ".py"
-        with open(file, "w") as f:
-            f.write(script)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), file]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = run_forked(script, count) if fork else run_program(script, count)
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def run_program(script, count):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "script.py")
+        file.write_text(script)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command = [sys.executable, *(torchrun if count > 1 else []), str(file)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 KILL = """

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+from forks import run_forked
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,6 +42,15 @@ def call_example(name, *args):
     """Run a script in this process; return what `call` returns."""
     script = example(name)
     return call(lambda: script.run_cli(script.main), f"{name}.py", *args)
+
+
+def fork_example(name, *args, before=""):
+    """Do what `run_example` does, without the imports; see `forks`."""
+    path = [str(ROOT / "tests"), str((ROOT / "examples" / f"{name}.py").parent)]
+    script = f"import sys\nsys.path[:0] = {path}\nfrom scripts import example\nexample = example({name!r})\n{before}\n"
+    done = run_forked(f"{script}example.run_cli(example.main)\n", argv=args)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def run_example(name, *args, processes=0, before="", check=True):

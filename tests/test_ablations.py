@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 from pages import PAGES_FOLDER, ROOT
-from scripts import call_example, example, run_example
+from scripts import call_example, example, fork_example
 
 from tpn.video import motion
 
@@ -101,8 +101,8 @@ def test_tempo_gain_resumes(tmp_path):
     (data / "fold0_train.txt").write_text("\n".join(lines[1:5]))
     (data / "fold0_test.txt").write_text("\n".join(lines))
     command = ["benchmarks/tempo_gain", data, "--output", tmp_path / "out", "--steps", 1, "--batch-size", 2]
-    first = run_example(*command).stdout.splitlines()
+    first = fork_example(*command).stdout.splitlines()
     (row,) = read(tmp_path / "out", "tempo_gain")
     assert (row["fold"], row["classes"], row["videos"]) == ("fold0", ["blinking", "growing"], [3, 3])
     assert all(0 <= accuracy <= 100 for name in ("without", "with") for accuracy in row[name])
-    assert run_example(*command).stdout.splitlines() == first[1:]
+    assert fork_example(*command).stdout.splitlines() == first[1:]

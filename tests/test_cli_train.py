@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.run
 import typer
+from forks import run_forked
 from rich.console import Console
 from scripts import ROOT, call
 from terminal import run_in_terminal, screen
@@ -398,8 +399,7 @@ run_cli(main)
 
 @pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path):
-    (tmp_path / "fail.py").write_text(FAIL)
-    done = torchrun(tmp_path / "fail.py")
+    done = run_forked(FAIL, 2, cwd=tmp_path)
     assert done.returncode != 0
     assert "error: no such class\n" in done.stderr
     assert "raise ValueError" not in done.stderr  # no traceback, except that of torchrun

@@ -45,7 +45,7 @@ if __name__ == "__main__":
     for i, weights in enumerate((None, torch.linspace(0.2, 2, 14))):
         path = os.path.abspath(str(i))
         torch.save(gradients(slice(0, 8), weights), path + ".pt")
-        mp.spawn(rank, (path, weights), nprocs=2)
+        mp.start_processes(rank, (path, weights), nprocs=2, start_method="fork")
 """
 
 

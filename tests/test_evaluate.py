@@ -5,16 +5,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import small
 import torch
+from forks import run_forked
 from PIL import Image
-from scripts import ROOT
-from servers import start_python
 from test_cli import run
 
 import tpn
@@ -133,16 +130,10 @@ def test_function_and_validation_agree(folder):
     np.testing.assert_allclose(by_name.probs, result.probs, atol=1e-5)
 
 
-def run_processes(count, *args, cwd, before=""):
-    """Run `tpn` in several processes that torchrun starts; `before` is code that changes `evaluation` first."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = ["-m", "tpn"]
-    if before:
-        script = cwd / "changed.py"
-        script.write_text(f"import os\nfrom tpn.training import evaluation\n{before}\nfrom tpn.cli import main\nmain()\n")
-        program = [str(script)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *program]
-    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+def run_processes(count, *args, cwd, before):
+    """Run `tpn` in several processes, as torchrun does; `before` is code that changes `evaluation` first."""
+    script = f"import os\nfrom tpn.training import evaluation\n{before}\nfrom tpn.cli import main\nmain()\n"
+    return run_forked(script, count, args, cwd)
 
 
 RECORD = """
@@ -184,7 +175,7 @@ def test_all_processes_end_when_one_fails(folder, tmp_path):
 
 
 KILL = """
-import os, signal, sys
+import os, signal
 from tpn import cli
 from tpn.training.evaluation import Journal
 def killing(self, index, probs, add=Journal.add):
@@ -199,9 +190,7 @@ Journal.add = killing
 
 @pytest.mark.slow
 def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
-    process = start_python(f"{KILL}\nsys.argv = {['tpn', *arguments(folder, tmp_path / 'run')]}\ncli.main()", folder)
-    process.communicate(timeout=120)
-    assert process.returncode < 0
+    assert run_forked(f"{KILL}\ncli.main()", argv=arguments(folder, tmp_path / "run"), cwd=folder).returncode < 0
     other = run(*arguments(folder, tmp_path / "run", "--views", "1x1"), cwd=folder)
     assert other.returncode == 1
     assert "other weights, videos, or settings" in other.stderr

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from scripts import run_example
+from scripts import fork_example
 
 from tpn.video import motion
 
@@ -50,7 +50,7 @@ def without_minutes(text):
 )
 def test_a_study_resumes(data, tmp_path, name, before, options):
     command = [f"benchmarks/{name}", data, "--output", tmp_path, "--seeds", 2, *options]
-    done = run_example(*command, before=before)
+    done = fork_example(*command, before=before)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     settings = list(dict.fromkeys(row["settings"] for row in rows))
     assert len(rows) == 2 * len(settings) >= 4
@@ -58,7 +58,7 @@ def test_a_study_resumes(data, tmp_path, name, before, options):
     table = done.stdout[done.stdout.index("| ") :]
     assert all(f"| {name} |" in table for name in settings)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    assert without_minutes(run_example(*command, before=before).stdout).endswith(without_minutes(table))
+    assert without_minutes(fork_example(*command, before=before).stdout).endswith(without_minutes(table))
     assert [json.loads(line)["top1"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [
         r["top1"] for r in rows
     ]
