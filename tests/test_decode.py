@@ -91,7 +91,7 @@ CODECS = [  # and whether frames in such a file are located by key frames
 def by_key_frames(path, wanted):
     with decode.open_video(path) as (container, stream):
         index = decode.read_index(container, stream)
-    return decode._decode_with_seeks(path, np.array(wanted), None, None, index)
+    return decode._decode_with_seeks(path, np.array(wanted), index)
 
 
 @pytest.mark.parametrize("start", [0, 700])

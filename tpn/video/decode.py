@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import av.logging
 import numpy as np
@@ -121,7 +122,7 @@ def read_frames(
     if np.diff(distinct, prepend=-1).max() > MIN_GAP_FOR_INDEX:
         index, _, _ = _read_index(path)
         index = index if index.is_exact else _UNNUMBERED
-    frames, num_frames = _decode_selected(path, distinct, short_side, None, index, crop)
+    frames, num_frames = _decode_selected(path, distinct, index, short_side=short_side, crop=crop)
     if len(frames) < len(distinct):
         raise IndexError(f"{path}: cannot read frame {requested.max()}, the video has {num_frames} frames")
     return frames if np.array_equal(distinct, requested) else frames[torch.from_numpy(positions)]
@@ -173,7 +174,7 @@ def sample_frames(
         if indices.min() < 0 or indices.max() >= last - first:
             raise ValueError(f"sample must return indices from 0 to {last - first - 1}, got {indices.min()} to {indices.max()}")
         distinct, positions = np.unique(first + indices, return_inverse=True)
-        frames, num_frames = _decode_selected(path, distinct, short_side, device, index)
+        frames, num_frames = _decode_selected(path, distinct, index, short_side=short_side, device=device)
         if num_frames == index.num_frames:
             return frames, positions.reshape(indices.shape)
         if is_whole:
@@ -269,9 +270,9 @@ class _FrameBuffer:
         path: StrPath,
         wanted: NDArray[np.int64],
         size: tuple[int, int],
-        short_side: int | None,
-        device: Device,
-        crop: Crop | None,
+        short_side: int | None = None,
+        device: Device = None,
+        crop: Crop | None = None,
     ) -> None:
         """`size` is the width and height of all frames before they are rotated and resized."""
         self.path, self.wanted, self.size, self.short_side, self.crop = path, wanted, size, short_side, crop
@@ -323,20 +324,14 @@ class _FrameBuffer:
         return self._frames[: self._num_stored]
 
 
-def _decode_selected(
-    path: StrPath,
-    wanted: NDArray[np.int64],
-    short_side: int | None,
-    device: Device,
-    index: FrameIndex,
-    crop: Crop | None = None,
-) -> tuple[Tensor, int]:
+def _decode_selected(path: StrPath, wanted: NDArray[np.int64], index: FrameIndex, **options: Any) -> tuple[Tensor, int]:
     """Return the frames with the distinct, sorted numbers `wanted`, as far as they exist, and the number of frames in the file.
 
     The number is that of the index, if it is exact and all frames were found; otherwise the video was decoded to its end.
+    `options` are those of `_FrameBuffer`.
     """
     try:
-        frames = _decode_with_seeks(path, wanted, short_side, device, index, crop)
+        frames = _decode_with_seeks(path, wanted, index, **options)
     except VideoError:
         frames = None  # decoding from the start gives an error with the number of the damaged frame
     if frames is not None:
@@ -346,7 +341,7 @@ def _decode_selected(
         for frame in decode_all(path, container, stream):
             is_exact = is_exact and (not len(index.pts) or index.agrees(number, frame))
             if number == 0:
-                buffer = _FrameBuffer(path, wanted, (frame.width, frame.height), short_side, device, crop)
+                buffer = _FrameBuffer(path, wanted, (frame.width, frame.height), **options)
             if buffer.num_added < len(wanted) and number == wanted[buffer.num_added]:
                 buffer.add(frame)
             number += 1
@@ -356,14 +351,7 @@ def _decode_selected(
     return buffer.frames(), number
 
 
-def _decode_with_seeks(
-    path: StrPath,
-    wanted: NDArray[np.int64],
-    short_side: int | None,
-    device: Device,
-    index: FrameIndex,
-    crop: Crop | None = None,
-) -> Tensor | None:
+def _decode_with_seeks(path: StrPath, wanted: NDArray[np.int64], index: FrameIndex, **options: Any) -> Tensor | None:
     """Return the frames `wanted`, skipping to key frames where that saves time.
 
     Return None if it saves none, or if the decoder returns other frames than the packets announce.
@@ -374,7 +362,7 @@ def _decode_with_seeks(
         return None
     with open_video(path) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
-        buffer = _FrameBuffer(path, wanted, size, short_side, device, crop)
+        buffer = _FrameBuffer(path, wanted, size, **options)
         frames = decode_all(path, container, stream)
         next_number = 0
         for number, key in zip(wanted.tolist(), keys, strict=True):
