@@ -196,7 +196,7 @@ def test_optimized(hot, videos):
 
 def test_exported(hot, videos):
     """The metadata of a file has it, unless an earlier version wrote the file."""
-    network, _, about = exported.prepare(hot, None)
+    network, _, about = exported.prepare_export(hot, None)
     classify = VideoClassifier(exported.ExportedClassifier(network, about))
     torch.testing.assert_close(classify(videos / "0.mp4").probs, VideoClassifier(hot)(videos / "0.mp4").probs)
     with pytest.raises(ValueError, match="temperature.*0"):

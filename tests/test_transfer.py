@@ -184,17 +184,17 @@ def test_server_that_takes_connections_only(timeout, tmp_path):
 def test_slow_disk(server, download, timeout, monkeypatch):
     """Only the server's time counts."""
     monkeypatch.setattr(transfer, "MIN_SPEED", 1e9)
-    store = transfer._Part._store
-    monkeypatch.setattr(transfer._Part, "_store", lambda part, chunk: (time.sleep(3 * TIMEOUT), store(part, chunk)))
+    store = transfer._Download._store
+    monkeypatch.setattr(transfer._Download, "_store", lambda part, chunk: (time.sleep(3 * TIMEOUT), store(part, chunk)))
     assert download() == DATA
 
 
 def test_call_that_takes_too_long():
-    assert transfer.within(10, lambda: 5) == 5
+    assert transfer.call_with_timeout(10, lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
-        transfer.within(10, lambda: 1 / 0)
+        transfer.call_with_timeout(10, lambda: 1 / 0)
     with pytest.raises(TimeoutError, match="0.05 s"):
-        transfer.within(0.05, lambda: time.sleep(2))
+        transfer.call_with_timeout(0.05, lambda: time.sleep(2))
 
 
 # No longer waits than allowed

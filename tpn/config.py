@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpn.validation import (
+    brief,
     check_bool,
     check_input_spec,
     check_int,
@@ -24,7 +25,6 @@ from tpn.validation import (
     check_temperature,
     errors_of,
     is_text,
-    shown,
 )
 from tpn.video import sampling
 
@@ -263,14 +263,14 @@ class PartConfig:
 
     def __post_init__(self) -> None:
         if not is_text(self.name) or not self.name:
-            raise TypeError(f"name must be a string, the registered name of a part, got {shown(self.name)}")
+            raise TypeError(f"name must be a string, the registered name of a part, got {brief(self.name)}")
         if not isinstance(self.args, Mapping) or not all(is_text(name) for name in self.args):
-            raise TypeError(f"args of {shown(self.name)} must be a mapping from names to values, got {shown(self.args)}")
+            raise TypeError(f"args of {brief(self.name)} must be a mapping from names to values, got {brief(self.args)}")
         try:
             args = json.loads(json.dumps(dict(self.args), allow_nan=False), object_hook=_frozen)
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"args of {shown(self.name)} must be values that JSON has, got {shown(self.args)}: {error}") from error
+            raise kind(f"args of {brief(self.name)} must be values that JSON has, got {brief(self.args)}: {error}") from error
         object.__setattr__(self, "args", args)
 
     @classmethod
@@ -356,9 +356,9 @@ class ModelConfig:
         for name, kind in (*types, *optional):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (value is None and (name, kind) in optional):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}")
+                raise TypeError(f"{name} must be a {kind.__name__}, got {brief(value)}")
         if not is_text(self.architecture) or not self.architecture:
-            raise ValueError(f"architecture must be a name, got {shown(self.architecture)}")
+            raise ValueError(f"architecture must be a name, got {brief(self.architecture)}")
         if self.labels is not None:
             check_labels(self.labels, self.num_classes)
         if self.aux_head is not None and self.neck is None:
@@ -401,7 +401,7 @@ class InputDefaults:
 
 def _known_fields(cls: type, values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise TypeError(f"{cls.__name__}.from_dict takes a mapping, got {shown(values)}")
+        raise TypeError(f"{cls.__name__}.from_dict takes a mapping, got {brief(values)}")
     names = {f.name for f in fields(cls)}
     if unknown := sorted(values.keys() - names):
         _logger.warning("skipped unknown fields of %s: %s", cls.__name__, ", ".join(unknown))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tpn import openvino_runtime, quantization
 from tpn.config import InputSpec
-from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, prepare
+from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, prepare_export
 from tpn.files import StrPath, atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
@@ -173,4 +173,4 @@ def _checked(path: StrPath, suffix: str) -> Path:
 def _prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, dict[str, Any]]:
     if isinstance(model, OptimizedClassifier):
         raise ValueError("an optimized model is made for one device; export the original model")
-    return prepare(model, size)
+    return prepare_export(model, size)

@@ -119,7 +119,7 @@ def load(
     return _load_pt2(path) if zipped else _load_onnx(path, providers)
 
 
-def prepare(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, dict[str, Any]]:
+def prepare_export(model: TPNClassifier, size: int | None) -> tuple[TPNClassifier, Tensor, dict[str, Any]]:
     """Return a copy of a model for inference on a CPU, zeros (2, C, T, size, size) to trace it with, and the metadata."""
     if not isinstance(model, TPNClassifier):
         raise TypeError(f"only a TPNClassifier can be exported, got {type(model).__name__}")

@@ -283,10 +283,12 @@ def extract(
         return {"features": clips.mean(axis=0, keepdims=True)}
 
     results = classifier.predict_each(new_videos, num_clips=num_clips, num_crops=num_crops)
-    yield from fill(file, zip(new_videos, map(columns, results), strict=True))
+    yield from add_results(file, zip(new_videos, map(columns, results), strict=True))
 
 
-def fill(file: FeatureFile, results: Iterable[tuple[str, Columns | Unreadable]]) -> Generator[tuple[str, Unreadable | None]]:
+def add_results(
+    file: FeatureFile, results: Iterable[tuple[str, Columns | Unreadable]]
+) -> Generator[tuple[str, Unreadable | None]]:
     """Add the rows of videos to a file, which is written every minute, at the end, and when the generator is closed.
 
     Yields:

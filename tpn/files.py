@@ -115,6 +115,6 @@ def _write_record(record: Path, facts: dict[str, object]) -> None:
 
 
 def cache_folder(cache_dir: StrPath | None = None) -> Path | None:
-    """Return the folder for downloads: `cache_dir`, else $TPN_CACHE, else None for that of the library that downloads."""
+    """Return the folder for downloads: `cache_dir` or $TPN_CACHE. None is that of the library that downloads."""
     folder = cache_dir or os.environ.get("TPN_CACHE")
     return Path(folder).expanduser() if folder else None

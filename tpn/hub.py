@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from tpn.errors import HubUnreachableError, NoRepositoryError, WeightsUnavailableError
 from tpn.files import StrPath, atomic_write, cache_folder, file_sha256, is_intact, remember_sha256
-from tpn.transfer import MAX_WAIT, TRANSIENT_STATUS, TransferError, download, longer_pause, within
+from tpn.transfer import MAX_WAIT, TRANSIENT_STATUS, TransferError, call_with_timeout, download, retry_delay
 
 PAUSES = (1.0, 2.0)
 """Seconds before the second and the third try."""
@@ -172,11 +172,11 @@ class _Source:
         ask = partial(get_hf_file_metadata, hf_hub_url(self.repo_id, name, revision=revision), timeout=timeout)
         for tries, pause in enumerate((*PAUSES, None), start=1):
             try:
-                about = within(2 * timeout, ask)
+                about = call_with_timeout(2 * timeout, ask)
                 break
             except Exception as error:  # of the HTTP library of this version of the client
                 limit = MAX_WAIT if self.patient else PAUSES[-1]
-                wait, problem = longer_pause(pause, _response(error), limit)
+                wait, problem = retry_delay(pause, _response(error), limit)
                 spent = f"{problem}; tries: {tries}, {time.monotonic() - start:.1f} s"
                 if wait is None or _status(error) not in TRANSIENT_STATUS:
                     raise _hub_error(error, self.repo, name, spent) from error

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from tpn import openvino_runtime
 from tpn.config import ModelConfig
 from tpn.devices import as_dtype, fastest_dtype, resolve_device
-from tpn.exported import ExportedClassifier, prepare
+from tpn.exported import ExportedClassifier, prepare_export
 from tpn.models.backbones.resnet import ResidualBlock
-from tpn.models.classifier import Clips, TPNClassifier
+from tpn.models.classifier import ClipsOrMaps, TPNClassifier
 from tpn.models.heads import class_probs
 from tpn.models.layers import channels_last, reference_tensor
 from tpn.validation import need_packages
@@ -104,7 +104,7 @@ class OptimizedClassifier(TPNClassifier):
     def forward_frames(self, x: Tensor) -> Sequence[Tensor]:
         return super().forward_frames(self._as_stored(x))
 
-    def _backbone_maps(self, x: Clips) -> Sequence[Tensor]:
+    def _backbone_maps(self, x: ClipsOrMaps) -> Sequence[Tensor]:
         return super()._backbone_maps(self._as_stored(x) if isinstance(x, Tensor) else x)
 
     def _as_stored(self, x: Tensor, copy: bool = False) -> Tensor:
@@ -192,7 +192,7 @@ def optimize(
     with torch.inference_mode():
         expected, pairs = _run(given, clips)
 
-    # `given` is taken apart from here on.
+    # `given` must not be run below: its parts move into `fast`.
     if where.type == "cpu" and wanted != torch.float32 and hasattr(given.backbone, "unfolded"):
         given.backbone = cast("Any", given.backbone).unfolded()
     fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
@@ -255,7 +255,7 @@ def _with_openvino(model: TPNClassifier, dtype: torch.dtype, sample: Tensor | No
     precision = str(dtype).removeprefix("torch.")
     if precision not in openvino_runtime.PRECISIONS:
         raise ValueError(f"dtype must be one of {', '.join(openvino_runtime.PRECISIONS)} with OpenVINO, got {precision}")
-    ready, clips, about = prepare(model, None if sample is None else sample.shape[-1])
+    ready, clips, about = prepare_export(model, None if sample is None else sample.shape[-1])
     if sample is not None and sample.shape[1:] != clips.shape[1:]:
         raise ValueError(f"sample must be square clips (B, {', '.join(map(str, clips.shape[1:]))}), got {tuple(sample.shape)}")
     sample = torch.randn(clips[:1].shape, generator=torch.Generator().manual_seed(0)) if sample is None else sample.cpu().float()

@@ -24,7 +24,7 @@ from tpn.models.layers import reference_tensor
 from tpn.optimization import OptimizedClassifier, optimize
 from tpn.video.ahead import read_ahead
 from tpn.video.decode import VideoError
-from tpn.video.sources import Array, Clips, File, Source, is_frame_list, read_clips
+from tpn.video.sources import Array, File, FramesAndClips, Source, is_frame_list, read_clips
 from tpn.video.tracks import TrackSource
 from tpn.zoo.create import create_model
 from tpn.zoo.names import is_exported, is_saved
@@ -282,7 +282,7 @@ class VideoClassifier:
         """
         spec = self.spec.with_views(num_clips, num_crops)
 
-        def read(source: Source) -> Clips | Unreadable:
+        def read(source: Source) -> FramesAndClips | Unreadable:
             try:
                 return read_clips(source, spec, self.device)
             except (VideoError, OSError) as error:
@@ -308,7 +308,7 @@ class VideoClassifier:
         return classify(self, video, tracks, **options)
 
     def classify_each(
-        self, videos: Iterable[Clips | Unreadable], *, spec: InputSpec | None = None, progress: Progress | None = None
+        self, videos: Iterable[FramesAndClips | Unreadable], *, spec: InputSpec | None = None, progress: Progress | None = None
     ) -> Generator[Prediction | Unreadable]:
         """Classify clips that were read already, `spec.num_crops` crops of each; pass errors on in their place.
 

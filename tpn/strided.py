@@ -16,15 +16,16 @@ from torch import Tensor
 
 from tpn.config import InputSpec
 from tpn.errors import printable
-from tpn.features import Columns, DType, FeatureFile, FeatureFolder, WindowsAbout, describe, feature_model, fill, is_table
+from tpn.features import Columns, DType, FeatureFile, FeatureFolder, WindowsAbout, add_results, describe, feature_model, is_table
 from tpn.files import StrPath
 from tpn.models.features import FeatureModel
 from tpn.models.layers import reference_tensor
 from tpn.predict import Unreadable, VideoClassifier
-from tpn.tempo import Frame, preprocess, sliding_spec, sliding_windows
+from tpn.tempo import preprocess, sliding_spec, sliding_windows
 from tpn.validation import check_int
 from tpn.video import decode
 from tpn.video.decode import VideoError
+from tpn.video.sources import Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class _Frame:
 
 
 def window_features(
-    classifier: VideoClassifier, frames: StrPath | Iterable[Frame], *, stride: int, window: int | None = None
+    classifier: VideoClassifier, frames: StrPath | Iterable[Array], *, stride: int, window: int | None = None
 ) -> Generator[Window]:
     """Return the features of the center crop of a window that slides over a video.
 
@@ -86,7 +87,7 @@ def window_features(
     if isinstance(frames, str | os.PathLike):
         frames = decode.iter_frames(frames)
 
-    def prepare(frame: Frame) -> _Frame:
+    def prepare(frame: Array) -> _Frame:
         return _Frame(preprocess(frame, spec, classifier.device))
 
     return _run_in_batches(model, spec, sliding_windows(frames, spec, stride, prepare), classifier.batch_size)
@@ -160,7 +161,7 @@ def extract_windows(
             raise ValueError(f"tables have float32 features, got dtype {dtype}; write to a folder")
         file = FeatureFile(out, about)
         results = ((video, read(video)) for video in videos if video not in file)
-        yield from fill(file, ((video, each.columns if isinstance(each, _Result) else each) for video, each in results))
+        yield from add_results(file, ((video, each.columns if isinstance(each, _Result) else each) for video, each in results))
         return
     folder = FeatureFolder(out, about)
     for video in folder.missing(videos):

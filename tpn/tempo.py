@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +25,9 @@ from tpn.video.datasets import Item, RawFrames, VideoDataset, bad_reason
 from tpn.video.decode import VideoError
 from tpn.video.live import newest
 from tpn.video.sampling import dense_indices
-from tpn.video.sources import channels_first
+from tpn.video.sources import Array, channels_first
 from tpn.video.transforms import center_crop, resize_short_side
 
-Frame = np.ndarray[Any, Any] | Tensor
 Kept = TypeVar("Kept")
 
 
@@ -103,7 +102,7 @@ class GainAgainstVariance:
 
 def slide(
     classifier: VideoClassifier,
-    frames: StrPath | Iterable[Frame],
+    frames: StrPath | Iterable[Array],
     *,
     stride: int | None = None,
     frame_interval: int | None = None,
@@ -324,7 +323,7 @@ def gain_against_variance(
 
 
 def sliding_windows(
-    frames: Iterable[Frame], spec: InputSpec, stride: int, prepare: Callable[[Frame], Kept]
+    frames: Iterable[Array], spec: InputSpec, stride: int, prepare: Callable[[Array], Kept]
 ) -> Generator[tuple[int, int, list[Kept]]]:
     """Yield each clip as soon as its last frame has been read. Keep only frames that this clip and later ones need.
 
@@ -358,7 +357,7 @@ def sliding_windows(
         yield 0, index, [kept[i] for i in indices.tolist()]
 
 
-def preprocess(frame: Frame, spec: InputSpec, device: torch.device) -> Tensor:
+def preprocess(frame: Array, spec: InputSpec, device: torch.device) -> Tensor:
     """Resize and crop a frame to uint8 (3, S, S)."""
     if not isinstance(frame, np.ndarray | Tensor) or frame.ndim != 3:
         shape = getattr(frame, "shape", type(frame).__name__)

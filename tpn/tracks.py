@@ -25,7 +25,7 @@ from tpn.video import decode
 from tpn.video.crops import SquareCrops
 from tpn.video.decode import VideoError
 from tpn.video.sampling import FrameSampler, at_frame_rate, dense_indices
-from tpn.video.sources import Array, Clips, channels_first
+from tpn.video.sources import Array, FramesAndClips, channels_first
 from tpn.video.tracks import Track, TrackSource, read_tracks
 
 Indices = NDArray[np.int64]
@@ -162,7 +162,7 @@ def _classify(
     """
     order: deque[int] = deque()
 
-    def clips() -> Generator[Clips | Unreadable]:
+    def clips() -> Generator[FramesAndClips | Unreadable]:
         for place, each in _read(video, crops, requests):
             order.append(place)
             yield each
@@ -179,7 +179,7 @@ class _OpenTrack:
         self.numbers = crops.first + np.unique(np.concatenate([indices.ravel() for indices in requests]))
         self.kept: dict[int, Tensor] = {}
 
-    def add(self, number: int, frame: Tensor) -> Generator[Clips]:
+    def add(self, number: int, frame: Tensor) -> Generator[FramesAndClips]:
         """Take a frame of the video, and yield the clips that are complete."""
         place = number - self.crops.first
         self.kept[place] = self.crops(number, frame)
@@ -193,7 +193,7 @@ class _OpenTrack:
 
 def _read(
     video: StrPath | Array, crops: Sequence[SquareCrops], requests: Sequence[Sequence[Indices]]
-) -> Generator[tuple[int, Clips | VideoError]]:
+) -> Generator[tuple[int, FramesAndClips | VideoError]]:
     """Decode a video once. Yield the number of a track and its next clips, or the error that ends it."""
     where = f"{printable(os.fspath(video))}: " if isinstance(video, str | os.PathLike) else ""
     tracks = {place: _OpenTrack(*each) for place, each in enumerate(zip(crops, requests, strict=True))}

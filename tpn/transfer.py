@@ -83,14 +83,14 @@ def download(
     start = time.monotonic()
     try:
         with path.open("wb") as file, _bar(name or path.name, size) as bar:
-            part = _Part(url, path, file, bar, size, sha256, headers or {"User-Agent": f"tpn/{__version__}"})
+            part = _Download(url, path, file, bar, size, sha256, headers or {"User-Agent": f"tpn/{__version__}"})
             for tries, pause in enumerate((*pauses, None), start=1):
                 try:
                     part.request_rest()
                     file.flush()
                     return part.digest.hexdigest()
                 except TransferError as error:
-                    wait, problem = longer_pause(pause, error.response, MAX_WAIT)
+                    wait, problem = retry_delay(pause, error.response, MAX_WAIT)
                     if wait is None or not error.retryable:
                         spent = f"(tries: {tries}, {time.monotonic() - start:.1f} s)"
                         raise TransferError(f"{error}{problem} {spent}", response=error.response) from error
@@ -106,7 +106,7 @@ def _bar(name: str, size: int | None) -> Any:
     return tqdm(desc=name if len(name) <= 40 else f"…{name[-39:]}", total=size, unit="B", unit_scale=True, delay=0.5)
 
 
-def longer_pause(pause: float | None, response: Any, limit: float) -> tuple[float | None, str]:
+def retry_delay(pause: float | None, response: Any, limit: float) -> tuple[float | None, str]:
     """Return the seconds to wait before another try, at least `pause`, or None and why there is none."""
     asked = getattr(response, "headers", {}).get("Retry-After", "").strip()
     seconds = int(asked) if re.fullmatch(r"[0-9]{1,18}", asked) else 0  # dates are ignored
@@ -115,8 +115,8 @@ def longer_pause(pause: float | None, response: Any, limit: float) -> tuple[floa
     return (None, "") if pause is None else (max(pause, seconds), "")
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns; TimeoutError if it takes longer. It then goes on in a thread that ends with the process."""
+def call_with_timeout(seconds: float, call: Callable[[], T]) -> T:
+    """Return what a call returns. After TimeoutError, the call continues in a thread, which ends with the process."""
     results = _Background(lambda: iter([call()]))
     try:
         return results.get(seconds)
@@ -160,7 +160,7 @@ class _Background(Generic[T]):
         return False
 
 
-class _Part:
+class _Download:
     """The part of a file that has been received, in one try or in several."""
 
     def __init__(

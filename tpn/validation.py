@@ -15,24 +15,24 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
     """Raise TypeError if a value is not an integer, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+        raise TypeError(f"{name} must be an integer, got {brief(value)}")
     if value < minimum or (maximum is not None and value > maximum):
         limit = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(f"{name} must be at least {minimum}{limit}, got {shown(value)}")
+        raise ValueError(f"{name} must be at least {minimum}{limit}, got {brief(value)}")
 
 
 def check_number(name: str, value: Any, *, minimum: float, maximum: float) -> None:
     """Raise TypeError if a value is not a finite number, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not math.isfinite(value)):
-        raise TypeError(f"{name} must be a finite number, got {shown(value)}")
+        raise TypeError(f"{name} must be a finite number, got {brief(value)}")
     if not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be at least {minimum} and at most {maximum}, got {shown(value)}")
+        raise ValueError(f"{name} must be at least {minimum} and at most {maximum}, got {brief(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raise TypeError if a value is neither True nor False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+        raise TypeError(f"{name} must be True or False, got {brief(value)}")
 
 
 def check_temperature(value: Any) -> None:
@@ -43,7 +43,7 @@ def check_temperature(value: Any) -> None:
 def check_labels(labels: Any, num_classes: int) -> None:
     """Raise TypeError if labels are not names, ValueError if there is not one per class."""
     if isinstance(labels, str) or not all(is_text(name) for name in labels):
-        raise TypeError(f"labels must be a tuple of names, got {shown(labels)}")
+        raise TypeError(f"labels must be a tuple of names, got {brief(labels)}")
     if len(labels) != num_classes:
         raise ValueError(f"labels must have num_classes={num_classes} names, one per class, got {len(labels)}")
 
@@ -58,14 +58,14 @@ def check_input_spec(spec: Any) -> None:
         check_int(name, size, minimum=1, maximum=8192)
     for name, minimum in (("mean", -1000), ("std", 0.001)):
         if not isinstance(getattr(spec, name), tuple):
-            raise TypeError(f"{name} must be a tuple of finite numbers, one per channel, got {shown(getattr(spec, name))}")
+            raise TypeError(f"{name} must be a tuple of finite numbers, one per channel, got {brief(getattr(spec, name))}")
         for value in getattr(spec, name):
             check_number(name, value, minimum=minimum, maximum=1000)
     if spec.target_fps is not None:
         check_number("target_fps", spec.target_fps, minimum=0.01, maximum=1000)
     check_bool("flip", spec.flip)
     if spec.sampling not in ("dense", "segments"):
-        raise ValueError(f"sampling must be 'dense' or 'segments', got {shown(spec.sampling)}")
+        raise ValueError(f"sampling must be 'dense' or 'segments', got {brief(spec.sampling)}")
     if spec.num_crops == 2:
         raise ValueError("num_crops must be 1 (center) or 3 (along the longer side), got 2")
     for name in ("crop_size", *["three_crop_size"] * (spec.num_crops == 3)):
@@ -84,9 +84,9 @@ def check_input_spec(spec: Any) -> None:
 def check_label_pairs(pairs: Any) -> None:
     """Raise TypeError or ValueError if `flip_label_pairs` are not pairs of names, or a name is in two of them."""
     if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and [*map(is_text, p)] == [True] * 2 for p in pairs):
-        raise TypeError(f"flip_label_pairs must be a tuple of pairs of class names, got {shown(pairs)}")
+        raise TypeError(f"flip_label_pairs must be a tuple of pairs of class names, got {brief(pairs)}")
     if len({name for pair in pairs for name in pair}) < 2 * len(pairs):
-        raise ValueError(f"flip_label_pairs must name each class once, got {shown(pairs)}")
+        raise ValueError(f"flip_label_pairs must name each class once, got {brief(pairs)}")
 
 
 def is_text(value: Any) -> bool:
@@ -94,7 +94,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """Return `repr(value)` for a message, shortened."""
     return _REPR.repr(value)
 

@@ -20,7 +20,7 @@ def write_files(model: tpn.TPNClassifier, folder: Path) -> dict[str, tuple[Path,
     """
     size = model.input_spec.crop_size
     export.export_openvino(model, folder / "float32.xml", size=size)
-    ready, clips, about = exported.prepare(model, size)
+    ready, clips, about = exported.prepare_export(model, size)
     converted = openvino_runtime.convert(ready, clips)
     converted.reshape({0: [1, *clips.shape[1:]]})
     import nncf  # after OpenVINO, whose statistics tpn switches off

@@ -14,7 +14,7 @@ from tpn.models.registry import BACKBONES, NECKS, attach_config, attached_config
 from tpn.models.timm_cfg import timm_cfg
 from tpn.validation import check_labels
 
-Clips = Tensor | Sequence[Tensor]
+ClipsOrMaps = Tensor | Sequence[Tensor]
 """Clips (B, C, T, H, W), or the result of `TPNClassifier.forward_frames` for them."""
 
 
@@ -203,7 +203,7 @@ class TPNClassifier(nn.Module):
         self._check_clips(x)
         return cast("Any", self.backbone).forward_frames(x) if hasattr(self.backbone, "forward_clips") else (x,)
 
-    def forward_features(self, x: Clips) -> Tensor:
+    def forward_features(self, x: ClipsOrMaps) -> Tensor:
         """Return the map that the head reads: (B, 3, T, H, W) → the neck's (B, C, T', H/32, W/32), or the backbone's last."""
         return self._fuse(self._backbone_maps(x))
 
@@ -223,7 +223,7 @@ class TPNClassifier(nn.Module):
         logits = self.forward_head(self._fuse(maps))
         return logits, None if self.aux_head is None else self.aux_head(maps[-2])
 
-    def forward_intermediates(self, x: Clips, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_intermediates(self, x: ClipsOrMaps, names: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the result of `forward_features`, and the intermediate maps by name.
 
         Args:
@@ -288,7 +288,7 @@ class TPNClassifier(nn.Module):
         parts = [(prefix, part) for prefix, part in self.named_modules() if prefix and hasattr(part, "no_weight_decay")]
         return {f"{prefix}.{name}" for prefix, part in parts for name in cast("Any", part).no_weight_decay()}
 
-    def _backbone_maps(self, x: Clips) -> Sequence[Tensor]:
+    def _backbone_maps(self, x: ClipsOrMaps) -> Sequence[Tensor]:
         if not isinstance(x, Tensor):
             return self.feature_maps(getattr(self.backbone, "forward_clips", self.backbone)(*x))
         self._check_clips(x)

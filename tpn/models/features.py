@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tpn.models.classifier import Clips, TPNClassifier, unwrapped
+from tpn.models.classifier import ClipsOrMaps, TPNClassifier, unwrapped
 from tpn.models.layers import evaluating
 
 
@@ -36,7 +36,7 @@ class FeatureModel(nn.Module):
             with torch.no_grad(), evaluating(model):
                 self.num_features = self(self._zeros()).shape[1]
 
-    def forward(self, x: Clips) -> Tensor:
+    def forward(self, x: ClipsOrMaps) -> Tensor:
         if self.name is None:
             return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
         _, found = self.model.forward_intermediates(x, [self.name])

@@ -1,4 +1,4 @@
-"""What a person sees of a training run in the terminal."""
+"""Print a training run in the terminal."""
 
 import shlex
 import sys

@@ -15,7 +15,7 @@ from tpn.config import InputSpec
 from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import TrainConfig
-from tpn.validation import shown
+from tpn.validation import brief
 from tpn.video import decode, lists, tables
 from tpn.video.crops import track_of
 from tpn.video.datasets import Item, VideoDataset, open_dataset
@@ -140,7 +140,7 @@ def _train_items(source: str, data: VideoDataset) -> list[Item]:
     trained = {label for item in chosen for label in item.labels}
     if absent := {label for item in data.items for label in item.labels} - trained:
         raise ValueError(
-            f"{source}: no row for training has the class {shown(data.classes[min(absent)])}; expected one for each class"
+            f"{source}: no row for training has the class {brief(data.classes[min(absent)])}; expected one for each class"
         )
     return chosen
 

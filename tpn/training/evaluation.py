@@ -22,7 +22,7 @@ from tpn.exported import ExportedClassifier
 from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, require_input_spec, unwrapped
 from tpn.models.layers import evaluating, reference_tensor, weights_hash
-from tpn.predict import Clips, Prediction, Progress, Unreadable, VideoClassifier, open_model
+from tpn.predict import FramesAndClips, Prediction, Progress, Unreadable, VideoClassifier, open_model
 from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, check_calibration, write_results
@@ -38,7 +38,7 @@ from tpn.zoo.saved import save_temperature
 Network = TPNClassifier | ExportedClassifier
 Result = NDArray[np.float32] | str
 """Probabilities (K,) of a video, or the reason why it cannot be read."""
-Sampling = tuple[str | None, float | None, int | None]
+SamplingOverrides = tuple[str | None, float | None, int | None]
 """The arguments views, target_fps and frame_interval of `evaluate`."""
 
 _logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def classify_dataset(
     """Classify videos, given by their index, and yield (index, result) in the same order. Threads read videos ahead."""
     spec = classifier.spec
 
-    def read(index: int) -> Clips | Unreadable:
+    def read(index: int) -> FramesAndClips | Unreadable:
         try:
             return data.read(data.items[index], spec.indices, short_side=spec.short_side)
         except (VideoError, OSError) as error:
@@ -254,7 +254,7 @@ class Journal:
 
 
 def _open_model(
-    model: StrPath | Network, checkpoint: StrPath | None, precision: str | None, sampling: Sampling
+    model: StrPath | Network, checkpoint: StrPath | None, precision: str | None, sampling: SamplingOverrides
 ) -> tuple[str, Network, InputSpec]:
     """Return a name for the results, the model with its weights, and the clips to read."""
     if isinstance(model, str | os.PathLike):

@@ -36,7 +36,7 @@ from tpn.training.mix import Mix
 from tpn.training.observer import Interrupted, Observer
 from tpn.training.plan import PlanLine, make_plan
 from tpn.training.report import write_run_report
-from tpn.training.setup import build, make_optimizer, make_schedule, prepare, recorded_settings, required, set_clips
+from tpn.training.setup import build, freeze_and_layout, make_optimizer, make_schedule, recorded_settings, required, set_clips
 from tpn.training.state import Checkpoint, MetricsLog, RunningMeans, check_finite, locked_folder, report_bad_files
 from tpn.version import __version__
 from tpn.zoo.saved import save_pretrained
@@ -165,7 +165,7 @@ class Run:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_clips(model, self.data, config)
-        prepare(model, config)
+        freeze_and_layout(model, config)
         self.model = model.to(device)
         train = self.data.train
         self.draw_weights = draw_weights(train.targets) if config.balanced else None

@@ -1,4 +1,4 @@
-"""What a run tells others: its progress, and that a signal stopped it."""
+"""Report the progress of a run, and stop it on a signal."""
 
 import signal
 from collections.abc import Mapping

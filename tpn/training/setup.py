@@ -74,7 +74,7 @@ def set_clips(model: TPNClassifier, data: TrainData, config: TrainConfig) -> Non
         data.val.use_spec(spec.with_views(*parse_views(config.val_views)) if config.val_views else spec)
 
 
-def prepare(model: TPNClassifier, config: TrainConfig) -> None:
+def freeze_and_layout(model: TPNClassifier, config: TrainConfig) -> None:
     """Freeze what does not learn, and store weights as the run computes with them."""
     if config.checkpointing:
         model.set_grad_checkpointing()

@@ -19,10 +19,10 @@ from tpn.video.encode import write_video
 from tpn.video.tracks import Track
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
-"""Of the files that `annotate` writes."""
+"""Suffixes of the files that `annotate` writes."""
 
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf")
-"""Looked for in the system, in this order. Otherwise Pillow's own font is used, which has only ASCII."""
+"""Fonts of the system, in order of preference. Without any, Pillow's own font is used, which has only ASCII."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Label = tuple[int, Sequence[float], str]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tpn.files import StrPath
-from tpn.validation import shown
+from tpn.validation import brief
 from tpn.video.tables import MAX_DIGITS, SEPARATOR, SPLITS, Row, parse_count
 
 VIDEO_SUFFIXES = frozenset(
@@ -21,7 +21,7 @@ _FORMATS = {
     3: "Expected 'folder num_frames label' on each line, or a CSV table with the header path,num_frames,label",
 }
 MAX_CLASSES = 100_000
-"""Of numbered classes, whose names take memory although no video may have them."""
+"""Largest number of numbered classes: each takes memory for its name, even if no video has it."""
 
 _COMMA_AFTER_VIDEO = re.compile(rf"({'|'.join(sorted(VIDEO_SUFFIXES))})\"?\s*[,;]".replace(".", r"\."), re.IGNORECASE)
 _ENDS_IN_NUMBER = re.compile(r"\s[\d.]+$")
@@ -82,8 +82,8 @@ def read_list(file: StrPath, root: Path, *, num_fields: int = 2) -> list[Row]:
             continue
         path, *counts, label = fields if len(fields) > 1 else ("", line)
         if len(fields) != num_fields or _COMMA_AFTER_VIDEO.search(line) or _has_more_fields(path, root):
-            raise ValueError(f"{file}: line {number}: got {shown(line)}. {_FORMATS[num_fields]}")
-        num_frames = parse_count(f"{file}: line {number}: {shown(path)}", counts[0]) if counts else None
+            raise ValueError(f"{file}: line {number}: got {brief(line)}. {_FORMATS[num_fields]}")
+        num_frames = parse_count(f"{file}: line {number}: {brief(path)}", counts[0]) if counts else None
         rows.append(Row(number, path, (label,), num_frames=num_frames))
     return rows
 
@@ -128,7 +128,7 @@ def encode_labels(file: StrPath, labels: Sequence[str], classes: Sequence[str] |
     if are_numbers(labels) and not (classes is not None and set(labels) <= set(classes)):
         too_large = next((label for label in labels if len(label) > MAX_DIGITS or int(label) >= MAX_CLASSES), None)
         if too_large is not None:
-            raise ValueError(f"{file}: label {shown(too_large)} is too large; expected numbers from 0, below {MAX_CLASSES}")
+            raise ValueError(f"{file}: label {brief(too_large)} is too large; expected numbers from 0, below {MAX_CLASSES}")
         numbers = [int(label) for label in labels]
         largest = max(numbers, default=-1)
         names = list(classes) if classes is not None else [f"class {i}" for i in range(largest + 1)]
@@ -147,13 +147,13 @@ def _refuse_joined_labels(file: StrPath, labels: Sequence[str], classes: Sequenc
     for label in sorted(set(labels) - set(classes)):
         parts = re.split(r"\s*[,;|]\s*", label)
         if len(parts) > 1 and all(part.isdecimal() or part in known for part in parts):
-            problem = f"{file}: the label {shown(label)} looks like several labels. "
+            problem = f"{file}: the label {brief(label)} looks like several labels. "
             raise ValueError(problem + f"Separate labels by {SEPARATOR!r}, in a CSV table with the header path,label")
 
 
 def check_classes(source: StrPath, found: Collection[str], expected: Sequence[str]) -> None:
     def shorten(names: Sequence[str]) -> str:
-        return ", ".join(shown(name)[1:-1] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return ", ".join(brief(name)[1:-1] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     unknown = sorted(set(found) - set(expected))
     if unknown:

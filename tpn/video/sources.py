@@ -23,7 +23,7 @@ File = IO[bytes] | Bytes
 Array = np.ndarray[Any, Any] | Tensor
 Frame = Array | Image.Image
 Source = StrPath | File | Array | list[Frame] | tuple[Frame, ...]
-Clips = tuple[Tensor, Tensor]
+FramesAndClips = tuple[Tensor, Tensor]
 """Distinct frames of a video, uint8 (N, 3, H, W), and its clips as indices into them, int64 (clips, T)."""
 
 
@@ -51,7 +51,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-def read_clips(source: Source, spec: InputSpec, device: torch.device) -> Clips:
+def read_clips(source: Source, spec: InputSpec, device: torch.device) -> FramesAndClips:
     """Return the distinct frames that the views of a source need, and each clip as indices into them.
 
     Args:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tpn.files import StrPath, atomic_write
-from tpn.validation import shown
+from tpn.validation import brief
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ SPLITS = {
 """Names of splits, of rows and of folders, in lower case. Test rows are for validation only if there are no validation rows."""
 
 MAX_DIGITS = 9
-"""Of a number of frames, or of a class."""
+"""Largest number of digits of a number of frames or of a class."""
 
 
 COLUMNS = ("path", "label", "labels", "start", "end", "split", "group", "num_frames", "tracks", "track")
@@ -88,7 +88,7 @@ def is_table(file: StrPath) -> bool:
     if "path" in _column_names(header.split(",")):
         return True
     if any("path" in _column_names(header.split(separator)) for separator in ";\t"):
-        raise ValueError(f"{file}: the columns of a table must be separated by commas, got the header {shown(header)}")
+        raise ValueError(f"{file}: the columns of a table must be separated by commas, got the header {brief(header)}")
     return False
 
 
@@ -104,7 +104,7 @@ def read_table(file: StrPath) -> tuple[list[Row], bool]:
     names = _column_names(header)
     columns = [name for name in names if name in COLUMNS]
     if len(set(columns)) < len(columns) or "path" not in columns or ("label" in columns) == ("labels" in columns):
-        raise ValueError(f"{file}: expected one column path and one column label (or labels), got {shown(', '.join(header))}")
+        raise ValueError(f"{file}: expected one column path and one column label (or labels), got {brief(', '.join(header))}")
     for name in sorted({*names}.difference(COLUMNS)):
         if near := difflib.get_close_matches(name, {*COLUMNS}.difference(columns), n=1, cutoff=0.75):
             _logger.warning("%s: the column %r is ignored; rename it if it is %r", file, name, near[0])
@@ -189,7 +189,7 @@ def _read_parquet(file: StrPath) -> tuple[list[str], Cells]:
     for number, row in enumerate(listed, 1):
         for name, value in row.items():
             if value is not None and not isinstance(value, str | int | float):
-                raise ValueError(f"{file}: row {number}: {name} must be a number or text, got {shown(value)}")
+                raise ValueError(f"{file}: row {number}: {name} must be a number or text, got {brief(value)}")
         rows.append((number, {name.strip().lower(): _as_text(value) for name, value in row.items()}))
     return header, rows
 
@@ -205,13 +205,13 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
     if not path.strip():
         raise ValueError(f"{place}: path is empty")
     if split and split.lower() not in SPLITS:
-        raise ValueError(f"{place}: split must be {', '.join(SPLITS)}, or empty, got {shown(split)}")
+        raise ValueError(f"{place}: split must be {', '.join(SPLITS)}, or empty, got {brief(split)}")
     start, end = (_parse_seconds(place, name, cells.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise ValueError(f"{place}: end must be later than start, got start={start or 0:g} and end={end:g}")
     num_frames, tracks, track = (cells.get(name, "").strip() for name in ("num_frames", "tracks", "track"))
     if bool(tracks) != bool(track) or not (track or "0").isdecimal() or len(track) > MAX_DIGITS:
-        raise ValueError(f"{place}: tracks must be a file and track an id in it, got {shown(tracks)} and {shown(track)}")
+        raise ValueError(f"{place}: tracks must be a file and track an id in it, got {brief(tracks)} and {brief(track)}")
     return Row(
         number,
         path,
@@ -229,7 +229,7 @@ def _parse_row(place: str, number: int, cells: Mapping[str, str]) -> Row:
 def parse_count(place: str, cell: str) -> int:
     """Return a number of frames. Raises ValueError that starts with `place`."""
     if not cell.isdecimal() or len(cell) > MAX_DIGITS or not int(cell):
-        raise ValueError(f"{place}: num_frames must be a positive integer of at most {MAX_DIGITS} digits, got {shown(cell)}")
+        raise ValueError(f"{place}: num_frames must be a positive integer of at most {MAX_DIGITS} digits, got {brief(cell)}")
     return int(cell)
 
 
@@ -241,7 +241,7 @@ def _parse_labels(place: str, cells: Mapping[str, str]) -> tuple[str, ...]:
         raise ValueError(f"{place}: label is empty; a column named labels may have empty cells, for videos without a class")
     labels = tuple(label.strip() for label in cell.split(SEPARATOR))
     if "" in labels or len(set(labels)) < len(labels):
-        raise ValueError(f"{place}: expected different labels, separated by {SEPARATOR!r}, got {shown(cell)}")
+        raise ValueError(f"{place}: expected different labels, separated by {SEPARATOR!r}, got {brief(cell)}")
     return labels
 
 
@@ -253,7 +253,7 @@ def _parse_seconds(place: str, name: str, cell: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"{place}: {name} must be a number of seconds, at least 0, got {shown(cell)}")
+        raise ValueError(f"{place}: {name} must be a number of seconds, at least 0, got {brief(cell)}")
     return seconds
 
 

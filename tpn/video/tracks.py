@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tpn.files import StrPath
-from tpn.validation import check_int, shown
+from tpn.validation import brief, check_int
 from tpn.video.tables import csv_lines
 
 Boxes = NDArray[np.float64]
@@ -57,7 +57,7 @@ class Track:
 
     def __post_init__(self) -> None:
         if isinstance(self.id, bool) or not isinstance(self.id, int | np.integer):
-            raise TypeError(f"id must be an integer, got {shown(self.id)}")
+            raise TypeError(f"id must be an integer, got {brief(self.id)}")
         frames, boxes = np.asarray(self.frames, np.float64), np.asarray(self.boxes, np.float64)
         if frames.ndim != 1 or not len(frames) or boxes.shape != (len(frames), 4):
             raise ValueError(
@@ -147,7 +147,7 @@ def _read_file(path: StrPath) -> tuple[Boxes, Callable[[int], str]]:
     has_header = names[0].isidentifier() or "frame" in names  # pandas writes a first column without a name
     expected = CORNERS if has_header and "w" not in names else COLUMNS
     if has_header and not set(expected) <= set(names):
-        found = shown(", ".join(head[1]))
+        found = brief(", ".join(head[1]))
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} or {', '.join(CORNERS)}, got {found}")
     places = [names.index(name) for name in expected] if has_header else list(range(len(COLUMNS)))
     numbers, values = array("q"), array("d")  # a list would take ten times the memory
@@ -155,7 +155,7 @@ def _read_file(path: StrPath) -> tuple[Boxes, Callable[[int], str]]:
         try:
             values.extend([float(cells[place]) for place in places])
         except (ValueError, IndexError):
-            wanted, found = ", ".join(expected), shown(",".join(cells))
+            wanted, found = ", ".join(expected), brief(",".join(cells))
             raise ValueError(f"{path}: line {number}: expected numbers {wanted}, separated by commas, got {found}") from None
         numbers.append(number)
     table = np.array(values).reshape(-1, len(COLUMNS))
@@ -204,7 +204,7 @@ def _group(rows: Boxes, place: Callable[[int], str]) -> list[Track]:
 
 def _sorted(id: int, arrays: tuple[ArrayLike, ArrayLike]) -> Track:
     if not isinstance(arrays, list | tuple) or len(arrays) != 2:
-        raise ValueError(f"track {id}: expected a pair of frames (N,) and boxes (N, 4), got {shown(arrays)}")
+        raise ValueError(f"track {id}: expected a pair of frames (N,) and boxes (N, 4), got {brief(arrays)}")
     frames, boxes = (np.asarray(each) for each in arrays)
     if frames.ndim == 1 and frames.shape == boxes.shape[:1]:  # `Track` refuses other shapes
         order = np.argsort(frames, kind="stable")

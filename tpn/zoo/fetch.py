@@ -3,8 +3,8 @@
 Embedded weights are read from this package. For other entries `pretrained=True` takes the first of these that has them, and logs
 which one it was:
 
-1. the cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, else $TPN_CACHE, else "tpn" among the
-   Hub's assets ($HF_ASSETS_CACHE);
+1. the cache: `{cache}/{model}.{tag}/model.safetensors`, where the cache is `cache_dir`, otherwise $TPN_CACHE, otherwise
+   "tpn" among the Hub's assets ($HF_ASSETS_CACHE);
 2. with $TPN_HUB_NAMESPACE, the Hub repository `{namespace}/{model}.{tag}` of that owner, whom the user trusts;
 3. the entry's source: a Hub repository; a direct link, whose file is downloaded, compared with its hash, converted once, and
    stored as 1; or a page, which the error names with the `tpn convert` command that stores the downloaded file as 1.

@@ -24,7 +24,7 @@ from tpn.errors import CheckpointError, UnknownModelError
 from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.layers import BATCH_NORMS
-from tpn.validation import shown
+from tpn.validation import brief
 from tpn.version import __version__
 from tpn.zoo.checkpoints import get_checkpoint
 from tpn.zoo.convert import check_fit
@@ -162,7 +162,7 @@ def _check_sha256(path: Path, values: Mapping[str, Any]) -> None:
     """Raise CheckpointError if weights differ from their SHA-256 in `config.json`, which earlier versions did not write."""
     if "weights_sha256" in values and (actual := file_sha256(path.with_name(WEIGHTS_FILE))) != values["weights_sha256"]:
         raise CheckpointError(
-            f"{path}: {WEIGHTS_FILE} does not match weights_sha256 (got {actual}, expected {shown(values['weights_sha256'])}). "
+            f"{path}: {WEIGHTS_FILE} does not match weights_sha256 (got {actual}, expected {brief(values['weights_sha256'])}). "
             f"It is damaged, or from another save. Copy both files of one save, or pass {WEIGHTS_FILE} alone as checkpoint_path"
         )
 
@@ -171,7 +171,7 @@ def _check_unchanged(path: Path, config: ModelConfig, trained: ModelConfig) -> N
     """Raise CheckpointError if a field that decides what the network computes differs from that in the weights."""
     own, saved = _network_fields(config), _network_fields(trained)
     for name in {**own, **saved}:
-        got, expected = (shown(found[name]) if name in found else "missing" for found in (own, saved))
+        got, expected = (brief(found[name]) if name in found else "missing" for found in (own, saved))
         if got != expected or own.get(name) != saved.get(name):
             raise CheckpointError(
                 f"{path}: {name} is {got}, but {WEIGHTS_FILE} was saved with {expected}. "
@@ -206,8 +206,8 @@ def _check_network(path: Path, config: ModelConfig, shapes: Mapping[str, tuple[i
     except UnknownModelError:
         return
     except Exception as error:  # each network raises its own type
-        if "meta" not in str(error).lower():  # operations that need values, or that PyTorch has not for this device
-            fields = ", ".join(f"{name}={shown(value)}" for name, value in _network_fields(config).items())
+        if "meta" not in str(error).lower():  # operations that need values, or that PyTorch lacks on this device
+            fields = ", ".join(f"{name}={brief(value)}" for name, value in _network_fields(config).items())
             raise CheckpointError(f"{path}: cannot build the network of {fields[:600]} ({str(error)[:600]})") from error
 
 

@@ -1,7 +1,7 @@
 """Read the pickle of a `.pth` file. Nothing that it names is imported, built, or called.
 
 A pickle is a program for a small stack machine. The machine here has no instruction that leads out of it: it has strings,
-numbers, tuples, lists, dictionaries, and tensors. Every other object becomes an `Other`, which is only a description.
+numbers, tuples, lists, dictionaries, and tensors. Every other object becomes a `Placeholder`, which is only a description.
 """
 
 import pickletools
@@ -61,7 +61,7 @@ class Name(NamedTuple):
         return clipped(f"{self.module}.{self.name}")
 
 
-class Other:
+class Placeholder:
     """Takes the place of every object that is not read."""
 
     __slots__ = ("kind",)
@@ -104,7 +104,7 @@ _PUSH_NEW: Mapping[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: Other("a set"),
+    "EMPTY_SET": lambda: Placeholder("a set"),
 }
 _PUT, _GET = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -144,7 +144,7 @@ class Unpickler:
         return self._stack.pop()
 
     def _step(self, name: str, argument: Any) -> None:
-        """Execute an instruction that does more than to push a value."""
+        """Execute an instruction that does more than push a value."""
         stack = self._stack
         match name:
             case "PROTO" | "FRAME":
@@ -167,7 +167,7 @@ class Unpickler:
                 self._stack.append(tuple(values))
             case "LIST" | "DICT" | "FROZENSET":
                 values = self._pop_to_mark()
-                self._stack.append(values if name == "LIST" else _dict_of(values) if name == "DICT" else Other("a set"))
+                self._stack.append(values if name == "LIST" else _dict_of(values) if name == "DICT" else Placeholder("a set"))
             case "APPEND" | "APPENDS":
                 values = [stack.pop()] if name == "APPEND" else self._pop_to_mark()
                 if type(self._stack[-1]) is list:
@@ -194,7 +194,7 @@ class Unpickler:
         values, self._stack = self._stack, self._below.pop()
         return values
 
-    def _storage(self, identifier: Any) -> Storage | Other:
+    def _storage(self, identifier: Any) -> Storage | Placeholder:
         """Return what an identifier stands for: ("storage", type, key, location, number of values), and None in old files.
 
         The earliest files have a view in place of None: a part of another storage, which is not read.
@@ -206,8 +206,8 @@ class Unpickler:
                 self.storages[key] = _STORAGE_TYPES[kind]
                 return Storage(_STORAGE_TYPES[kind], key)
             case ("storage", Name() as kind, *_):
-                return Other(f"a {kind}")
-        return Other("an object outside the pickle")
+                return Placeholder(f"a {kind}")
+        return Placeholder("an object outside the pickle")
 
 
 def _name(module: Any, name: Any) -> Name:
@@ -226,7 +226,7 @@ def _name(module: Any, name: Any) -> Name:
 def _result(function: Any, arguments: Any) -> Any:
     """Return what takes the place of the result of a call."""
     if not isinstance(function, Name) or type(arguments) is not tuple:
-        return Other("an object")
+        return Placeholder("an object")
     if function == _ORDERED_DICT:  # Python 2 passes [[key, value], ...]
         pairs = arguments[0] if arguments and type(arguments[0]) is list else []
         return _dict_of([value for pair in pairs if type(pair) is list for value in pair])
@@ -236,8 +236,8 @@ def _result(function: Any, arguments: Any) -> Any:
         return _result(arguments[0], arguments[2])
     if function in _TENSORS and len(arguments) >= 4:
         storage = arguments[0]
-        return Entry(*arguments[:4]) if isinstance(storage, Storage) else Other(f"a tensor in {kind_of(storage)}")
-    return Other(f"an object of {function}")
+        return Entry(*arguments[:4]) if isinstance(storage, Storage) else Placeholder(f"a tensor in {kind_of(storage)}")
+    return Placeholder(f"an object of {function}")
 
 
 def _dict_of(items: list[Any]) -> dict[str, Any]:
@@ -248,10 +248,10 @@ def _dict_of(items: list[Any]) -> dict[str, Any]:
             found[key] = value
         else:
             name = clipped(str(key)) if type(key) is int else kind_of(key)
-            found[name] = Other(f"an entry with the key {name}, which is no string")
+            found[name] = Placeholder(f"an entry with the key {name}, which is no string")
     return found
 
 
 def kind_of(value: Any) -> str:
     """Return what a value of a pickle is, for messages."""
-    return value.kind if isinstance(value, Other) else "Tensor" if isinstance(value, Entry) else type(value).__name__
+    return value.kind if isinstance(value, Placeholder) else "Tensor" if isinstance(value, Entry) else type(value).__name__
