@@ -99,6 +99,25 @@ def open_model(
     return load(name, precision=precision)
 
 
+def _open_for_use(
+    name: StrPath, pretrained: bool | None, device: torch.device | None, precision: str | None, compile: bool, **kwargs: Any
+) -> TPNClassifier | ExportedClassifier:
+    """Return the model of a name. Warn if its classes are random, and refuse what an exported file cannot do."""
+    has_weights = kwargs.get("checkpoint_path") is not None
+    trained = has_weights or is_saved(name) or is_exported(name)
+    if pretrained is False and not trained:
+        warnings.warn(f"{name} has random weights, and its classes are random: pass pretrained=True", stacklevel=3)
+    model = open_model(name, not has_weights if pretrained is None else pretrained, precision=precision, **kwargs)
+    if kwargs.get("num_classes") and not trained and model.labels is None:
+        warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=3)
+    if isinstance(model, ExportedClassifier):
+        if compile:
+            raise ValueError(f"{name} is an exported file, which is not compiled; leave compile out")
+        if device is not None and device.type != "cpu" and not str(name).endswith(".pt2"):
+            raise ValueError(f"{name} runs on the CPU, got device {str(device)!r}; leave device out")
+    return model
+
+
 @cache
 def _prepare_forks() -> None:
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
@@ -152,18 +171,8 @@ class VideoClassifier:
         if device is not None:
             device = resolve_device(device)
         if isinstance(model, str | os.PathLike):
-            name, has_weights = model, kwargs.get("checkpoint_path") is not None
-            saved = is_saved(name) or is_exported(name)
-            if pretrained is False and not has_weights and not saved:
-                warnings.warn(f"{name} has random weights, and its classes are random: pass pretrained=True", stacklevel=2)
-            model = open_model(name, not has_weights if pretrained is None else pretrained, precision=precision, **kwargs)
-            if kwargs.get("num_classes") and not has_weights and model.labels is None and not saved:
-                warnings.warn(f"num_classes={model.num_classes}: the classifier of {name} is untrained", stacklevel=2)
+            model = _open_for_use(model, pretrained, device, precision, compile, **kwargs)
             if isinstance(model, ExportedClassifier):
-                if compile:
-                    raise ValueError(f"{name} is an exported file, which is not compiled; leave compile out")
-                if device is not None and device.type != "cpu" and not str(name).endswith(".pt2"):
-                    raise ValueError(f"{name} runs on the CPU, got device {str(device)!r}; leave device out")
                 precision = None
             else:
                 device = device or ("cuda" if torch.cuda.is_available() else "cpu")
