@@ -252,9 +252,9 @@ def test_sizes(num_crops, tmp_path):
     model = tpn.build(Pyramid(), num_classes=5, input_spec=spec)
     published = 48 if num_crops == 3 else 40
     spec = export.load(export.export_pt2(model, tmp_path / "a.pt2")).input_spec
-    assert (spec.crop_size, spec.three_crop_size, spec.short_side) == (published, published, 48)
+    assert (spec.crop_size, spec.with_views(num_crops=3).view_size, spec.short_side) == (published, published, 48)
     spec = export.load(export.export_pt2(model, tmp_path / "b.pt2", size=2 * published)).input_spec
-    assert (spec.crop_size, spec.three_crop_size, spec.short_side) == (2 * published, 2 * published, 96)
+    assert (spec.crop_size, spec.with_views(num_crops=3).view_size, spec.short_side) == (2 * published, 2 * published, 96)
     video = torch.randint(0, 256, (9, 3, 60, 90), dtype=torch.uint8)
     assert len(tpn.VideoClassifier(export.load(tmp_path / "b.pt2"))(video).view_logits) == 10 * num_crops
 

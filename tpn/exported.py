@@ -153,7 +153,7 @@ def _resized(spec: InputSpec, size: int | None) -> InputSpec:
     size = spec.view_size if size is None else size
     check_int("size", size, minimum=1)
     short_side = max(round(spec.short_side * size / spec.view_size), size)
-    return replace(spec, crop_size=size, three_crop_size=size, short_side=short_side)
+    return replace(spec, crop_size=size, three_crop_size=None if size == short_side else size, short_side=short_side)
 
 
 def clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
