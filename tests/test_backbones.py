@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from backbones import BACKBONES, MORE_BACKBONES, WITHOUT_GRADIENT, assert_same, clips, small, switch_on
+from huggingface_hub import constants
 from safetensors.torch import save
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
@@ -282,6 +283,15 @@ def test_damaged_weights_of_a_video_network_are_fetched_again(tmp_path, monkeypa
 def test_weights_of_a_backbone_that_cannot_be_fetched(hub, tmp_path):
     with pytest.raises(tpn.WeightsUnavailableError, match="timm/resnet18.tv_in1k"):
         small("timm/resnet18.tv_in1k", backbone_pretrained=True, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18.tv_in1k", "torchvision/r3d_18"])
+def test_offline(hub, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(tpn.WeightsUnavailableError, match=f"{name}.*HF_HUB_OFFLINE forbids requests") as error:
+        small(name, num_frames=8, backbone_pretrained=True, cache_dir=tmp_path)
+    assert not re.search("tries: [^1]", str(error.value))
+    assert hub.requests == []
 
 
 def test_on_the_hub_and_through_timm(hub, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("hub", "cache")
 
 DATA = np.random.default_rng(0).bytes(1_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-TIMEOUT = 0.3
+TIMEOUT = 1
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def test_check_model_downloads_damaged_files_again(hub, commit, server, publishe
         os.utime(path, ns=times)
         done = call(cli.main, "tpn", "check-model", name)
         assert (done.returncode, path.read_bytes()) == (0, good)
-        assert done.stdout.endswith(f" tensors, SHA-256 {files.file_sha256(path)}\n")
+        assert done.stdout.endswith(f" tensors, SHA-256 {files.file_sha256(path)}, verified\n")
 
 
 def test_record_that_cannot_be_written(tmp_path, hashed):

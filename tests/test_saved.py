@@ -309,7 +309,7 @@ def test_check_model(tmp_path):
 
     folder = tpn.save_pretrained(narrow(), tmp_path / "model")
     path = folder / "model.safetensors"
-    assert check(folder) == (0, f"{path}: {len(load_file(path))} tensors, SHA-256 {sha256(path)}\n", "")
+    assert check(folder) == (0, f"{path}: {len(load_file(path))} tensors, SHA-256 {sha256(path)}, verified\n", "")
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     code, out, error = check(f"local-dir:{folder}")
     assert (code, out) == (1, "")

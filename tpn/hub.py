@@ -125,7 +125,7 @@ class _Source:
     def fetch(self, revision: str, files: tuple[str, ...], cached: Path | None, damaged: list[Path]) -> Path:
         """Return the folder of the commit that a revision is now, with files that are downloaded unless they are there."""
         if constants.HF_HUB_OFFLINE:
-            raise HubUnreachableError(f"{self.repo} is not complete in the cache, and HF_HUB_OFFLINE forbids requests")
+            raise HubUnreachableError(f"{self.repo} is not complete in the cache, and HF_HUB_OFFLINE forbids requests; unset it")
         commit = self._metadata(revision, files[0]).commit_hash
         if cached is not None and cached.name == commit:
             return cached

@@ -175,6 +175,8 @@ class _Download:
 
     def request_rest(self) -> None:
         """Request what is missing, and check the whole. TransferError if it is not complete, or not the expected file."""
+        if constants.HF_HUB_OFFLINE:
+            raise TransferError("HF_HUB_OFFLINE forbids requests", retryable=False)
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise TransferError(f"the address must start with http:// or https://, got {self.url}", retryable=False)
         if self.received != self.size:  # it is equal where only the end of the response was missing
