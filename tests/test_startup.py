@@ -54,6 +54,21 @@ def test_help_completion_and_list_do_not_import_pytorch(tmp_path):
     run_python(WITHOUT_PYTORCH, tmp_path)
 
 
+WITHOUT_TIMM = """
+import os, sys
+from scripts import call
+from tpn.cli import main
+done = call(main, "tpn", "predict", os.environ["VIDEO"], "--model", "tpn_slowonly_tiny_motion")
+assert done.returncode == 0, done
+assert not {"timm", "torchvision", "torch._dynamo"} & sys.modules.keys()
+"""
+
+
+def test_prediction_does_not_import_timm(tmp_path, videos):
+    """timm and torchvision import PyTorch's compiler, which takes longer than PyTorch itself."""
+    run_python(WITHOUT_TIMM, tmp_path, VIDEO=str(videos / "train" / "blinking" / "000000.mp4"))
+
+
 def complete(monkeypatch, *words):
     """The completions of the last word after `tpn`."""
     monkeypatch.setenv("_TPN_COMPLETE", "complete_bash")

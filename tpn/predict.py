@@ -30,7 +30,9 @@ from tpn.zoo.create import create_model
 from tpn.zoo.names import is_exported, is_saved
 
 Progress = Callable[[int, int], None]
+"""Called with the number of finished items and with that of all."""
 Unreadable = VideoError | OSError
+"""Why a video cannot be read."""
 Model = TPNClassifier | FeatureModel | ExportedClassifier
 
 _logger = logging.getLogger(__name__)

@@ -98,6 +98,8 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 def init_weights(module: nn.Module, *, conv: Callable[[Tensor], Tensor]) -> None:
     """Initialize every convolution with `conv`, every batch norm with (1, 0), every linear with N(0, 0.01)."""
+    if any(parameter.is_meta for parameter in module.parameters()):  # no values; PyTorch would import its compiler for them
+        return
     for m in module.modules():
         if isinstance(m, nn.Conv2d | nn.Conv3d):
             conv(m.weight)

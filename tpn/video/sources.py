@@ -21,6 +21,7 @@ from tpn.video.decode import VideoError
 Bytes = bytes | bytearray | memoryview
 File = IO[bytes] | Bytes
 Array = np.ndarray[Any, Any] | Tensor
+"""Frames in memory, uint8; the layout is stated where they are taken."""
 Frame = Array | Image.Image
 Source = StrPath | File | Array | list[Frame] | tuple[Frame, ...]
 FramesAndClips = tuple[Tensor, Tensor]

@@ -96,6 +96,7 @@ class Track:
 
 
 TrackSource = StrPath | Mapping[int, tuple[ArrayLike, ArrayLike]] | NDArray[Any] | Sequence[Track]
+"""Tracks in one of the forms that `read_tracks` reads."""
 
 
 @np.errstate(over="ignore", invalid="ignore")  # such numbers are refused

@@ -1,4 +1,7 @@
-"""Networks for images as backbones: any network of timm, or a module of your own, run on each frame of a clip."""
+"""Networks for images as backbones: any network of timm, or a module of your own, run on each frame of a clip.
+
+timm and torchvision take longer to import than PyTorch itself: other models do not wait for them.
+"""
 
 import logging
 from collections import Counter
@@ -7,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import timm
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -128,6 +130,8 @@ def _is_residual_block(module: nn.Module) -> bool:
 
 
 def _input_defaults(name: str, args: Mapping[str, Any]) -> InputDefaults:
+    import timm
+
     _check_name(name)
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
@@ -163,6 +167,8 @@ def timm_backbone(
 
     Raises UnknownModelError; ValueError if timm cannot build it; WeightsUnavailableError.
     """
+    import timm
+
     _check_name(name)
     check_bool("temporal_shift", temporal_shift)
     check_network_args(args, out_indices)
@@ -219,6 +225,8 @@ def check_network_args(args: Mapping[str, Any], out_indices: Sequence[int]) -> N
 
 
 def _check_name(name: str) -> None:
+    import timm
+
     model = name.partition(".")[0]
     if not timm.is_model(model):
         near = nearest(name, timm.list_models())
@@ -229,6 +237,8 @@ def _check_name(name: str) -> None:
 
 def _weights(name: str, cache_dir: StrPath | None) -> Any:
     """Fetch the weights like those of the zoo; None where only timm knows how."""
+    import timm
+
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id or cfg.custom_load:
         return None

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -80,11 +79,13 @@ def torchvision_backbone(
 
     Raises UnknownModelError, ValueError, WeightsUnavailableError.
     """
+    from torchvision.models import get_model
+
     weights = _weights(name)
     if in_chans != 3:
         raise ValueError(f"in_chans must be 3 for torchvision/{name}, got {in_chans}; timm's networks take any number")
     check_network_args(args, out_indices)
-    net = torchvision.models.get_model(name, weights=None, **args)
+    net = get_model(name, weights=None, **args)
     if pretrained:
         folder = hub.cache_folder(cache_dir) or Path(torch.hub.get_dir(), "checkpoints")
         path = folder / weights.url.rpartition("/")[2]
@@ -97,9 +98,11 @@ def torchvision_backbone(
 
 
 def _weights(name: str) -> Any:
+    from torchvision.models import get_model_weights
+
     if name not in STAGES:
         raise UnknownModelError(f"torchvision/{name} is not a backbone here; available: {', '.join(STAGES)}")
-    return torchvision.models.get_model_weights(name).DEFAULT
+    return get_model_weights(name).DEFAULT
 
 
 def _residual(net: Any) -> Sequence[nn.Module]:
