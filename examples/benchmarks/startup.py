@@ -4,7 +4,8 @@
     python examples/benchmarks/startup.py --repeats 20 --output startup.json
 
 Every command is a new process. Commands take turns; the table has medians, and ratios to `python -c pass`. CPU time tells more
-than wall time on a busy machine. "import torch" is for comparison. Shells run "completion" at each press of the tab key.
+than wall time on a busy machine. "import torch" is for comparison with
+"import tpn.predict", which `tpn predict` needs. Shells run "completion" at each press of the tab key.
 """
 
 import argparse
@@ -35,6 +36,7 @@ COMMANDS: dict[str, list[str]] = {
     "tpn list": [*TPN, "list"],
     "tpn info": [*TPN, "info", "tpn_slowonly_r50_k400"],
     "import torch": ["-c", "import torch"],
+    "import tpn.predict": ["-c", "import tpn.predict"],
 }
 COMPLETION = {"_TPN_COMPLETE": "complete_bash", "COMP_WORDS": "tpn predict --model tpn_", "COMP_CWORD": "3"}
 
