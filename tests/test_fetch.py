@@ -384,7 +384,7 @@ def test_read_only_cache(published, hub):
             path.chmod(0o555 if path.is_dir() else 0o444)
         os.chmod(folder, 0o755)
         script = small.script_of(published) + (
-            "import encodings.idna, os, tpn.zoo.create\n"  # a folder that only root may read can hold Python
+            "import encodings.idna, os, timm, tpn.zoo.create\n"  # a folder that only root may read can hold Python
             "if os.getuid() == 0: os.setuid(65534)  # permissions do not apply to root\n"
             f"for name, place in ({SLOWONLY!r}, {str(filled)!r}), ('hf-hub:me/x', {str(filled)!r}), ({SLOWONLY!r}, {str(empty)!r}):\n"
             "    try: print(tpn.create_model(name, True, cache_dir=place).num_classes)\n"
