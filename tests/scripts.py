@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -45,7 +44,7 @@ def call_example(name, *args):
 
 
 def fork_example(name, *args, before=""):
-    """Do what `run_example` does, without the imports; see `forks`."""
+    """Run a script in a fork, see `forks`; `before` is code that changes the module `example` first."""
     path = [str(ROOT / "tests"), str((ROOT / "examples" / f"{name}.py").parent)]
     script = f"import sys\nsys.path[:0] = {path}\nfrom scripts import example\nexample = example({name!r})\n{before}\n"
     done = run_forked(f"{script}example.run_cli(example.main)\n", argv=args)
@@ -53,21 +52,12 @@ def fork_example(name, *args, before=""):
     return done
 
 
-def run_example(name, *args, processes=0, before="", check=True):
-    """Run a script as a command, with `processes` under torchrun. `before` is code that changes the module `example` first."""
+def run_example(name, *args, check=True):
+    """Run a script as a command."""
     script = ROOT / "examples" / f"{name}.py"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", script.parent))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    with tempfile.TemporaryDirectory() as folder:
-        if before:
-            script = Path(folder, "changed.py")
-            script.write_text(
-                f"import sys\nfrom scripts import example\nexample = example({name!r})\n{before}\n"
-                "if __name__ == '__main__':\n    example.run_cli(example.main)\n"
-            )
-        done = subprocess.run([*map(str, (*command, script, *args))], env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *map(str, (script, *args))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, done.stderr
     return done

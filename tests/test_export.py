@@ -40,7 +40,7 @@ MODELS = {
     "TSM": ("tpn_tsm_r50_sthv1", {"shift_shortcut": True}),
     "SlowOnly without pyramid": ("slowonly_r50_k400", {"depth": 18}),
     "timm": ("tpn", {"backbone": "timm/resnet18", "flow_order": "top_down", "num_classes": 5, "input_spec": SPEC}),
-    "timm, shifted": ("tpn", {"backbone": "timm/seresnet18", "temporal_shift": True, "num_classes": 5, "input_spec": SPEC}),
+    "timm, shifted": ("tpn", {"backbone": "timm/regnety_002", "temporal_shift": True, "num_classes": 5, "input_spec": SPEC}),
     "torchvision": ("tpn", {"backbone": "torchvision/r3d_18", "num_classes": 5, "input_spec": SPEC}),
 }
 """Name and arguments of each model."""

@@ -65,7 +65,7 @@ assert not {"timm", "torchvision", "torch._dynamo"} & sys.modules.keys()
 
 
 def test_prediction_does_not_import_timm(tmp_path, videos):
-    """timm and torchvision import PyTorch's compiler, which takes longer than PyTorch itself."""
+    """timm and torchvision also import PyTorch's compiler; together, they double the time before a prediction."""
     run_python(WITHOUT_TIMM, tmp_path, VIDEO=str(videos / "train" / "blinking" / "000000.mp4"))
 
 

@@ -4,8 +4,8 @@
     python examples/benchmarks/startup.py --repeats 20 --output startup.json
 
 Every command is a new process. Commands take turns; the table has medians, and ratios to `python -c pass`. CPU time tells more
-than wall time on a busy machine. "import torch" is for comparison with
-"import tpn.predict", which `tpn predict` needs. Shells run "completion" at each press of the tab key.
+than wall time on a busy machine. "import torch" is for comparison; `tpn predict` waits for "import tpn.predict". Shells run
+"completion" at each press of the tab key.
 """
 
 import argparse

@@ -145,7 +145,7 @@ def adapt_stem(state_dict: dict[str, Tensor], name: str, in_chans: int) -> bool:
     weight = state_dict.get(name)
     if weight is None or weight.ndim < 4 or weight.shape[1] != 3 or in_chans == 3:
         return False
-    from timm.models import adapt_input_conv  # timm takes longer to import than PyTorch
+    from timm.models import adapt_input_conv  # not at the top, see `tpn.models.backbones.timm`
 
     flat = adapt_input_conv(in_chans, weight.flatten(2, -2))  # timm takes 2D kernels: (O, I, T*H, W)
     state_dict[name] = flat.reshape(weight.shape[0], in_chans, *weight.shape[2:])

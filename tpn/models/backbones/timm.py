@@ -1,6 +1,6 @@
 """Networks for images as backbones: any network of timm, or a module of your own, run on each frame of a clip.
 
-timm and torchvision take longer to import than PyTorch itself: other models do not wait for them.
+timm and torchvision take about as long to import as PyTorch: other models do not wait for them.
 """
 
 import logging
