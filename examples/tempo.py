@@ -32,7 +32,7 @@ NUM_FRAMES = 34
 TRAINED = (0.5, 2.0)
 TESTED = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no pyramid": {"pyramid": False},
+    "no pyramid": {"neck": None},
     "top-down": {"flow_order": "top_down"},
     "bottom-up": {"flow_order": "bottom_up"},
     "parallel": {"flow_order": "parallel"},

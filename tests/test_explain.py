@@ -276,6 +276,8 @@ def test_errors(classifier, video, monkeypatch):
         explain(classifier, video, method="cam")
     with pytest.raises(ValueError, match="num_classes=0"):
         explain(tpn.create_model(NAME, num_classes=0), video)
+    with pytest.raises(TypeError, match="TPNClassifier, got str"):
+        explain(NAME, video)
     with pytest.raises(TypeError, match="TPNClassifier, got ReLU"):
         grad_cam(nn.ReLU(), torch.zeros(1), 0)
     find = importlib.util.find_spec

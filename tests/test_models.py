@@ -322,12 +322,14 @@ def test_model_of_your_own_parts():
     assert (model.num_classes, model.num_features, model.in_chans, model.labels) == (5, 128, 3, None)
 
 
-@pytest.mark.parametrize("make", [lambda **k: ResNet3dSlowOnly(18, **k), lambda **k: ResNetTSM(50, **k)])
-def test_zero_init_last(make):
+@pytest.mark.parametrize(
+    ("make", "norm"), [(lambda **k: ResNet3dSlowOnly(18, **k), "bn2"), (lambda **k: ResNetTSM(50, **k), "bn3")]
+)
+def test_zero_init_last(make, norm):
     backbone = make(base_channels=8, zero_init_last=True)
     for block in (*backbone.layer1, *backbone.layer4):
-        assert not block.last_norm.weight.any()
-    assert all(block.last_norm.weight.all() for block in make(base_channels=8).layer1)
+        assert not getattr(block, norm).weight.any()
+    assert all(getattr(block, norm).weight.all() for block in make(base_channels=8).layer1)
 
 
 @pytest.mark.parametrize(

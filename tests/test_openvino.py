@@ -362,10 +362,20 @@ def test_decisions():
 
 def test_split(model, clips, tmp_path):
     table = write_table(clips, tmp_path / "table.csv")
-    calibration, held_back = quantization.open_data(table, model.input_spec, model.labels)
+    calibration, held_back = quantization.divide_data(table, model.input_spec, model.labels)
     assert {item.split for item in calibration.items} == {"train"}
     assert {item.split for item in held_back.items} == {"val"}
     assert calibration.classes == held_back.classes == model.labels
+
+
+@pytest.mark.parametrize(("third", "held_back"), [("test", {"val"}), ("train", {"val"}), ("", {"val"})])
+def test_test_rows_do_not_choose_the_network(model, clips, tmp_path, third, held_back):
+    table = write_table(clips, tmp_path / "table.csv")
+    first, *rows = table.read_text().splitlines()
+    rows = [row.removesuffix("train") + third if "1.mp4" in row else row for row in rows]
+    table.write_text("\n".join((first, *rows)))
+    _, chosen = quantization.divide_data(table, model.input_spec, model.labels)
+    assert {item.split for item in chosen.items} == held_back
 
 
 @pytest.mark.slow
@@ -410,4 +420,4 @@ def test_options_of_int8(clips, tmp_path):
     single.mkdir(parents=True)
     shutil.copy(next(clips.rglob("*.mp4")), single)
     with pytest.raises(ValueError, match="at least 2"):
-        quantization.open_data(tmp_path / "one", SPEC, None)
+        quantization.divide_data(tmp_path / "one", SPEC, None)

@@ -71,6 +71,7 @@ def test_given_model_does_not_change():
     assert hooks == [m for m in (*model.modules(), *fast.modules()) if m._forward_hooks or m._forward_pre_hooks] == []
     nn.init.zeros_(model.head.fc.weight)
     assert fast.head.fc.weight.abs().sum() > 0
+    assert fast.architecture == model.architecture == "tpn_tsm_r50_sthv1"
 
 
 def test_half_precision_and_its_report():

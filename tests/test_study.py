@@ -6,6 +6,7 @@ import re
 import pytest
 from scripts import fork_example
 
+import tpn
 from tpn.video import motion
 
 pytestmark = pytest.mark.slow
@@ -62,3 +63,26 @@ def test_a_study_resumes(data, tmp_path, name, before, options):
     assert [json.loads(line)["top1"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [
         r["top1"] for r in rows
     ]
+
+
+def test_tempo(tmp_path):
+    before = """
+example.NUM_FRAMES, example.TESTED, example.WITHOUT_TIME = 16, (1.0,), ("one frame",)
+example.VARIANTS = {name: example.VARIANTS[name] for name in ("no pyramid", "cascade")}
+"""
+    command = ["tempo", "--output", tmp_path, "--seeds", 1, "--clips", 3, "--test-clips", 1, "--epochs", 1, "--workers", 0]
+    printed = fork_example(*command, before=before).stdout
+    tables = (tmp_path / "tempo.md").read_text(encoding="utf-8")
+    assert printed.strip().endswith(tables.strip())
+    assert re.findall(r"^\| (.+?) \|", tables, re.MULTILINE) == [
+        "variant",
+        "no pyramid",
+        "cascade",
+        "clips",
+        "one frame",
+        "one frame",
+    ]
+    models = [tpn.create_model(f"local-dir:{tmp_path / name}") for name in ("no pyramid 0", "cascade 0")]
+    assert models[0].neck is None
+    assert models[1].config.neck.args["flow_order"] == "cascade"
+    assert (tmp_path / "tempo.png").exists()

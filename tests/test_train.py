@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from tpn.video.datasets import VideoFolder
 
 
 def test_training_writes_metrics_and_models(videos, tmp_path):
+    threads = threading.active_count()
     result = fit(videos, tmp_path, epochs=3, warmup=1 / 3, lr=0.04, lr_batch=16)
+    assert threading.active_count() == threads
     lines = metrics(tmp_path)
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 10))

@@ -102,6 +102,11 @@ class InputSpec:
         return self.num_clips * self.num_crops * (2 if self.flip else 1)
 
     @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, S, S) of a center crop."""
+        return self.in_chans, self.num_frames, self.crop_size, self.crop_size
+
+    @property
     def view_size(self) -> int:
         """Side of the crops of the test protocol, in pixels."""
         return (self.three_crop_size or self.short_side) if self.num_crops == 3 else self.crop_size

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tpn.errors import nearest
 from tpn.files import StrPath, atomic_write
-from tpn.models.classifier import TPNClassifier
+from tpn.models.classifier import TPNClassifier, unwrapped
 from tpn.models.heads import class_probs
 from tpn.models.layers import evaluating
 from tpn.models.neck import TemporalPyramid
@@ -146,7 +146,7 @@ def explain(
         VideoError, OSError: the source cannot be read.
     """
     if not isinstance(model, VideoClassifier):
-        with evaluating(model):
+        with evaluating(_require_explainable(unwrapped(model))):
             return explain(VideoClassifier(model), source, target=target, clip=clip, method=method)
     classifier, network = model, _require_explainable(model.model)
     if method not in get_args(Method):

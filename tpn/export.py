@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tpn import openvino_runtime, quantization
 from tpn.config import InputSpec
-from tpn.exported import METADATA, ExportedClassifier, clip_shape, for_inference, load, prepare_export
+from tpn.exported import METADATA, ExportedClassifier, for_inference, load, prepare_export
 from tpn.files import StrPath, atomic_write
 from tpn.models.classifier import TPNClassifier
 from tpn.optimization import OptimizedClassifier
@@ -134,7 +134,7 @@ def export_openvino(
         if not model.num_classes:
             raise ValueError("int8 is compared by its classes, and the model has none; export it without calibrate")
         spec = InputSpec.from_dict(about["input_spec"], model.labels)
-        data = quantization.open_data(
+        data = quantization.divide_data(
             calibrate, spec, model.labels if max_drop is not None else None, root=root, template=template, first=first
         )
         if max_drop is not None and (len(data[0].classes) != model.num_classes or data[0].multi_label):
@@ -157,7 +157,7 @@ def max_difference(model: TPNClassifier, path: StrPath) -> float:
     Random clips, in batches of 2 and of 1, on the CPU in float32. The model stays unchanged.
     """
     exported = load(path)
-    clips = torch.randn(2, *clip_shape(exported.in_chans, exported.input_spec), generator=torch.Generator().manual_seed(0))
+    clips = torch.randn(2, *exported.input_spec.clip_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = for_inference(model)(clips)
         got = torch.stack((exported(clips), torch.cat((exported(clips[:1]), expected[1:]))))

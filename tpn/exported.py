@@ -70,7 +70,7 @@ class ExportedClassifier(nn.Module):
         self.input_spec = InputSpec.from_dict(about["input_spec"], self.labels)
 
     def forward(self, x: Tensor) -> Tensor:
-        wanted = clip_shape(self.in_chans, self.input_spec)
+        wanted = self.input_spec.clip_shape
         if x.shape[1:] != wanted or not len(x) or not x.is_floating_point():
             raise ValueError(
                 f"the model takes one or more float clips (B, {', '.join(map(str, wanted))}), got {x.dtype} {tuple(x.shape)}; "
@@ -79,7 +79,7 @@ class ExportedClassifier(nn.Module):
         return self.run(x)
 
     def extra_repr(self) -> str:
-        clips = ", ".join(map(str, clip_shape(self.in_chans, self.input_spec)))
+        clips = ", ".join(map(str, self.input_spec.clip_shape))
         return f"{self.path}, {self.precision}, clips (B, {clips}), {self.num_classes} classes"
 
     def train(self, mode: bool = True) -> "ExportedClassifier":
@@ -125,7 +125,7 @@ def prepare_export(model: TPNClassifier, size: int | None) -> tuple[TPNClassifie
         raise TypeError(f"only a TPNClassifier can be exported, got {type(model).__name__}")
     spec = _resized(require_input_spec(model), size)
     # Two clips: PyTorch treats a batch of one as a constant.
-    clips = torch.zeros(2, *clip_shape(model.in_chans, spec))
+    clips = torch.zeros(2, *spec.clip_shape)
     config = None
     with suppress(ValueError):  # models put together by hand have none
         config = model.config.to_dict()
@@ -154,10 +154,6 @@ def _resized(spec: InputSpec, size: int | None) -> InputSpec:
     check_int("size", size, minimum=1)
     short_side = max(round(spec.short_side * size / spec.view_size), size)
     return replace(spec, crop_size=size, three_crop_size=None if size == short_side else size, short_side=short_side)
-
-
-def clip_shape(in_chans: int, spec: InputSpec) -> tuple[int, int, int, int]:
-    return in_chans, spec.num_frames, spec.crop_size, spec.crop_size
 
 
 def _load_onnx(path: Path, providers: Sequence[str]) -> ExportedClassifier:

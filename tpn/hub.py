@@ -71,7 +71,7 @@ def snapshot(repo: str, *files: str, cache_dir: StrPath | None = None, prefer_ca
         cached, damaged = _cached(store, revision, files, verify)
         if cached is not None and (prefer_cached or constants.HF_HUB_OFFLINE or cached.name == revision):
             return cached
-        source = _Source(repo, repo_id, store, patient=cached is None)
+        source = _Repository(repo, repo_id, store, patient=cached is None)
         try:
             return source.fetch(revision, files, cached, damaged)
         except WeightsUnavailableError as error:
@@ -116,7 +116,7 @@ def has_sha256(path: Path, sha256: str) -> bool:
     return is_intact(path, _record(path, path.parents[2]), sha256)
 
 
-class _Source:
+class _Repository:
     """A repository, and the folder with its files in the cache: snapshots/COMMIT/NAME is a link to blobs/ETAG."""
 
     def __init__(self, repo: str, repo_id: str, store: Path, patient: bool) -> None:

@@ -187,8 +187,11 @@ def optimize(
         return _with_openvino(model, fastest_dtype(where) if dtype is None else as_dtype(dtype), sample)
     wanted = fastest_dtype(where) if dtype is None else as_dtype(dtype)
     given = copy.deepcopy(model).to(device=where, dtype=torch.float32).eval().requires_grad_(False)
-    clips = _random_clip(given) if sample is None else sample
-    clips = clips.to(device=where, dtype=torch.float32)
+    if sample is None:
+        if given.input_spec is None:
+            raise ValueError("sample is needed: the model has no input_spec, which gives the size of its clips")
+        sample = torch.randn(1, *given.input_spec.clip_shape, generator=torch.Generator().manual_seed(0))
+    clips = sample.to(device=where, dtype=torch.float32)
     with torch.inference_mode():
         expected, pairs = _run(given, clips)
 
@@ -196,7 +199,7 @@ def optimize(
     if where.type == "cpu" and wanted != torch.float32 and hasattr(given.backbone, "unfolded"):
         given.backbone = cast("Any", given.backbone).unfolded()
     fast = OptimizedClassifier(given.backbone, given.neck, given.head, given.aux_head).eval()
-    fast.labels, fast.input_spec = given.labels, given.input_spec
+    fast.labels, fast.input_spec, fast.architecture = given.labels, given.input_spec, given.architecture
     for conv, norm in pairs:
         fast.set_submodule(conv, fuse_conv_bn_eval(cast("Any", fast.get_submodule(conv)), cast("Any", fast.get_submodule(norm))))
         fast.set_submodule(norm, nn.Identity().eval())
@@ -277,14 +280,6 @@ def _weights_as_constants(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = importlib.import_module("torch._inductor.config").patch(freezing=True)
     return context
-
-
-def _random_clip(model: TPNClassifier) -> Tensor:
-    if model.input_spec is None:
-        raise ValueError("sample is needed: the model has no input_spec, which gives the size of its clips")
-    spec = model.input_spec
-    shape = (1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tpn.config import InputSpec
 from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier
 from tpn.video import lists
-from tpn.video.datasets import VideoDataset, open_dataset
+from tpn.video.datasets import Item, VideoDataset, open_dataset, open_validation
 
 MIN_AGREEMENT = 0.98
 """Share of the held-back clips that must have the same result as in float32, without labels."""
@@ -60,10 +60,13 @@ class QuantizationReport:
         return ", ".join(parts)
 
 
-def open_data(data: StrPath, spec: InputSpec, classes: Sequence[str] | None, **options: Any) -> tuple[VideoDataset, VideoDataset]:
+def divide_data(
+    data: StrPath, spec: InputSpec, classes: Sequence[str] | None, **options: Any
+) -> tuple[VideoDataset, VideoDataset]:
     """Return different videos of a dataset for calibration and for the comparison with float32.
 
-    Those for training calibrate, and those for validation are compared; data without a split is divided at random.
+    Those for training calibrate, and those for validation are compared, or for testing if there are none for validation.
+    Data without a split is divided at random.
 
     Args:
         data: a folder, table or list, as for `tpn.train`.
@@ -75,13 +78,10 @@ def open_data(data: StrPath, spec: InputSpec, classes: Sequence[str] | None, **o
     """
     folders = lists.split_folders(data)
     whole = open_dataset(folders.get("train", data), spec, train=False, classes=classes, **options)
-    items = [whole.items[i] for i in np.random.default_rng(0).permutation(len(whole))]
-    calibration = [item for item in items if item.split in ("", "train")]
-    held_back = [item for item in items if item.split not in ("", "train")]
-    if other := folders.get("val") or folders.get("test"):
-        whole_held_back = open_dataset(other, spec, train=False, classes=whole.classes, **options)
-        held_back = [whole_held_back.items[i] for i in np.random.default_rng(0).permutation(len(whole_held_back))]
-    if not held_back:
+    calibration = _shuffled(item for item in whole.items if item.split in ("", "train"))
+    if folders or len(calibration) < len(whole):
+        held_back = _shuffled(open_validation(data, spec, classes=whole.classes, **options).items)
+    else:
         sources = list(dict.fromkeys(item.group or item.path for item in calibration))
         chosen = {*sources[: min(MAX_HELD_BACK, len(sources) // 3 or 1)]}
         held_back = [item for item in calibration if (item.group or item.path) in chosen]
@@ -92,6 +92,11 @@ def open_data(data: StrPath, spec: InputSpec, classes: Sequence[str] | None, **o
             f"and {MAX_CALIBRATION + MAX_HELD_BACK} are better"
         )
     return whole.part(calibration[:MAX_CALIBRATION], train=False), whole.part(held_back[:MAX_HELD_BACK], train=False)
+
+
+def _shuffled(items: Iterable[Item]) -> list[Item]:
+    items = list(items)
+    return [items[i] for i in np.random.default_rng(0).permutation(len(items))]
 
 
 def quantize(

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,73 +91,40 @@ def follow(
 
     strip, curves = Strip(), Curves(classifier.labels, source.fps)
     frames = source.frames if picture is None else strip.watch(source.frames)
-    clips = tempo.slide(classifier, frames, stride=stride, frame_interval=frame_interval, live=source.skips)
-    failure = _write(source, clips, min_probability, json_output, metadata or {}, curves)
-    if curves.clips and picture is not None:
-        draw([("", curves)], top, picture, min_probability=min_probability, strip=strip)
-    if failure is not None:
-        raise failure
-    if not curves.clips:
-        span = tempo.sliding_spec(classifier.spec, frame_interval).clip_span
-        err.print(f"stopped before the first clip of {span} frames was complete")
-
-
-def _write(
-    source: Source,
-    clips: Generator["Clip"],
-    min_probability: float,
-    json_output: Path | None,
-    metadata: dict[str, Any],
-    curves: Curves,
-) -> Exception | None:
-    """Print the segments of a video, write the JSON file, and fill `curves`.
-
-    Returns:
-        The error that ended the video early, or None.
-
-    Raises:
-        VideoError, OSError: the same error, if there was no clip before it. The JSON file is not written.
-    """
+    failures: list[Exception] = []
     with (
         atomic_write(json_output) if json_output else nullcontext(Path(os.devnull)) as path,
         path.open("w", encoding="utf-8") as file,
         tempfile.TemporaryFile("w+", encoding="utf-8") as segments_file,
+        closing(tempo.slide(classifier, frames, stride=stride, frame_interval=frame_interval, live=source.skips)) as clips,
     ):
-        document = _JsonWriter(file, segments_file, metadata)
-        failure = _follow(source, clips, min_probability, document, curves)
-        if failure is not None and not curves.clips:
-            raise failure
-        document.finish(None if failure is None else one_line_message(failure))
+        document = _JsonWriter(file, segments_file, metadata or {})
+        with progress_bars(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()) as progress:
+            task = progress.add_task("0.0 s", total=source.num_frames)
+
+            def recorded_clips() -> Iterator["Clip"]:
+                for clip in _until_failure(_until_interrupt(clips) if source.live else clips, failures):
+                    document.add_clip(clip, source.fps)
+                    curves.add(clip)
+                    progress.update(task, completed=clip.last + 1, description=f"{curves.duration:.1f} s")
+                    yield clip
+
+            for segment in tempo.segments(recorded_clips(), fps=source.fps, min_probability=min_probability):
+                label = None if segment.label is None else curves.labels[segment.label]
+                document.add_segment(segment, label)
+                print_segment(segment, label)
+        if failures and not curves.clips:
+            raise failures[0]
+        document.finish(one_line_message(failures[0]) if failures else None)
     if json_output:
         err.print(f"wrote {json_output}")
-    return failure
-
-
-def _follow(
-    source: Source, clips: Generator["Clip"], min_probability: float, document: "_JsonWriter", curves: Curves
-) -> Exception | None:
-    """Classify a video to its end. Return the error that ended it early, or None."""
-    from tpn import tempo
-
-    failures: list[Exception] = []
-    with (
-        progress_bars(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()) as progress,
-        closing(clips),
-    ):
-        task = progress.add_task("0.0 s", total=source.num_frames)
-
-        def recorded_clips() -> Iterator["Clip"]:
-            for clip in _until_failure(_until_interrupt(clips) if source.live else clips, failures):
-                document.add_clip(clip, source.fps)
-                curves.add(clip)
-                progress.update(task, completed=clip.last + 1, description=f"{curves.duration:.1f} s")
-                yield clip
-
-        for segment in tempo.segments(recorded_clips(), fps=source.fps, min_probability=min_probability):
-            label = None if segment.label is None else curves.labels[segment.label]
-            document.add_segment(segment, label)
-            print_segment(segment, label)
-    return failures[0] if failures else None
+    if curves.clips and picture is not None:
+        draw([("", curves)], top, picture, min_probability=min_probability, strip=strip)
+    if failures:
+        raise failures[0]
+    if not curves.clips:
+        span = tempo.sliding_spec(classifier.spec, frame_interval).clip_span
+        err.print(f"stopped before the first clip of {span} frames was complete")
 
 
 def _until_failure(clips: Iterable["Clip"], failures: list[Exception]) -> Iterator["Clip"]:

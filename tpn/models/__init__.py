@@ -1,4 +1,4 @@
-"""Networks and blocks: plain nn.Modules on torch alone. The backbones and the neck are registered by this import."""
+"""Networks and blocks: plain nn.Modules. The backbones and the neck are registered by this import."""
 
 from pkgutil import iter_modules
 

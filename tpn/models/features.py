@@ -18,7 +18,7 @@ class FeatureModel(nn.Module):
         num_features: C.
         num_classes: 0.
         in_chans: as in `TPNClassifier`.
-        labels: as in `TPNClassifier`.
+        labels: None.
         input_spec: as in `TPNClassifier`.
 
     Shape:
@@ -34,14 +34,10 @@ class FeatureModel(nn.Module):
         self.num_features = model.num_features
         if name is not None:
             with torch.no_grad(), evaluating(model):
-                self.num_features = self(self._zeros()).shape[1]
+                self.num_features = self(torch.zeros(1, *self.input_spec.clip_shape).to(next(self.parameters()))).shape[1]
 
     def forward(self, x: ClipsOrMaps) -> Tensor:
         if self.name is None:
             return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
         _, found = self.model.forward_intermediates(x, [self.name])
         return found[self.name].mean(dim=(2, 3, 4))
-
-    def _zeros(self) -> Tensor:
-        like, size = next(self.parameters()), self.input_spec.crop_size
-        return torch.zeros(1, self.in_chans, self.input_spec.num_frames, size, size, dtype=like.dtype, device=like.device)

@@ -50,7 +50,7 @@ class TrainingConsole(Observer):
         """Print what was understood, and the plan."""
         self._print_facts(run)
         self.console.print()
-        self._print_plan(run)
+        self._print_rows([("setting", "value", "reason"), *wording.plan_rows(run.plan)])
         self.console.print()
         if run.step:
             self.console.print(f"resuming at step {run.step:,} of {run.total_steps:,}")
@@ -126,9 +126,6 @@ class TrainingConsole(Observer):
                 ("length", length),
             ]
         )
-
-    def _print_plan(self, run: "Run") -> None:
-        self._print_rows([("setting", "value", "reason"), *wording.plan_rows(run.plan)])
 
     def _print_rows(self, rows: Sequence[tuple[str, ...]], *, wrap: bool = True) -> None:
         """Print columns. On a terminal, the last one is wrapped within its width, unless `wrap` is False."""

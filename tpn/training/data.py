@@ -18,7 +18,7 @@ from tpn.training.config import TrainConfig
 from tpn.validation import brief
 from tpn.video import decode, lists, tables
 from tpn.video.crops import track_of
-from tpn.video.datasets import Item, VideoDataset, open_dataset
+from tpn.video.datasets import Item, VideoDataset, open_dataset, open_validation, validation_items
 from tpn.video.decode import VideoError
 from tpn.video.tables import Row
 
@@ -116,21 +116,6 @@ def open_data(data: str, config: TrainConfig, model: TPNClassifier) -> TrainData
     if any(item.split for item in whole.items):
         return _divide_by_column(data, whole)
     return _divide_by_class(whole, config)
-
-
-def open_validation(data: StrPath, spec: InputSpec, **options: Any) -> VideoDataset:
-    """Open the validation part of a dataset, or all of a dataset without parts; see `open_dataset` for the options."""
-    folders = lists.split_folders(data)
-    whole = open_dataset(folders.get("val") or folders["test"] if folders else data, spec, train=False, **options)
-    return whole.part(validation_items(whole), train=False)
-
-
-def validation_items(data: VideoDataset) -> list[Item]:
-    """Return the items for validation: those whose split is val; if there are none, test; if there are none, all items."""
-    for split in ("val", "test"):
-        if chosen := [item for item in data.items if item.split == split]:
-            return chosen
-    return data.items
 
 
 def _train_items(source: str, data: VideoDataset) -> list[Item]:

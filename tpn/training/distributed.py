@@ -1,4 +1,4 @@
-"""Runs of several processes that torchrun starts; with one process, everything here does nothing."""
+"""Runs of several processes that torchrun starts."""
 
 import ctypes
 import os

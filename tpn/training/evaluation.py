@@ -23,13 +23,12 @@ from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, require_input_spec, unwrapped
 from tpn.models.layers import evaluating, reference_tensor, weights_hash
 from tpn.predict import FramesAndClips, Prediction, Progress, Unreadable, VideoClassifier, open_model
-from tpn.training.data import open_validation
 from tpn.training.distributed import all_gather_object, join_processes, rank_and_world_size, run_on_rank0
 from tpn.training.metrics import Evaluation, check_calibration, write_results
 from tpn.training.report import write_report
 from tpn.training.wording import calibration_line
 from tpn.video.ahead import read_ahead
-from tpn.video.datasets import VideoDataset, bad_reason
+from tpn.video.datasets import VideoDataset, bad_reason, open_validation
 from tpn.video.decode import VideoError
 from tpn.zoo.create import input_spec
 from tpn.zoo.names import is_exported, local_folder

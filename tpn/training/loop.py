@@ -113,11 +113,13 @@ def train(
         run = Run(os.fspath(data), folder, config, rank=rank, world=world, device=device, observer=observer, recorded=reasons)
         if dry_run:
             run.observer.planned(run)
-            return run.result(None)
+            return run.result()
         try:
             return run.fit(resume=resume)
         finally:
             run.observer.close()
+            if run.log is not None:
+                run.log.close()
 
 
 @contextmanager
@@ -234,12 +236,15 @@ class Run:
                 report_bad_files(self.folder / "bad_files.txt", self.data.train, unread)
         if self.data.val and self.evaluation is None:  # a finished run is resumed
             self.evaluation = self._evaluate()
-        evaluation = self._save_result()
+        if self.rank == 0:
+            check_finite(self.saved_model)
+            save_pretrained(self.saved_model, self.folder)
+            write_run_report(self)
         self.observer.finished(self)
-        return self.result(evaluation)
+        return self.result()
 
-    def result(self, evaluation: Evaluation | None) -> TrainResult:
-        return TrainResult(self.saved_model.eval(), self.folder, self.plan, evaluation)
+    def result(self) -> TrainResult:
+        return TrainResult(self.saved_model.eval(), self.folder, self.plan, self.evaluation)
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch, or of the run, and save a checkpoint."""
@@ -360,13 +365,6 @@ class Run:
         if self.log:
             self.log.write(self.step, values)
             self.observer.logged(self, values)
-
-    def _save_result(self) -> Evaluation | None:
-        if self.rank == 0:
-            check_finite(self.saved_model)
-            save_pretrained(self.saved_model, self.folder)
-            write_run_report(self)
-        return self.evaluation
 
     def _checkpoint(self) -> Checkpoint:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}

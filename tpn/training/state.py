@@ -133,6 +133,11 @@ class MetricsLog:
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
+    def close(self) -> None:
+        """End TensorBoard's thread."""
+        if self.board is not None:
+            self.board.close()
+
 
 def _parse(line: str) -> dict[str, Any] | None:
     """Read a line of `metrics.jsonl`; None for one that was cut off or damaged."""

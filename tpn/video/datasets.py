@@ -97,10 +97,7 @@ class VideoDataset(Dataset[tuple[Tensor, Any]], ABC):
     @property
     def targets(self) -> Tensor:
         """Targets (N, K), float32: 1 for the classes of each item."""
-        targets = torch.zeros(len(self.items), len(self.classes))
-        for row, item in zip(targets, self.items, strict=True):
-            row[list(item.labels)] = 1
-        return targets
+        return torch.stack([self._multi_hot(item) for item in self.items])
 
     def _multi_hot(self, item: Item) -> Tensor:
         return torch.zeros(len(self.classes)).index_fill_(0, torch.tensor(item.labels, dtype=torch.int64), 1)
@@ -396,3 +393,18 @@ def open_dataset(data: StrPath, spec: InputSpec, *, train: bool, template: str |
         return RawFrames(data, spec, train=train, template=template, **kwargs)
     kwargs.pop("first", None)
     return VideoList(data, spec, train=train, **kwargs)
+
+
+def open_validation(data: StrPath, spec: InputSpec, **options: Any) -> VideoDataset:
+    """Open the validation part of a dataset, or all of a dataset without parts; see `open_dataset` for the options."""
+    folders = lists.split_folders(data)
+    whole = open_dataset(folders.get("val") or folders["test"] if folders else data, spec, train=False, **options)
+    return whole.part(validation_items(whole), train=False)
+
+
+def validation_items(data: VideoDataset) -> list[Item]:
+    """Return the items for validation: those whose split is val; if there are none, test; if there are none, all items."""
+    for split in ("val", "test"):
+        if chosen := [item for item in data.items if item.split == split]:
+            return chosen
+    return data.items

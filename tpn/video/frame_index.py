@@ -26,10 +26,6 @@ EMPTY_PICTURE = 4
 """Largest number of bytes after the start code of a picture that is not coded. Coded ones of 20 macroblocks or more have more."""
 
 
-def _no_timestamps() -> NDArray[np.int64]:
-    return np.empty(0, dtype=np.int64)
-
-
 @dataclass(frozen=True, eq=False)
 class FrameIndex:
     """The frames of a stream according to its packets.
@@ -43,7 +39,7 @@ class FrameIndex:
 
     num_frames: int
     is_exact: bool = False
-    pts: NDArray[np.int64] = field(default_factory=_no_timestamps)
+    pts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     key_frames: tuple[int, ...] = ()
 
     def agrees(self, number: int, frame: VideoFrame) -> bool:

@@ -131,9 +131,8 @@ def build(backbone: nn.Module, *, num_classes: int, **kwargs: Any) -> TPNClassif
 
 def count(model: TPNClassifier) -> tuple[int, float]:
     """Return the parameters of a model and its GMACs, counted on PyTorch's meta device; see `ModelInfo`."""
-    spec = model.input_spec
     shapes = copy.deepcopy(model).to("meta").eval()
-    clip = torch.empty(1, model.in_chans, spec.num_frames, spec.crop_size, spec.crop_size, device="meta")
+    clip = torch.empty(1, *require_input_spec(model).clip_shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(clip)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / 1e9

@@ -151,20 +151,16 @@ def _parse(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def _read_pair(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
     """Return the config of a saved model, and the shapes of its weights. CheckpointError unless both are of one save."""
     config, values = _parse(path)
-    shapes, metadata = read_header(path.with_name(WEIGHTS_FILE))
-    _check_sha256(path, values)
-    if "model" in values and (trained := read_metadata(metadata)):  # the first version saved a part of it
-        _check_unchanged(path, config, trained)
-    return config, shapes
-
-
-def _check_sha256(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if weights differ from their SHA-256 in `config.json`, which earlier versions did not write."""
-    if "weights_sha256" in values and (actual := file_sha256(path.with_name(WEIGHTS_FILE))) != values["weights_sha256"]:
+    weights = path.with_name(WEIGHTS_FILE)
+    shapes, metadata = read_header(weights)
+    if "weights_sha256" in values and (actual := file_sha256(weights)) != values["weights_sha256"]:  # absent in earlier versions
         raise CheckpointError(
             f"{path}: {WEIGHTS_FILE} does not match weights_sha256 (got {actual}, expected {brief(values['weights_sha256'])}). "
             f"It is damaged, or from another save. Copy both files of one save, or pass {WEIGHTS_FILE} alone as checkpoint_path"
         )
+    if "model" in values and (trained := read_metadata(metadata)):  # the first version saved a part of it
+        _check_unchanged(path, config, trained)
+    return config, shapes
 
 
 def _check_unchanged(path: Path, config: ModelConfig, trained: ModelConfig) -> None:

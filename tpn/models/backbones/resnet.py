@@ -44,11 +44,6 @@ class ResidualBlock(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(conv(dims, in_channels, out_channels, 1, stride), norm(dims, out_channels))
 
-    @property
-    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
-        """The last batch norm of the branch; with a scale of zero, the block starts as the identity."""
-        raise NotImplementedError
-
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -79,10 +74,6 @@ class BasicBlock(ResidualBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
-    @property
-    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
-        return self.bn2
-
 
 class Bottleneck(ResidualBlock):
     """1x1, 3x3 (which carries the stride), 1x1 convolutions; `temporal_kernel` applies to the first."""
@@ -102,10 +93,6 @@ class Bottleneck(ResidualBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d | nn.BatchNorm3d:
-        return self.bn3
 
 
 STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -169,10 +156,12 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
         init_weights(self, conv=kaiming_fan_out)
-        if zero_init_last:
+        if zero_init_last:  # of each branch, so that a block starts as the identity
             for m in self.modules():
-                if isinstance(m, ResidualBlock):
-                    nn.init.zeros_(m.last_norm.weight)
+                if isinstance(m, Bottleneck):
+                    nn.init.zeros_(m.bn3.weight)
+                elif isinstance(m, BasicBlock):
+                    nn.init.zeros_(m.bn2.weight)
 
     def feature_shapes(self, clip: Tensor) -> list[tuple[int, ...]]:
         """Return (C, T, H, W) of each feature map of a clip (1, C, T, H, W)."""
