@@ -56,10 +56,9 @@ def test_predict_prints_names(folder):
     assert all(line.split("%  ")[1] in labels for line in rest)
 
 
-@pytest.mark.slow
 def test_precision(folder):
     exact, half = (
-        json.loads(run("predict", "a video.mp4", "-m", "local-dir:model", "--json", *options, cwd=folder).stdout)
+        json.loads(run("predict", "a video.mp4", *ONE_VIEW, "--json", *options, cwd=folder).stdout)
         for options in ([], ["--precision", "bfloat16"])
     )
     assert exact["top"][0] != half["top"][0]

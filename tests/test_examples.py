@@ -1,6 +1,7 @@
 """The short scripts of `examples/`."""
 
 import re
+import runpy
 import shutil
 import sys
 
@@ -34,6 +35,21 @@ def run(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out.splitlines()
 
     return run
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*(ROOT / "examples").rglob("*.py")} - {ROOT / "examples" / "app.py"}), ids=lambda path: path.stem
+)
+def test_help(path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(path.parent)  # a script finds its neighbors
+    if "ArgumentParser" not in path.read_text(encoding="utf-8"):
+        runpy.run_path(path)
+        return
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(path, run_name="__main__")
+    assert stop.value.code in (None, 0)
+    assert capsys.readouterr().out.startswith(f"usage: {path.name} ")
 
 
 @pytest.mark.parametrize("name", SHORT)
