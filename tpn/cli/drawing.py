@@ -41,37 +41,49 @@ class Curves:
     When there are more, each pair of neighbors is merged.
 
     Attributes:
-        clips: one for each point, with the mean probabilities of the clips that it stands for.
         num_clips: clips added so far.
     """
 
     def __init__(self, labels: tuple[str, ...], fps: float) -> None:
+        import numpy as np
+
         self.labels, self.fps = labels, fps
-        self.clips: list[Clip] = []
         self.num_clips = 0
-        self._clips_per_point, self._clips_in_last = 1, 0
+        # Tensors of the clips would stay in memory between the model's large ones, and keep that memory from being used again.
+        self._spans = np.empty((MAX_POINTS, 2), np.int64)
+        self._probs = np.empty((MAX_POINTS, len(labels)), np.float32)
+        self._num_points, self._clips_per_point, self._clips_in_last = 0, 1, 0
+
+    @property
+    def clips(self) -> "list[Clip]":
+        """One clip for each point, with the mean probabilities of the clips that it stands for."""
+        import torch
+
+        from tpn.tempo import Clip
+
+        spans = self._spans[: self._num_points].tolist()
+        return [Clip(first, last, torch.from_numpy(probs)) for (first, last), probs in zip(spans, self._probs, strict=False)]
 
     @property
     def duration(self) -> float:
         """End of the last clip in seconds."""
-        return (self.clips[-1].last + 1) / self.fps if self.clips else 0.0
+        return float(self._spans[self._num_points - 1, 1] + 1) / self.fps if self.num_clips else 0.0
 
     def add(self, clip: "Clip") -> None:
         self.num_clips += 1
-        if self.clips and self._clips_in_last < self._clips_per_point:
-            self.clips[-1] = _merged(self.clips[-1], clip, self._clips_in_last)
+        count, probs = self._num_points, clip.probs.numpy()
+        if count and self._clips_in_last < self._clips_per_point:
             self._clips_in_last += 1
+            self._spans[count - 1, 1] = clip.last
+            self._probs[count - 1] += (probs - self._probs[count - 1]) / self._clips_in_last
             return
-        if len(self.clips) == MAX_POINTS:
-            self.clips = [_merged(*pair, 1) for pair in zip(self.clips[::2], self.clips[1::2], strict=True)]
+        if count == MAX_POINTS:
+            count //= 2
+            self._spans[:count] = self._spans.reshape(count, 4)[:, [0, 3]]
+            self._probs[:count] = self._probs.reshape(count, 2, -1).mean(axis=1)
             self._clips_per_point *= 2
-        self.clips.append(clip)
-        self._clips_in_last = 1
-
-
-def _merged(clip: "Clip", following: "Clip", count: int) -> "Clip":
-    """Return a clip that stands for both, of which the first one stands for `count` clips."""
-    return type(clip)(clip.first, following.last, clip.probs + (following.probs - clip.probs) / (count + 1))
+        self._spans[count], self._probs[count] = (clip.first, clip.last), probs
+        self._num_points, self._clips_in_last = count + 1, 1
 
 
 class Strip:

@@ -113,16 +113,16 @@ def follow(
                 label = None if segment.label is None else curves.labels[segment.label]
                 document.add_segment(segment, label)
                 print_segment(segment, label)
-        if failures and not curves.clips:
+        if failures and not curves.num_clips:
             raise failures[0]
         document.finish(one_line_message(failures[0]) if failures else None)
     if json_output:
         err.print(f"wrote {json_output}")
-    if curves.clips and picture is not None:
+    if curves.num_clips and picture is not None:
         draw([("", curves)], top, picture, min_probability=min_probability, strip=strip)
     if failures:
         raise failures[0]
-    if not curves.clips:
+    if not curves.num_clips:
         span = tempo.sliding_spec(classifier.spec, frame_interval).clip_span
         err.print(f"stopped before the first clip of {span} frames was complete")
 
