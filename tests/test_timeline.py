@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -283,6 +284,16 @@ def test_models_of_segments_need_an_interval(motions, tmp_path):
     assert done.returncode == 0, done.stderr
     document = read_document(tmp_path)
     assert (document["clip_span"], [entry["last"] for entry in document["clips"]]) == (29, [28, 68, 108])
+
+
+def test_curves_keep_no_tensors():
+    """They would stay between the model's large tensors, whose memory could not be used again."""
+    curves, probs = drawing.Curves(("a", "b"), 1.0), torch.tensor([0.25, 0.75])
+    kept = weakref.ref(probs)
+    curves.add(tempo.Clip(0, 15, probs))
+    del probs
+    assert kept() is None
+    assert [(clip.first, clip.last, clip.probs.tolist()) for clip in curves.clips] == [(0, 15, [0.25, 0.75])]
 
 
 def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
