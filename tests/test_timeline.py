@@ -287,7 +287,7 @@ def test_models_of_segments_need_an_interval(motions, tmp_path):
 
 
 def test_curves_keep_no_tensors():
-    """They would stay between the model's large tensors, whose memory could not be used again."""
+    """Small tensors, kept between the model's large ones, fragment the memory, and it grows with the video."""
     curves, probs = drawing.Curves(("a", "b"), 1.0), torch.tensor([0.25, 0.75])
     kept = weakref.ref(probs)
     curves.add(tempo.Clip(0, 15, probs))

@@ -78,7 +78,7 @@ def divide_data(
     """
     folders = lists.split_folders(data)
     whole = open_dataset(folders.get("train", data), spec, train=False, classes=classes, **options)
-    calibration = _shuffled(item for item in whole.items if item.split in ("", "train"))
+    calibration = _shuffled([item for item in whole.items if item.split in ("", "train")])
     if folders or len(calibration) < len(whole):
         held_back = _shuffled(open_validation(data, spec, classes=whole.classes, **options).items)
     else:
@@ -94,8 +94,7 @@ def divide_data(
     return whole.part(calibration[:MAX_CALIBRATION], train=False), whole.part(held_back[:MAX_HELD_BACK], train=False)
 
 
-def _shuffled(items: Iterable[Item]) -> list[Item]:
-    items = list(items)
+def _shuffled(items: Sequence[Item]) -> list[Item]:
     return [items[i] for i in np.random.default_rng(0).permutation(len(items))]
 
 

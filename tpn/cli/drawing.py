@@ -49,7 +49,7 @@ class Curves:
 
         self.labels, self.fps = labels, fps
         self.num_clips = 0
-        # Tensors of the clips would stay in memory between the model's large ones, and keep that memory from being used again.
+        # Arrays: small tensors, kept between the model's large ones, would fragment the memory, and it would grow.
         self._spans = np.empty((MAX_POINTS, 2), np.int64)
         self._probs = np.empty((MAX_POINTS, len(labels)), np.float32)
         self._num_points, self._clips_per_point, self._clips_in_last = 0, 1, 0
