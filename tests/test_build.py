@@ -234,6 +234,7 @@ FIXED_SIZE = {
         ),
         ({"backbone": "timm/resnet18", "out_indices": (3, 9)}, ValueError, r"resnet18.*out_indices=\(3, 9\)"),
         ({"backbone": "timm/resnet18", "backbone_args": {"widht": 3}}, ValueError, r"resnet18.*backbone_args=\{'widht': 3\}"),
+        ({"backbone": "timm/resnet18", "num_class": 3}, TypeError, "num_class;.*'num_classes'"),
         ({"backbone": "timm/convnext_atto", "temporal_shift": True}, ValueError, "residual blocks"),
         ({"backbone": "torchvision/r3d_18", "temporal_shift": True}, TypeError, "temporal_shift.*torchvision/r3d_18"),
         ({"backbone": Pyramid(), "temporal_shift": True}, TypeError, "temporal_shift"),

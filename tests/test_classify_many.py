@@ -50,6 +50,13 @@ def expected(folder):
     return list(zip(paths, classify.predict_each(paths), strict=True))
 
 
+def test_one_path_is_not_several():
+    classify = tpn.VideoClassifier("tpn_slowonly_tiny_motion", pretrained=True)
+    for path in ("video.mp4", Path("video.mp4")):
+        with pytest.raises(TypeError, match=r"\['video.mp4'\]"):
+            list(classify.predict_each(path))
+
+
 class Run:
     """The script and the processes that Ray starts for it."""
 

@@ -315,6 +315,8 @@ def test_check(folder, tmp_path):
     done = run("check", "data", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "2 videos in 2 classes, 0 unreadable\n")
     (tmp_path / "data" / "bad class" / "x y.mp4").write_bytes(b"")
+    done = run("check", "data", "--report", "none/r.txt", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: none: no such folder\n")
     done = run("check", "data", "--report", "r.txt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "3 videos in 2 classes, 1 unreadable\n")
     bad = os.path.join("data", "bad class", "x y.mp4")

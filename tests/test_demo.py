@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from videos import write_video
 
 import tpn
 from tpn import demo
-from tpn.cli import drawing
 from tpn.video import motion
 from tpn.zoo import fetch
 from tpn.zoo.checkpoints import get_checkpoint
@@ -91,7 +91,7 @@ def test_your_own_video(tmp_path):
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "has_matplotlib", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "tpn-demo.png").exists()

@@ -67,7 +67,7 @@ def test_results(folder, tmp_path):
     assert tuple(dump["class"]) == motion.CLASSES
 
     hits = probs.argmax(axis=1) == labels
-    assert (summary["videos"], summary["views"], summary["model"]) == (6, 3, "model")
+    assert (summary["videos"], summary["views"], summary["model"], summary["data"]) == (6, 3, "model", "list.txt")
     assert summary["top1"] == pytest.approx(100 * hits.mean(), abs=1e-3)
     ranks = (probs > probs[np.arange(6), labels][:, None]).sum(axis=1)
     assert summary["top5"] == pytest.approx(100 * (ranks < 5).mean(), abs=1e-3)
@@ -78,7 +78,7 @@ def test_results(folder, tmp_path):
     assert "not a video" in reason
     assert not others
     first, header, *rows = done.stdout.splitlines()
-    assert first.startswith(f"6 videos, 3 views each: top1 {summary['top1']:.2f}, ")
+    assert first.startswith(f"6 videos, 3 views each: top-1 {summary['top1']:.2f}, ")
     assert header.split()[:3] == ["class", "videos", "top1"]
     assert [row[:20].strip() for row in rows] == [name[:20].strip() for name in motion.CLASSES]
     assert f"not counted: {path}: " in done.stderr
@@ -319,6 +319,7 @@ def test_a_frame_interval_is_refused_before_the_download(folder, server, monkeyp
     [
         (["model", "list.txt", "--views", "3"], 2, "CLIPSxCROPS"),
         (["model", "list.txt", "--dump", "x.csv"], 2, ".json, .pkl, .npz"),
+        (["model", "list.txt", "--dump", "none/x.npz"], 1, "error: none: no such folder"),
         (["model", "list.txt", "--device", "warp"], 1, "error: device must be cpu, cuda, cuda:N, mps, or xpu, got 'warp'"),
         (["model", "nowhere.txt"], 1, "error: nowhere.txt: No such file or directory"),
         (["nothing", "list.txt"], 1, "error: unknown model 'nothing'"),

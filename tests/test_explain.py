@@ -17,6 +17,7 @@ from test_models import randomize_norms
 from torch import nn
 
 import tpn
+from tpn import explain as explaining
 from tpn.explain import explain, grad_cam, occlusion, overlay
 from tpn.models.layers import freeze_batch_norm
 from tpn.video import motion
@@ -64,6 +65,16 @@ def times_area(maps, masks):
     maps = torch.where(maps.sum(dim=(1, 2, 3), keepdim=True) > 0, maps, 1.0)
     inside = (maps * masks).sum(dim=(1, 2, 3)) / maps.sum(dim=(1, 2, 3))
     return float(inside.mean() / masks.mean())
+
+
+def test_a_still_clip_has_empty_maps(classifier, tmp_path):
+    """Rounding is not evidence."""
+    for seed in range(3):
+        frame = np.random.default_rng(seed).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+        assert not any(heat.any() for heat in explain(classifier, frame.repeat(64, axis=0)).maps)
+    write_video(tmp_path / "still.mp4", frame.repeat(64, axis=0), fps=16)
+    done = run("explain", "still.mp4", "-m", NAME, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0].split(":")[0]) == (0, "the maps are empty")
 
 
 @pytest.mark.slow
@@ -145,7 +156,8 @@ QUICK = ("levels of other lengths", "isolation", "timm")
 
 
 @pytest.mark.parametrize("which", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
-def test_every_model(which, video, tmp_path):
+def test_every_model(which, video, tmp_path, monkeypatch):
+    monkeypatch.setattr(explaining, "RESOLUTION", 0)  # the logits of an untrained network hardly change
     name, kwargs, num_levels, flows = MODELS[which]
     model = build(name, **kwargs)
     torch.manual_seed(0)  # also for the module that was made before; with unlucky weights, no part of a map is positive

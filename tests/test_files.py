@@ -1,12 +1,13 @@
 """Files that are complete or absent."""
 
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tpn.files import ABANDONED, atomic_write
+from tpn.files import ABANDONED, atomic_write, require_writable
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -16,6 +17,30 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
         (unfinished.parent / "beside.txt").write_text("two")
         assert not path.exists()
     assert {file.name: file.read_text() for file in path.parent.iterdir()} == {"a.txt": "one", "beside.txt": "two"}
+
+
+def test_errors_name_the_file_that_cannot_be_written(tmp_path):
+    """Root may write everywhere, so if the tests run as root, this one switches to another user."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        path = os.path.join(folder, "a.txt")
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            for write in (require_writable, lambda path: atomic_write(path).__enter__()):
+                with pytest.raises(PermissionError) as error:
+                    write(path)
+                assert error.value.filename == path
+        finally:
+            os.seteuid(user)
+            os.chmod(folder, 0o755)
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        require_writable(tmp_path / "none" / "a.txt")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        require_writable(tmp_path)
+    require_writable(tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

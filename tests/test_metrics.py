@@ -83,7 +83,7 @@ def test_unreadable_share():
 
 def test_files(tmp_path):
     result = evaluation([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.6, 0.2, 0.2]], [1, 1, 2], failed={"bad.mp4": "damaged"})
-    metrics.write_results(result, tmp_path, model="my model")
+    metrics.write_results(result, tmp_path, model="my model", data="val.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["per_class.csv", "summary.json"]
     rows = list(csv.reader((tmp_path / "per_class.csv").read_text().splitlines()))
     assert rows == [
@@ -96,13 +96,13 @@ def test_files(tmp_path):
     assert summary.pop("loss") > 0
     assert summary == {
         "videos": 3, "top1": 33.3333, "top5": 100.0, "mean_class": 25.0, "ece": 56.6667,
-        "views": 3, "frame_interval": None, "temperature": 1.0, "model": "my model", "failed": {"bad.mp4": "damaged"},
+        "views": 3, "frame_interval": None, "temperature": 1.0, "model": "my model", "data": "val.csv", "failed": {"bad.mp4": "damaged"},
     }  # fmt: skip
 
 
 def test_files_of_multi_label_data(tmp_path):
     result = evaluation([[0.9, 0.8, 0.3], [0.6, 0.9, 0.1]], [(0, 1), ()], multi_label=True)
-    metrics.write_results(result, tmp_path, model="m")
+    metrics.write_results(result, tmp_path, model="m", data="val.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["per_class.csv", "summary.json"]
     rows = list(csv.reader((tmp_path / "per_class.csv").read_text().splitlines()))
     assert rows == [["class", "videos", "average precision"], ["a", "1", "100.00"], ["b", "1", "50.00"], ["c", "0", ""]]

@@ -166,7 +166,8 @@ def test_folders_are_names(tmp_path, monkeypatch):
     for published in (name, f"{name}.scratch"):
         assert tpn.create_model(published).num_classes == 14
     for path, error, says in (
-        ("empty", UnknownModelError, "'empty'"),
+        ("empty", UnknownModelError, r"'empty'.*config\.json"),
+        ("doors/model.safetensors", UnknownModelError, r"model\.safetensors'.*file.*checkpoint_path"),
         ("./empty", FileNotFoundError, r"empty/config\.json"),
         (Path("empty"), FileNotFoundError, r"empty/config\.json"),
         ("./nothing", UnknownModelError, r"'\./nothing'.*no such folder"),

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from servers import ROOT
 from terminal import run_in_terminal, screen
@@ -86,9 +87,13 @@ def test_standard_input_and_an_array_give_the_same(classifier, motions, tmp_path
 
 
 def test_without_matplotlib(motions, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "has_matplotlib", lambda: False)
+    """The plot is left out, unless it was asked for."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    missing = 'matplotlib missing: pip install "tpn[viz]"\n'
     done = command_line(motions / "both.mp4", "--stride", 30, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, 'no picture without matplotlib: pip install "tpn[viz]"\n')
+    assert (done.returncode, done.stderr) == (0, f"no picture: {missing}")
+    done = command_line(motions / "both.mp4", "--output", "plot.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"error: {missing}")
     assert not list(tmp_path.iterdir())
 
 
@@ -311,6 +316,21 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
     assert (curves.num_clips, curves.duration) == (50, 50.0)
     drawing.draw([("", curves)], 2, tmp_path / "a.png", min_probability=0.5)
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_a_class_has_one_color_in_all_panels(monkeypatch, tmp_path):
+    panels, figures = [], []
+    for i, probs in enumerate([(0.7, 0.2, 0.1), (0.1, 0.3, 0.6)]):
+        curves = drawing.Curves(("a", "b", "c"), 1.0)
+        curves.add(tempo.Clip(0, 15, torch.tensor(probs)))
+        panels.append((f"track {i}", curves))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs)))
+    drawing.draw(panels, 2, tmp_path / "a.png", min_probability=0.5)
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes[::2])
+    assert (first.keys(), second.keys()) == ({"a", "b"}, {"b", "c"})
+    assert first["b"] == second["b"]
+    assert len({*first.values(), *second.values()}) == 3
 
 
 @pytest.mark.slow

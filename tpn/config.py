@@ -233,7 +233,7 @@ class InputSpec:
 
 def parse_views(text: str) -> tuple[int, int]:
     """Read "10x3" as (num_clips, num_crops)."""
-    clips, _, crops = text.partition("x")
+    clips, _, crops = str(text).partition("x")
     if not (clips.isdecimal() and crops.isdecimal() and int(clips) >= 1 and int(crops) in (1, 3)):
         raise ValueError(f"views must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {text!r}")
     return int(clips), int(crops)

@@ -4,6 +4,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+BUNDLED_MODEL = "tpn_slowonly_tiny_motion"
+"""Model whose weights ship with tpn."""
+
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 """Control characters, line breaks, changes of direction, and bytes of a file name that are not UTF-8."""
 
@@ -39,7 +42,10 @@ class OfflineError(WeightsUnavailableError):
     """Weights are not in the cache, and their server cannot be reached."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]}. Offline, pass the folder of a saved model, or a file as checkpoint_path"
+        return (
+            f"{self.args[0]}. Offline, use the folder of a saved model, a file of weights, or {BUNDLED_MODEL}, "
+            "which recognizes rendered motion only"
+        )
 
 
 class NoRepositoryError(WeightsUnavailableError):

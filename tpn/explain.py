@@ -32,6 +32,8 @@ Method = Literal["occlusion", "grad-cam"]
 
 MAX_COLUMNS = 8
 """Maximum number of frames in the picture."""
+RESOLUTION = 1e-5
+"""Share of a logit below which its fall is rounding, not evidence."""
 MIN_PANEL_SIZE = 224
 """Minimum side of each panel of the video, in pixels."""
 
@@ -191,7 +193,8 @@ def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cell
         cells: the backbone runs on `cells ** 3` changed copies of each clip, in batches of `cells`.
 
     Returns:
-        One map per level, finest first, float32 (B, T, H, W) in logits. 0 where the part is evidence against the class.
+        One map per level, finest first, float32 (B, T, H, W) in logits. 0 where the part is evidence against the class, and for
+        falls below 0.001% of the logit, which are rounding: the maps of a still clip are 0.
     """
     model = _require_explainable(model)
     size = clips.shape[2:]
@@ -212,7 +215,8 @@ def occlusion(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, cell
             for i, changed in enumerate(_head_features(model, torch.cat(changed_clips))):
                 mixed = [*features[:i], changed, *features[i + 1 :]]
                 falls[i, :, t, y] = (whole - _target_logits(model, mixed, targets)).view(batch, len(clips)).T
-    return tuple(F.interpolate(level[:, None], size, mode="trilinear")[:, 0] for level in falls.clamp(min=0))
+    falls[falls < RESOLUTION * whole[: len(clips)].abs().view(-1, 1, 1, 1)] = 0
+    return tuple(F.interpolate(level[:, None], size, mode="trilinear")[:, 0] for level in falls)
 
 
 def grad_cam(model: TPNClassifier, clips: Tensor, target: int | Tensor, *, layer: nn.Module | None = None) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tpn.config import InputSpec
 from tpn.errors import printable
-from tpn.files import StrPath, atomic_write
+from tpn.files import StrPath, atomic_write, require_writable
 from tpn.models.features import FeatureModel
 from tpn.models.layers import weights_hash
 from tpn.predict import Prediction, Unreadable, VideoClassifier
@@ -341,8 +341,7 @@ def check_path(path: StrPath) -> None:
     path = Path(path)
     if not is_table(path):
         raise ValueError(f"the name of a feature file must end in .npz or .parquet, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
+    require_writable(path)
     if path.suffix == ".parquet":
         import_pyarrow()
 

@@ -1,9 +1,11 @@
 """Write files that are complete or absent, notice files that have changed, and find the folder for downloads."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,13 +32,16 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
         ...     unfinished.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _errors_name(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".incomplete-{glob.escape(path.name)}-*"):
         with suppress(FileNotFoundError):  # its process has just finished
             newest = max(file.stat().st_mtime for file in (left_over, *left_over.iterdir()))
             if time.time() - newest > ABANDONED:
                 rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".incomplete-{path.name}-") as folder:
+    with _errors_name(path):
+        temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".incomplete-{path.name}-")
+    with temporary as folder:
         unfinished = Path(folder, path.name)
         unfinished.touch()
         mode = unfinished.stat().st_mode  # as the umask says; safetensors writes files that only their owner can read
@@ -49,6 +54,33 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
                 os.fsync(written.fileno())
         for file in files:
             os.replace(file, path.parent / file.name)
+
+
+def refuse_url(path: StrPath) -> None:
+    """Raise FileNotFoundError for a URL, in which `Path` joins the two slashes."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.exists(path):
+        url = re.sub(":/+", "://", str(path), count=1)
+        raise FileNotFoundError(f"{url} is a URL, and tpn reads files: download it first (for a stream, see tpn timeline --help)")
+
+
+def require_writable(path: StrPath) -> None:
+    """Raise OSError, before any work, if a file cannot be written: it is a folder, or its own folder is missing or read-only."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    with _errors_name(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Let an error about a temporary file name the file that it is for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def file_sha256(path: StrPath) -> str:

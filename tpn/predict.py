@@ -291,6 +291,8 @@ class VideoClassifier:
         `workers` threads read ahead, and only their videos are in memory. A GPU resizes the frames and runs batches of views of
         several videos. Closing the generator stops the threads.
         """
+        if isinstance(sources, str | os.PathLike):
+            raise TypeError(f"sources must be several, such as [{str(sources)!r}], got one path")
         spec = self.spec.with_views(num_clips, num_crops)
 
         def read(source: Source) -> FramesAndClips | Unreadable:

@@ -1,14 +1,13 @@
 """The application, common arguments and options, and checks before a model is downloaded."""
 
-import errno
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tpn.cli.console import print_result
+from tpn.files import refuse_url, require_writable
 from tpn.version import __version__
 
 if TYPE_CHECKING:
@@ -90,15 +89,8 @@ def find_videos(paths: list[Path]) -> tuple[list[tuple[Path, Path]], list[tuple[
     return files, empty
 
 
-def refuse_url(path: str | Path) -> None:
-    """Raise ValueError for a URL, in which `Path` joins the two slashes."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.exists(path):
-        url = re.sub(":/+", "://", str(path), count=1)
-        raise ValueError(f"{url} is a URL, and tpn reads files: download it first (for a stream, see tpn timeline --help)")
-
-
 def require_exists(path: str | Path) -> None:
-    """Raise FileNotFoundError if `path` does not exist, or ValueError for a URL, before the model is downloaded."""
+    """Raise FileNotFoundError if `path` does not exist, before the model is downloaded."""
     refuse_url(path)
     os.stat(path)
 
@@ -118,14 +110,6 @@ def require_model(model: str, checkpoint: Path | None = None) -> "InputSpec | No
     return entry.config.input_spec
 
 
-def require_parent_folder(output: Path) -> None:
-    """Raise an error if the folder of `output` is missing or `output` is a folder itself, before the model is downloaded."""
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent}: no such folder")
-    if output.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
-
-
 def require_picture_path(output: Path) -> None:
     """Raise an error if matplotlib cannot write a picture to `output`, before the model is downloaded."""
     from matplotlib.backend_bases import FigureCanvasBase
@@ -133,7 +117,7 @@ def require_picture_path(output: Path) -> None:
     formats = FigureCanvasBase.get_supported_filetypes()
     if output.suffix.removeprefix(".").lower() not in formats:
         raise typer.BadParameter(f"must end in .png, .svg, or another picture format, got {str(output)!r}", param_hint="--output")
-    require_parent_folder(output)
+    require_writable(output)
 
 
 def parse_views_option(views: str | None) -> tuple[int | None, int | None]:

@@ -1,6 +1,5 @@
 """The picture of `tpn demo` and `tpn timeline`: frames, curves, and segments along time, in constant memory."""
 
-import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tpn.cli.app import require_picture_path
 from tpn.cli.console import err
 from tpn.files import atomic_write
+from tpn.validation import need_packages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,15 +22,19 @@ WIDTH = 13.0
 CHARACTERS_PER_INCH = 13
 
 
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
+def require_picture(output: Path | None, default: str) -> Path | None:
+    """Return the path of a picture, checked before the model is downloaded.
 
-
-def require_picture(output: Path) -> Path | None:
-    """Return the path of a picture, checked before the model is downloaded; None, with a message, without matplotlib."""
-    if not has_matplotlib():
-        err.print('no picture without matplotlib: pip install "tpn[viz]"')
+    Without matplotlib and --output, print a message and return None.
+    """
+    try:
+        need_packages("matplotlib", extra="viz")
+    except ModuleNotFoundError as error:
+        if output is not None:
+            raise
+        err.print(f"no picture: {error}")
         return None
+    output = output or Path(default)
     require_picture_path(output)
     return output
 
@@ -137,8 +141,9 @@ def draw(
     axes = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0].tolist()
     if pictures:
         _draw_pictures(axes.pop(0), pictures, duration, panels[0][1].fps)
+    colors = dict[int, str]()  # by class, the same in all panels
     for (name, curves), above, below in zip(panels, axes[::2], axes[1::2], strict=True):
-        colors = _draw_curves(above, name, curves, top)
+        _draw_curves(above, name, curves, top, colors)
         _draw_segments(below, curves, colors, duration, min_probability)
     axes[-1].set(xlim=(0, duration), xlabel="time, s")
     axes[-1].tick_params(labelbottom=True)
@@ -158,20 +163,19 @@ def _draw_pictures(axes: Any, pictures: "dict[int, Tensor]", duration: float, fp
     axes.axis("off")
 
 
-def _draw_curves(axes: Any, name: str, curves: Curves, top: int) -> dict[int, str]:
-    """Draw the curves of the most probable classes. Return the color of each class."""
+def _draw_curves(axes: Any, name: str, curves: Curves, top: int, colors: dict[int, str]) -> None:
+    """Draw the curves of the most probable classes. Add the colors of new classes to `colors`."""
     from tpn import tempo
 
     times, probs = tempo.curves(curves.clips, fps=curves.fps)
     best = (-probs.mean(axis=0)).argsort(kind="stable")[:top].tolist()
-    colors = {k: f"C{i}" for i, k in enumerate(best)}
-    for k, color in colors.items():
+    for k in best:
+        color = colors.setdefault(k, f"C{len(colors)}")
         axes.plot(times, probs[:, k], marker="o" if len(times) == 1 else None, color=color, linewidth=2, label=curves.labels[k])
         axes.fill_between(times, probs[:, k], color=color, alpha=0.15, linewidth=0)
     axes.set(ylim=(0, 1.02), yticks=(0, 0.5, 1), ylabel=f"{name}\nprobability".lstrip())
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, labelcolor="linecolor")
-    return colors
 
 
 def _draw_segments(axes: Any, curves: Curves, colors: dict[int, str], duration: float, min_probability: float) -> None:

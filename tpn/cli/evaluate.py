@@ -31,6 +31,7 @@ from tpn.cli.app import (
 from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.script import is_first_process
 from tpn.errors import plural
+from tpn.files import require_writable
 
 if TYPE_CHECKING:
     from tpn.training.metrics import Evaluation
@@ -90,9 +91,11 @@ def evaluate(
     parse_views_option(views)
     require_exists(data)
     require_model(model, checkpoint)
-    if dump is not None and dump.suffix not in metrics.PROBS_SUFFIXES:
-        formats = ", ".join(metrics.PROBS_SUFFIXES)
-        raise typer.BadParameter(f"must end in one of {formats}, got {str(dump)!r}", param_hint="--dump")
+    if dump is not None:
+        if dump.suffix not in metrics.PROBS_SUFFIXES:
+            formats = ", ".join(metrics.PROBS_SUFFIXES)
+            raise typer.BadParameter(f"must end in one of {formats}, got {str(dump)!r}", param_hint="--dump")
+        require_writable(dump)
     with _video_bar() as show_progress:
         result = evaluation.evaluate(
             model,
@@ -116,11 +119,11 @@ def evaluate(
     if is_first_process():
         if dump is not None:
             metrics.write_probs(result, dump)
-        _print_result(result, model, as_json)
-        if output is not None:
-            err.print(f"wrote {output}")
+        _print_result(result, model, data, as_json)
+        for written in filter(None, (dump, output)):
+            err.print(f"wrote {written}")
         if result.unreadable_share > max_bad:
-            err.print(f"error: {len(result.failed)} unreadable videos were not counted. Repair them, or pass a larger --max-bad")
+            err.print(f"error: {plural(len(result.failed), 'unreadable video')} not counted; repair, or pass a larger --max-bad")
     if result.unreadable_share > max_bad:
         raise typer.Exit(1)
 
@@ -142,16 +145,16 @@ def _video_bar() -> Iterator[Callable[[int, int], None] | None]:
         yield show
 
 
-def _print_result(result: "Evaluation", model: str, as_json: bool) -> None:
+def _print_result(result: "Evaluation", model: str, data: Path, as_json: bool) -> None:
     from tpn.training import metrics
-    from tpn.training.wording import calibration_line
+    from tpn.training.wording import METRIC_NAMES, calibration_line
 
     for path, reason in result.failed.items():
         err.print(f"not counted: {path}: {reason}")
     if as_json:
-        print_result(json.dumps(metrics.summary_of(result, model=model)))
+        print_result(json.dumps(metrics.summary_of(result, model=model, data=str(data))))
         return
-    values = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
+    values = ", ".join(f"{METRIC_NAMES[name]} {value:.2f}" for name, value in result.metrics.items())
     print_result(f"{plural(len(result.items), 'video')}, {plural(result.views, 'view')} each: {values}")
     if result.calibrated is not None:
         print_result(f"saved: {calibration_line(result)}")

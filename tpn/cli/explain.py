@@ -15,10 +15,10 @@ from tpn.cli.app import (
     examples,
     require_exists,
     require_model,
-    require_parent_folder,
     require_picture_path,
 )
 from tpn.cli.console import err, print_result
+from tpn.files import require_writable
 from tpn.validation import need_packages
 
 
@@ -57,7 +57,7 @@ def explain(
     if video_output is not None:
         if video_output.suffix.lower() != ".mp4":
             raise typer.BadParameter(f"must end in .mp4, got {str(video_output)!r}", param_hint="--video")
-        require_parent_folder(video_output)
+        require_writable(video_output)
     require_model(model, checkpoint)
     classifier = VideoClassifier(model, checkpoint_path=checkpoint, device=device)
     explanation = explain_clip(classifier, video, target=target, clip=clip, method=method)
@@ -66,6 +66,8 @@ def explain(
     levels = {f"level {i}": share for i, share in enumerate(explanation.levels)}
     for name, share in (levels | dict(explanation.flows)).items():
         print_result(f"  {share.logit:+7.2f}  {name} ({share.share:.0%})")
+    if not any(heat.any() for heat in explanation.maps):
+        err.print("the maps are empty: the class does not depend on where this clip moves")
     explanation.save_png(output)
     err.print(f"wrote {output}")
     if video_output is not None:

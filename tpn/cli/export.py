@@ -17,10 +17,9 @@ from tpn.cli.app import (
     examples,
     parse_views_option,
     require_model,
-    require_parent_folder,
 )
 from tpn.cli.console import err, print_result
-from tpn.files import atomic_write
+from tpn.files import atomic_write, require_writable
 from tpn.validation import need_packages
 
 Format = Literal["onnx", "pt2", "openvino"]
@@ -102,7 +101,7 @@ def export(
         need_packages("onnx", "onnxscript", "onnxruntime")
     num_clips, num_crops = parse_views_option(views)
     output = output or Path(f"{Path(model.partition(':')[2] or model).name or 'model'}{SUFFIX_OF_FORMAT[format]}")
-    require_parent_folder(output)
+    require_writable(output)
     if pretrained:
         require_model(model, checkpoint)
     built = create_model(model, pretrained and checkpoint is None, checkpoint_path=checkpoint, num_classes=num_classes).eval()

@@ -11,10 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tpn.cli.console import err
-from tpn.errors import OfflineError, WeightsUnavailableError, printable
-
-BUNDLED_MODEL = "tpn_slowonly_tiny_motion"
-"""Model whose weights ship with tpn."""
+from tpn.errors import WeightsUnavailableError, printable
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, WeightsUnavailableError)
 """Errors that users can cause."""
@@ -48,11 +45,6 @@ def run_cli(main: Callable[[], None]) -> None:
 
 def error_message(error: Exception) -> str:
     """Return what a user should read about an error. For unexpected errors, it starts with their class."""
-    if isinstance(error, OfflineError):
-        return printable(
-            f"{error.args[0]}. Offline, pass a saved folder or --checkpoint FILE, or --model {BUNDLED_MODEL}, which recognizes "
-            "rendered motion only"
-        )
     message = one_line_message(error)
     if _is_a(error, "tpn.video.datasets", "TooManyBadFilesError"):
         return _from_worker(error)  # it lists the files

@@ -17,12 +17,12 @@ from tpn.cli.app import (
     examples,
     require_exists,
     require_model,
-    require_parent_folder,
 )
 from tpn.cli.console import err
 from tpn.cli.drawing import require_picture
 from tpn.cli.follow import follow, open_source
 from tpn.cli.tracks import AnnotateOption, TracksOption, open_tracks, timeline_tracks
+from tpn.files import require_writable
 
 
 @app.command(
@@ -58,7 +58,7 @@ def timeline(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write every clip and segment to this file.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write.")] = Path("tpn-timeline.png"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plot to write. Default: tpn-timeline.png.")] = None,
 ) -> None:
     """Report the actions in a long or live video with their start and end times.
 
@@ -72,9 +72,9 @@ def timeline(
     if video not in (None, "-"):
         require_exists(video)
     if json_output is not None:
-        require_parent_folder(json_output)
+        require_writable(json_output)
     found = open_tracks([video], tracks, annotate)
-    picture = require_picture(output)
+    picture = require_picture(output, "tpn-timeline.png")
     if published := require_model(model, checkpoint):
         tempo.sliding_spec(published, frame_interval)
     classifier = VideoClassifier(

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpn.cli.app import require_parent_folder
 from tpn.cli.console import err, progress_bars
 from tpn.cli.drawing import Curves, draw
 from tpn.cli.results import PredictionPrinter, clip_entry, print_segment, segment_entry
 from tpn.cli.script import one_line_message
-from tpn.files import atomic_write
+from tpn.files import atomic_write, require_writable
 
 if TYPE_CHECKING:
     from tpn.predict import VideoClassifier
@@ -50,7 +49,7 @@ def open_tracks(videos: Sequence[str | Path | None], tracks: Path | None, annota
     (video,) = videos
     assert video is not None
     if annotate is not None:
-        require_parent_folder(annotate)
+        require_writable(annotate)
         check_output(video, annotate)
     found = read_tracks(tracks)
     if not found:

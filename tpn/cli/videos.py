@@ -28,15 +28,14 @@ from tpn.cli.app import (
     parse_views_option,
     require_exists,
     require_model,
-    require_parent_folder,
 )
 from tpn.cli.console import err, print_result, progress_bars
 from tpn.cli.drawing import require_picture
 from tpn.cli.follow import follow, open_source
 from tpn.cli.results import PredictionPrinter
-from tpn.cli.script import BUNDLED_MODEL
 from tpn.cli.tracks import FACTS, AnnotateOption, TracksOption, open_tracks, predict_tracks
-from tpn.errors import plural
+from tpn.errors import BUNDLED_MODEL, plural
+from tpn.files import require_writable
 
 MAX_SHOWN_BAD_FILES = 10
 
@@ -45,7 +44,7 @@ MAX_SHOWN_BAD_FILES = 10
 def demo(
     video: Annotated[Path | None, typer.Argument(help="Video file. Default: render one.", metavar="[VIDEO]")] = None,
     model: ModelOption = BUNDLED_MODEL,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write.")] = Path("tpn-demo.png"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plot to write. Default: tpn-demo.png.")] = None,
 ) -> None:
     """Report the actions in a video and draw them along time.
 
@@ -59,13 +58,14 @@ def demo(
         require_exists(video)
         if model == BUNDLED_MODEL:
             err.print(f"{model} recognizes rendered motion only; for real footage: tpn timeline {shlex.quote(str(video))}")
-    require_parent_folder(output)
-    picture = require_picture(output)
+    picture = require_picture(output, "tpn-demo.png")
+    rendered = (output.parent if output else Path()) / "tpn-demo.mp4"
+    require_writable(rendered)
     if published := require_model(model):
         tempo.sliding_spec(published)
     classifier = VideoClassifier(model)
     if video is None:
-        video = output.with_name("tpn-demo.mp4")
+        video = rendered
         render_video(video)
         err.print(f"rendered {video}")
     follow(classifier, open_source(str(video)), picture=picture)
@@ -173,6 +173,7 @@ def check(
     from tpn.video import datasets, lists
 
     require_exists(data)
+    require_writable(report)
     spec = InputSpec(num_frames=1)  # required by datasets, but no clip is taken
     options: dict[str, Any] = {"root": root, "template": frames, "first": first_frame}
     folders = list(lists.split_folders(data).values()) or [data]

@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tpn.errors import nearest
 
 
 def _option(default: Any, help: str, group: str, **metadata: Any) -> Any:
@@ -148,6 +150,9 @@ class TrainConfig:
         base = {**RECIPES.get(recipe or "", {}), **(recorded or {})}
         if recipe is not None:
             options["recipe"] = recipe
+        names = [each.name for each in fields(cls)]
+        for name in options.keys() - set(names):
+            raise TypeError(f"no option {name!r}; the nearest are {nearest(name, names)}")
         for name, other in (("steps", "epochs"), ("epochs", "steps")):
             if options.get(name) is not None:
                 base.pop(other, None)

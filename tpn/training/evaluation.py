@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpn.config import InputSpec, parse_views
+from tpn.errors import plural
 from tpn.exported import ExportedClassifier
 from tpn.files import StrPath, atomic_write, file_sha256
 from tpn.models.classifier import TPNClassifier, require_input_spec, unwrapped
@@ -136,7 +137,7 @@ def evaluate(
         else:
             network.temperature = fitted.temperature
     if journal is not None:
-        run_on_rank0(lambda: _finish(journal, evaluation, dataset, name))
+        run_on_rank0(lambda: _finish(journal, evaluation, dataset, name, os.fspath(data)))
     return evaluation
 
 
@@ -328,11 +329,13 @@ def _identity(model: Network, data: VideoDataset) -> dict[str, Any]:
     return {"weights": weights_hash(model)} | about
 
 
-def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: str) -> None:
+def _finish(journal: Journal, evaluation: Evaluation, data: VideoDataset, name: str, source: str) -> None:
     """Write the results, and remove the journal if no video is left to read, or the temperature of its results is outdated."""
     folder = journal.folder.parent
-    write_results(evaluation, folder, model=name)
-    facts = {"Frame interval": str(evaluation.frame_interval)} if evaluation.frame_interval else {}
+    write_results(evaluation, folder, model=name, data=source)
+    facts = {"Data": source, "Views": f"{plural(evaluation.views, 'view')} of each video"}
+    if evaluation.frame_interval:
+        facts["Frame interval"] = str(evaluation.frame_interval)
     if evaluation.calibrated is not None:
         facts["Calibration"] = calibration_line(evaluation)
     write_report(folder / "report.html", evaluation, data, title=f"Evaluation of {name}", facts=facts)

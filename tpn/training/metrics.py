@@ -191,7 +191,7 @@ def average_precision(targets: NDArray[np.floating], scores: NDArray[np.floating
     return float((precision * growth).sum() / hits[-1]) if hits[-1] else float("nan")
 
 
-def summary_of(evaluation: Evaluation, *, model: str) -> dict[str, Any]:
+def summary_of(evaluation: Evaluation, *, model: str, data: str) -> dict[str, Any]:
     """Return the metrics and what they were measured with, in types that JSON has."""
     metrics = {name: round(value, 4) if np.isfinite(value) else None for name, value in evaluation.metrics.items()}
     about: dict[str, Any] = {
@@ -199,6 +199,7 @@ def summary_of(evaluation: Evaluation, *, model: str) -> dict[str, Any]:
         "frame_interval": evaluation.frame_interval,
         "temperature": round(evaluation.temperature, 4),
         "model": model,
+        "data": data,
         "failed": evaluation.failed,
     }
     if (after := evaluation.calibrated) is not None:
@@ -221,10 +222,10 @@ def per_class_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return ["class", "videos", "top1", "most frequent error"], rows
 
 
-def write_results(evaluation: Evaluation, folder: Path, *, model: str) -> None:
+def write_results(evaluation: Evaluation, folder: Path, *, model: str, data: str) -> None:
     """Write `summary.json` and `per_class.csv`."""
     with atomic_write(folder / "summary.json") as unfinished:
-        unfinished.write_text(json.dumps(summary_of(evaluation, model=model), indent=2) + "\n")
+        unfinished.write_text(json.dumps(summary_of(evaluation, model=model, data=data), indent=2) + "\n")
     header, rows = per_class_rows(evaluation)
     with (
         atomic_write(folder / "per_class.csv") as unfinished,

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from timm.optim import get_optimizer_class
 from torch import nn
 
 from tpn.config import InputSpec
 from tpn.devices import cpu_has_amx
+from tpn.errors import plural
 from tpn.models.classifier import TPNClassifier
 from tpn.training.config import RECIPES, TrainConfig
 from tpn.training.data import DataFacts
@@ -137,8 +139,9 @@ def _choose_optimization(plan: _Plan, facts: DataFacts, start: str, device: torc
         steps = plan.choose("steps", steps, f"{steps * batch:,} clips, {repeats}")
         epochs = math.ceil(steps / epoch_steps)
     interval = max(1, round(epochs / 10))
-    plan.choose("val_interval", interval, f"{-(-epochs // interval)} validations in {epochs} epochs")
+    plan.choose("val_interval", interval, f"{plural(-(-epochs // interval), 'validation')} in {plural(epochs, 'epoch')}")
     optimizer = plan.choose("optimizer", "adamw", "needs less tuning of the learning rate than sgd")
+    get_optimizer_class(optimizer)  # raises ValueError for an unknown name
     if optimizer not in ("adamw", "sgd") and plan.config.lr is None:
         raise ValueError(f"optimizer={optimizer!r} needs lr: the plan knows learning rates of adamw and sgd only")
     lr, weight_decay = 1e-3 if start == "random" or facts.videos < 5_000 else 3e-4, 0.05

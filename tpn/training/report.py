@@ -211,7 +211,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     charts = [line_chart("Loss", losses, x_name="step")] if any(line.points for line in losses) else []
     if any(line.points for line in shares):
         charts.append(line_chart("Accuracy", shares, x_name="step", unit="%", highest=100))
-    note = "Training values are means over augmented clips, validation values are those of whole videos."
+    note = "Training values are means over augmented clips, validation values are those of whole videos. "
+    note += "The training loss includes label smoothing and the auxiliary loss, if they are on."
     return _section("Curves", note, '<div class="charts">', *charts, "</div>") if charts else ""
 
 

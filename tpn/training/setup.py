@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ def build(data: str, config: TrainConfig) -> tuple[TPNClassifier, TrainData, str
     if start == "random" and is_saved(config.model):
         raise ValueError(f"weights='random' is not valid with the saved model {config.model}, whose weights are always loaded")
     is_file = start not in ("pretrained", "backbone", "random")
+    if is_file and not os.path.isfile(start):
+        raise ValueError(f"weights must be pretrained, backbone, random, or a file, got {start!r}; a saved folder is a model")
     args = {"num_classes": 0, **config.model_args} if config.model == "tpn" else dict(config.model_args)  # classifiers follow
     weights: dict[str, Any] = {"checkpoint_path": start if is_file else None, "backbone_pretrained": start == "backbone"}
     model = create_model(config.model, start == "pretrained", **weights, **args)

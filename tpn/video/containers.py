@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from tpn.errors import printable
-from tpn.files import StrPath
+from tpn.files import StrPath, refuse_url
 from tpn.video.frame_index import FrameCounter, read_packets
 from tpn.video.mp4_boxes import declared_samples
 
@@ -117,6 +117,7 @@ def open_video(path: StrPath, *, one_thread: bool = False) -> Iterator[tuple[Inp
 
 
 def _check_file(path: Path) -> None:
+    refuse_url(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a named pipe would block
         raise VideoError(f"{path}: not a regular file")
     with path.open("rb", buffering=0) as file:  # Python's own errors for missing files, folders and missing permissions

@@ -285,5 +285,18 @@ def get_checkpoint(name: str) -> Checkpoint:
             f"{name} is the name of an exported file, for predict, timeline, demo and evaluate only; "
             "pass the model that it was made from"
         )
-    near = nearest(model, {entry.model for entry in CHECKPOINTS.values()})
-    raise UnknownModelError(f"unknown model {name!r}; the nearest are {near}; tpn list shows all (tpn.list_models() in Python)")
+    raise unknown_model(name)
+
+
+def unknown_model(name: str) -> UnknownModelError:
+    """Return the error for a name of no model, which says what the name is instead, or names the nearest models."""
+    if os.path.isfile(name):
+        reason = "it is a file; pass the folder of a saved model, or a model's name with this file as checkpoint_path"
+    elif os.path.isdir(name):
+        reason = "this folder has no config.json, so it is not a saved model"
+    elif set(name) & set(":/"):
+        reason = "there is no such folder, and a model on the Hub is 'hf-hub:owner/name'"
+    else:
+        near = nearest(name.partition(".")[0], {entry.model for entry in CHECKPOINTS.values()})
+        reason = f"the nearest are {near}; tpn list shows all (tpn.list_models() in Python)"
+    return UnknownModelError(f"unknown model {name!r}; {reason}")

@@ -14,13 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tpn import hub
 from tpn.config import InputSpec, ModelConfig
-from tpn.errors import UnknownModelError
 from tpn.files import StrPath
 from tpn.models.classifier import TPNClassifier, build_backbone, require_input_spec, unwrapped
 from tpn.models.feature_maps import feature_shapes
 from tpn.models.registry import BACKBONES, part_of
 from tpn.zoo import fetch, load
-from tpn.zoo.checkpoints import Checkpoint, get_checkpoint
+from tpn.zoo.checkpoints import Checkpoint, get_checkpoint, unknown_model
 from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE, is_exported, local_folder
 from tpn.zoo.overrides import custom_config, override
 from tpn.zoo.saved import open_saved, read_config
@@ -163,7 +162,7 @@ def saved_folder(name: StrPath, cache_dir: StrPath | None = None, *, weights: bo
         files = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
         return hub.snapshot(place, *files, cache_dir=cache_dir, verify=verify)
     if set(name) & set(":/"):
-        raise UnknownModelError(f"unknown model {name!r}; there is no such folder, and a model on the Hub is 'hf-hub:owner/name'")
+        raise unknown_model(name)
     return None
 
 

@@ -1,5 +1,6 @@
 """Change a model's config with the arguments of `create_model`."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tpn.config import HeadConfig, InputDefaults, InputSpec, ModelConfig, PartConfig
+from tpn.errors import nearest
 from tpn.models.registry import BACKBONES, NECKS, part_of
 from tpn.validation import check_int
 
@@ -115,9 +117,12 @@ def _route(backbone: PartConfig, neck: PartConfig | None, args: Mapping[str, Any
     if unknown and neck is None and set(unknown) <= NECKS.arguments(PartConfig("tpn")).keys():
         raise ValueError(f"{', '.join(unknown)} not valid here: the model has no neck (neck=None, or a baseline)")
     if unknown:
+        common = list(inspect.signature(override).parameters)[1:-1]
+        near = nearest(unknown[0], ["pretrained", *common, *backbone_names, *neck_names])
         raise TypeError(
-            f"unknown argument {', '.join(unknown)}; {backbone.name} takes {', '.join(backbone_names) or 'none'}, "
-            f"the neck {', '.join(neck_names) or 'none'}; further arguments of a network go into backbone_args={{...}}"
+            f"unknown argument {', '.join(unknown)}; the nearest are {near}. "
+            f"{backbone.name} takes {', '.join(backbone_names) or 'none'}, the neck {', '.join(neck_names) or 'none'}; "
+            "further arguments of a network go into backbone_args={...}"
         )
     of_neck = {name: value for name, value in args.items() if name in neck_names}
     return of_neck, {name: value for name, value in args.items() if name not in neck_names}
