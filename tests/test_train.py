@@ -10,7 +10,7 @@ from runs import CLASSES, SMALL, fit, metrics, steps, weights
 
 import tpn
 from tpn.predict import VideoClassifier
-from tpn.training import evaluation
+from tpn.training import evaluation, loop
 from tpn.training.config import RECIPES, TrainConfig
 from tpn.training.loop import train
 from tpn.training.observer import Observer
@@ -42,6 +42,20 @@ def test_training_writes_metrics_and_models(videos, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in result.model.state_dict().items())
     video = next((videos / "val").rglob("*.mp4"))
     assert {name for name, _ in VideoClassifier(model)(video).top(5)} == set(CLASSES)
+
+
+def test_of_equal_validations_the_last_is_the_best(videos, tmp_path, monkeypatch):
+    validate = loop.validate
+    fixed: list[evaluation.Evaluation] = []
+
+    def validated(*args, **kwargs):
+        fixed.append(validate(*args, **kwargs))
+        return fixed[0]
+
+    monkeypatch.setattr(loop, "validate", validated)
+    fit(videos, tmp_path, epochs=3)
+    assert len(fixed) == 3
+    assert all(torch.equal(value, weights(tmp_path / "best")[name]) for name, value in weights(tmp_path).items())
 
 
 def test_validation_and_evaluation_agree(videos, tmp_path):

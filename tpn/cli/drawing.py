@@ -18,8 +18,7 @@ MAX_POINTS = 2000
 """Points of each curve. A longer video has the mean of several neighboring clips at each point."""
 NUM_PICTURES, MAX_KEPT, PICTURE_SIZE = 10, 40, 160
 WIDTH = 13.0
-"""Of the figure, in inches. About 70% of it is the time axis."""
-CHARACTERS_PER_INCH = 13
+"""Of the figure, in inches."""
 
 
 def require_picture(output: Path | None, default: str) -> Path | None:
@@ -144,9 +143,13 @@ def draw(
     colors = dict[int, str]()  # by class, the same in all panels
     for (name, curves), above, below in zip(panels, axes[::2], axes[1::2], strict=True):
         _draw_curves(above, name, curves, top, colors)
-        _draw_segments(below, curves, colors, duration, min_probability)
+        _draw_segments(below, curves, colors, min_probability)
     axes[-1].set(xlim=(0, duration), xlabel="time, s")
     axes[-1].tick_params(labelbottom=True)
+    figure.draw_without_rendering()  # places bars and names
+    for below in axes[1::2]:
+        for bar, name in zip(below.patches, below.texts, strict=True):
+            name.set_visible(name.get_window_extent().width < bar.get_window_extent().width)
     with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     err.print(f"wrote {path}")
@@ -178,8 +181,8 @@ def _draw_curves(axes: Any, name: str, curves: Curves, top: int, colors: dict[in
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, labelcolor="linecolor")
 
 
-def _draw_segments(axes: Any, curves: Curves, colors: dict[int, str], duration: float, min_probability: float) -> None:
-    """Draw the segments of a video as bars, with the names that fit in them."""
+def _draw_segments(axes: Any, curves: Curves, colors: dict[int, str], min_probability: float) -> None:
+    """Draw the segments of a video as bars, with a name in each."""
     from tpn import tempo
 
     first = curves.clips[0].first / curves.fps  # a track starts later than its video
@@ -189,8 +192,7 @@ def _draw_segments(axes: Any, curves: Curves, colors: dict[int, str], duration: 
         start, name = max(segment.start, first), curves.labels[segment.label]
         color = colors.get(segment.label, "0.5")
         axes.barh(0, segment.end - start, left=start, height=1, color=color, edgecolor="white")
-        if len(name) < (segment.end - start) / duration * 0.7 * WIDTH * CHARACTERS_PER_INCH:
-            middle = (start + segment.end) / 2
-            axes.text(middle, 0, name, ha="center", va="center", color="white", fontsize=8.5, fontweight="bold")
+        middle = (start + segment.end) / 2
+        axes.text(middle, 0, name, ha="center", va="center", color="white", fontsize=8.5, fontweight="bold")
     axes.set(ylim=(-0.5, 0.5), yticks=())
     axes.spines[["top", "right", "left"]].set_visible(False)

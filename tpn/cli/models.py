@@ -28,7 +28,7 @@ def list_(
 
     names = list_models(pattern, pretrained=weights)
     if not names:
-        raise ValueError(f"no model matches {pattern!r}; tpn list shows all models")
+        raise ValueError(f"no model matches {pattern!r}; try '*{pattern}*', or tpn list for all models")
     if as_json:
         for name in names:
             print_result(json.dumps(_facts(name)))

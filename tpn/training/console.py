@@ -146,7 +146,7 @@ class TrainingConsole(Observer):
             metrics.pop("top5", None)
         text = ", ".join(f"{METRIC_NAMES.get(name, name)} {metric(name, value)}" for name, value in metrics.items())
         main = metrics.get("mAP" if "mAP" in metrics else "top1")
-        best = " (best so far)" if main is not None and main > run.best else ""
+        best = " (best so far)" if main is not None and main >= run.best else ""
         self.console.print(f"validation at step {run.step:,}, epoch {_epoch(run)}: {text}{best}")
 
     def _state(self, run: "Run") -> str:

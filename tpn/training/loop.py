@@ -350,13 +350,12 @@ class Run:
         self._write({"epoch": epoch} | {f"val_{name}": value for name, value in metrics.items()})
         self.validated_step = self.step
         value = metrics[self.evaluation.main_metric]
-        if value > self.best:
-            self.best, self.without_progress = value, 0
+        self.without_progress = 0 if value > self.best else self.without_progress + 1
+        if value >= self.best:  # of equals the last, which has learned longer
+            self.best = value
             if self.rank == 0:
                 check_finite(self.saved_model)
                 save_pretrained(self.saved_model, self.folder / "best")
-        else:
-            self.without_progress += 1
 
     def _is_stopped_early(self) -> bool:
         return self.config.patience is not None and self.without_progress >= self.config.patience

@@ -142,7 +142,8 @@ def check_fit(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Non
     }
     found = [f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"the checkpoint ({describe(source)}) does not fit the model: {'; '.join(found)}")
+        names = describe(source), describe(target)
+        raise CheckpointError(f"the checkpoint ({names[0]}) does not fit the model ({names[1]}): {'; '.join(found)}")
 
 
 def describe(state_dict: Mapping[str, Tensor]) -> str:
