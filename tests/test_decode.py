@@ -427,6 +427,12 @@ def test_files_that_are_not_videos(broken_files, name, says, read):
     assert str(error.value).startswith(str(broken_files / name))
 
 
+def test_a_url_is_no_file():
+    for url in ("https://example.org/a.mp4", Path("https://example.org/a.mp4")):
+        with pytest.raises(FileNotFoundError, match="https://example.org/a.mp4 is a URL"):
+            probe(url)
+
+
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_missing_file_and_folder(tmp_path, read):
     with pytest.raises(FileNotFoundError, match="nowhere.mp4"):

@@ -318,14 +318,29 @@ def test_a_long_timeline_is_drawn_with_few_points(monkeypatch, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-def test_a_class_has_one_color_in_all_panels(monkeypatch, tmp_path):
-    panels, figures = [], []
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written, in a list."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs)))
+    return figures
+
+
+def test_bars_have_the_names_that_fit(figures, tmp_path):
+    curves = drawing.Curves(("short", "wide", "a name that is much too long for its bar"), 1.0)
+    for i in range(40):
+        curves.add(tempo.Clip(i, i, torch.eye(3)[0 if i < 10 else 2 if i == 25 else 1]))
+    drawing.draw([("", curves)], 3, tmp_path / "a.png", min_probability=0.5)
+    names = [(text.get_text(), text.get_visible()) for text in figures[0].axes[1].texts]
+    assert names == [("short", True), ("wide", True), (curves.labels[2], False), ("wide", True)]
+
+
+def test_a_class_has_one_color_in_all_panels(figures, tmp_path):
+    panels = []
     for i, probs in enumerate([(0.7, 0.2, 0.1), (0.1, 0.3, 0.6)]):
         curves = drawing.Curves(("a", "b", "c"), 1.0)
         curves.add(tempo.Clip(0, 15, torch.tensor(probs)))
         panels.append((f"track {i}", curves))
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs)))
     drawing.draw(panels, 2, tmp_path / "a.png", min_probability=0.5)
     first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes[::2])
     assert (first.keys(), second.keys()) == ({"a", "b"}, {"b", "c"})
