@@ -167,7 +167,7 @@ def test_folders_are_names(tmp_path, monkeypatch):
         assert tpn.create_model(published).num_classes == 14
     for path, error, says in (
         ("empty", UnknownModelError, r"'empty'.*config\.json"),
-        ("doors/model.safetensors", UnknownModelError, r"model\.safetensors'.*file.*checkpoint_path"),
+        ("doors/model.safetensors", UnknownModelError, r"model\.safetensors'.*file.*checkpoint"),
         ("./empty", FileNotFoundError, r"empty/config\.json"),
         (Path("empty"), FileNotFoundError, r"empty/config\.json"),
         ("./nothing", UnknownModelError, r"'\./nothing'.*no such folder"),

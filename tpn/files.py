@@ -32,14 +32,14 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
         ...     unfinished.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
-    with _errors_name(path):
+    with _errors_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".incomplete-{glob.escape(path.name)}-*"):
         with suppress(FileNotFoundError):  # its process has just finished
             newest = max(file.stat().st_mtime for file in (left_over, *left_over.iterdir()))
             if time.time() - newest > ABANDONED:
                 rmtree(left_over, ignore_errors=True)
-    with _errors_name(path):
+    with _errors_about(path):
         temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".incomplete-{path.name}-")
     with temporary as folder:
         unfinished = Path(folder, path.name)
@@ -68,14 +68,14 @@ def require_writable(path: StrPath) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
-    with _errors_name(path):
+    with _errors_about(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _errors_about(path: Path) -> Iterator[None]:
     """Let an error about a temporary file name the file that it is for."""
     try:
         yield

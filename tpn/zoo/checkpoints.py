@@ -291,7 +291,7 @@ def get_checkpoint(name: str) -> Checkpoint:
 def unknown_model(name: str) -> UnknownModelError:
     """Return the error for a name of no model, which says what the name is instead, or names the nearest models."""
     if os.path.isfile(name):
-        reason = "it is a file; pass the folder of a saved model, or a model's name with this file as checkpoint_path"
+        reason = "it is a file; pass the folder of a saved model, or a model's name and this file as its checkpoint"
     elif os.path.isdir(name):
         reason = "this folder has no config.json, so it is not a saved model"
     elif set(name) & set(":/"):
