@@ -271,4 +271,4 @@ def test_table_of_the_readme_agrees_with_the_weights():
 
 
 def test_readme_counts_the_checkpoints():
-    assert f"[All {len(CHECKPOINTS)} checkpoints]" in README
+    assert f"prints all {len(CHECKPOINTS)} checkpoints" in README
