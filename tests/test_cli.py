@@ -192,6 +192,7 @@ def test_bad_output_is_reported_before_the_model_is_downloaded(folder):
         (["predict", "b.mp4", "-m", NAME, "--checkpoint", "empty.mp4"], 1, "empty.mp4: the file is empty"),
         (["predict", "b.mp4", "-m", "local-dir:model", "--device", "warp"], 1, "got 'warp'"),
         (["predict", "b.mp4", "--precision", "int4"], 2, "'bfloat16'"),
+        (["features", "b.mp4", "-o", "new", "--stride", "8", "--window", "7"], 1, "window must be a multiple"),  # no download
         (["predict"], 2, "Missing argument"),
         (["list", "zzz*"], 1, "no model matches 'zzz*'"),
         (["convert", "text.mp4", "-m", NAME], 1, "neither a safetensors nor a PyTorch file"),

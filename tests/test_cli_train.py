@@ -516,5 +516,5 @@ def test_words():
     assert [wording.plural(*x) for x in ((1, "video"), (1200, "video"), (2, "class"))] == ["1 video", "1,200 videos", "2 classes"]
     assert wording.class_counts([f"c{i}" for i in range(6)], [1, 6, 5, 2, 4, 3], shown=4) == "c1 6, c2 5, … 2 more …, c3 2, c0 1"
     assert [wording.setting(v) for v in (None, True, 0.1 + 0.2, (0.3, 1.0), "a\nb")] == ["-", "yes", "0.3", "0.3, 1", "a\\nb"]
-    assert wording.metric("val_loss", None) == "not finite"
+    assert wording.metric("val_loss", float("nan")) == wording.metric("mAP", float("inf")) == "not finite"
     assert wording.printable("日本\u3000語 é 👩‍👩‍👧") == "日本\u3000語 é 👩‍👩‍👧"

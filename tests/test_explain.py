@@ -275,17 +275,18 @@ def test_of_an_optimized_model(classifier, video):
 
 
 def test_errors(classifier, video, monkeypatch):
+    """Those about arguments come before the video is read."""
     with pytest.raises(ValueError, match="'growin'.* 'growing', '"):
-        explain(classifier, video, target="growin")
+        explain(classifier, "none.mp4", target="growin")
     with pytest.raises(ValueError, match=r"target .* 0\.\.13, got 14"):
-        explain(classifier, video, target="14")
+        explain(classifier, "none.mp4", target="14")
     for target in (14, -1, True):
         with pytest.raises(ValueError, match=rf"target .* 0\.\.13, got {target}"):
-            explain(classifier, video, target=target)
+            explain(classifier, "none.mp4", target=target)
     with pytest.raises(ValueError, match=r"clip .* 0\.\.2, got 3"):
-        explain(classifier, video, clip=3)
+        explain(classifier, "none.mp4", clip=3)
     with pytest.raises(ValueError, match="method .*'occlusion', 'grad-cam', got 'cam'"):
-        explain(classifier, video, method="cam")
+        explain(classifier, "none.mp4", method="cam")
     with pytest.raises(ValueError, match="num_classes=0"):
         explain(tpn.create_model(NAME, num_classes=0), video)
     with pytest.raises(TypeError, match="TPNClassifier, got str"):
@@ -295,7 +296,7 @@ def test_errors(classifier, video, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
     with pytest.raises(ImportError, match=r'captum missing: pip install "tpn\[explain\]"'):
-        explain(classifier, video, method="grad-cam")
+        explain(classifier, "none.mp4", method="grad-cam")
 
 
 def test_overlay():

@@ -43,6 +43,22 @@ def test_errors_name_the_file_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_another_user_left_over_is_in_nobodys_way():
+    """As above, this needs a second user."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        os.mkdir(os.path.join(folder, ".incomplete-a.txt-1"), 0o700 if user == 0 else 0)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with atomic_write(os.path.join(folder, "a.txt")) as unfinished:
+                unfinished.touch()
+        finally:
+            os.seteuid(user)
+        assert os.path.exists(os.path.join(folder, "a.txt"))
+
+
 def test_an_error_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -59,6 +59,16 @@ def test_registered_neck_comes_back_by_name(tmp_path):
     assert torch.equal(other.neck.mix.weight, model.neck.mix.weight)
 
 
+def test_an_argument_of_your_neck_may_have_a_name_of_the_pyramid(tmp_path):
+    @tpn.register_neck("scaled")
+    class Scaled(Concat):
+        def __init__(self, in_channels, out_channels=16, temporal_scales=None):
+            super().__init__(in_channels, out_channels)
+
+    model = small(neck="scaled")
+    assert_same(tpn.create_model(f"local-dir:{tpn.save_pretrained(model, tmp_path)}"), model)
+
+
 def test_registered_neck_on_a_model_of_the_zoo(tmp_path):
     tpn.register_neck("concat")(Concat)
     model = tpn.create_model("tpn_slowonly_tiny_motion", neck="concat")

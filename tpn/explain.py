@@ -100,8 +100,7 @@ class Explanation:
         """Write a video of all frames with the map of each level to the right."""
         zoom = -(-MIN_PANEL_SIZE // self.frames.shape[-1])
         video = np.concatenate(self._panels(), axis=2).repeat(zoom, axis=1).repeat(zoom, axis=2)
-        padding = [(0, 0), *((0, length % 2) for length in video.shape[1:3]), (0, 0)]  # the codec needs even sizes
-        write_video(path, np.pad(video, padding), fps=fps)
+        write_video(path, video, fps=fps)
 
     def _panels(self) -> list[NDArray[np.uint8]]:
         """Return the frames and the overlay of each map, uint8 (T, S, S, 3) each."""
@@ -156,6 +155,9 @@ def explain(
     num_clips = 1 if clip is None else classifier.spec.num_clips
     if clip is not None and clip not in range(num_clips):
         raise ValueError(f"clip must be in 0..{num_clips - 1}, got {clip}")
+    class_index = None if target is None else _class_index(target, classifier.labels)
+    if method == "grad-cam":
+        need_packages("captum", extra="explain")
     spec = classifier.spec.with_views(num_clips, 1)
     video, indices = read_clips(source, spec, classifier.device)
     (crop,) = spec.crop_views(video.to(classifier.device))
@@ -163,7 +165,7 @@ def explain(
     clips = spec.normalize(frames)[None].to(next(network.parameters()).dtype)
     with _frozen(network), torch.no_grad():
         logits = network(clips)[0].float()
-        class_index = _class_index(target, classifier.labels) if target is not None else int(logits.argmax())
+        class_index = int(logits.argmax()) if class_index is None else class_index
         levels, flows = _level_and_flow_shares(network, clips, class_index)
         probs = class_probs(logits, multi_label=network.multi_label, temperature=network.temperature)
     maps = (occlusion if method == "occlusion" else grad_cam)(network, clips, class_index)

@@ -35,7 +35,7 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
     with _errors_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".incomplete-{glob.escape(path.name)}-*"):
-        with suppress(FileNotFoundError):  # its process has just finished
+        with suppress(OSError):  # its process has just finished, or is that of another user
             newest = max(file.stat().st_mtime for file in (left_over, *left_over.iterdir()))
             if time.time() - newest > ABANDONED:
                 rmtree(left_over, ignore_errors=True)

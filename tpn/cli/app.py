@@ -99,14 +99,15 @@ def require_model(model: str, checkpoint: Path | None = None) -> "InputSpec | No
     """Raise an error for an unknown model and for weights that need a manual download, before PyTorch is imported.
 
     Returns:
-        The input of a published model; None for a saved model, an exported file, and a model with a checkpoint.
+        The input of a published model; None for a saved model and an exported file.
     """
     from tpn.zoo import names
 
-    if names.is_exported(model) or set(model) & set(":/") or names.is_saved(model) or checkpoint is not None:
+    if names.is_exported(model) or set(model) & set(":/") or names.is_saved(model):
         return None
     entry = names.get_checkpoint(model)
-    names.refuse_manual_download(entry)
+    if checkpoint is None:
+        names.refuse_manual_download(entry)
     return entry.config.input_spec
 
 

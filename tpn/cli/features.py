@@ -73,7 +73,7 @@ def features(
     from tpn.devices import resolve_device
     from tpn.features import FeatureModel, check_folder, check_path, extract, is_table
     from tpn.predict import VideoClassifier
-    from tpn.strided import extract_windows
+    from tpn.strided import extract_windows, window_spec
     from tpn.zoo.create import create_model
 
     num_clips, num_crops = parse_views_option(views)
@@ -87,7 +87,9 @@ def features(
         raise typer.Exit(1)
     if not output.exists() and not any(Path(path).exists() for path in names):  # existing features may be those of deleted videos
         require_exists(next(iter(names)))
-    require_model(model, checkpoint)
+    published = require_model(model, checkpoint)
+    if published is not None and stride is not None:
+        window_spec(published, window)
     torch_device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     built = create_model(model, checkpoint is None, checkpoint_path=checkpoint)
     try:

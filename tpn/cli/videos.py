@@ -60,7 +60,8 @@ def demo(
             err.print(f"{model} recognizes rendered motion only; for real footage: tpn timeline {shlex.quote(str(video))}")
     picture = require_picture(output, "tpn-demo.png")
     rendered = (output.parent if output else Path()) / "tpn-demo.mp4"
-    require_writable(rendered)
+    if video is None:
+        require_writable(rendered)
     if published := require_model(model):
         tempo.sliding_spec(published)
     classifier = VideoClassifier(model)

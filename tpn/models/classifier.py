@@ -106,7 +106,7 @@ class TPNClassifier(nn.Module):
         if backbone is None:
             backbone = build_backbone(config)
         else:
-            _describe("backbone", backbone)
+            _attach_own_config("backbone", backbone)
         shapes = feature_shapes(backbone, spec)
         out_channels = shapes[-1].channels
         if config.neck is not None:
@@ -115,7 +115,7 @@ class TPNClassifier(nn.Module):
                 scales = spatial_scales(shapes) if NECKS.takes(config.neck, "spatial_scales") else None
                 neck = NECKS.build(config.neck, in_channels=channels, num_frames=frames, spatial_scales=scales)
             else:
-                _describe("neck", neck)
+                _attach_own_config("neck", neck)
             if not isinstance(getattr(neck, "out_channels", None), int):
                 raise TypeError(f"a neck needs an attribute out_channels, the channels of its map; got a {type(neck).__name__}")
             out_channels = cast("Any", neck).out_channels
@@ -322,7 +322,7 @@ def _below_backbone(pattern: Any) -> Any:
     return [(_below_backbone(each), *rest) for each, *rest in pattern]
 
 
-def _describe(kind: str, module: nn.Module) -> None:
+def _attach_own_config(kind: str, module: nn.Module) -> None:
     """Attach a config to a module of the caller, unless it has one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{kind} must be a module, got {module!r}; the config takes names")

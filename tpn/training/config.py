@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tpn.config import parse_views
 from tpn.errors import nearest
+from tpn.validation import errors_of
 
 
 def _option(default: Any, help: str, group: str, **metadata: Any) -> Any:
@@ -127,8 +129,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("views", "val_views"):
             value = getattr(self, name)
-            if value is not None and not re.fullmatch(r"[1-9]\d*x[13]", value):
-                raise ValueError(f"{name} must be CLIPSxCROPS with 1 or 3 crops, such as 10x3 or 1x1, got {value!r}")
+            if value is not None:
+                with errors_of(name):
+                    parse_views(value)
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"crop_area must be two shares of the frame, 0 < smallest <= largest <= 1, got {self.crop_area}")
         if self.group is not None:

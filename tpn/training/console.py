@@ -42,7 +42,7 @@ class TrainingConsole(Observer):
             force_jupyter=False,  # otherwise each line becomes an HTML output of its own
         )
         self._progress: Progress | None = None
-        self._values: dict[str, float | None] = {}
+        self._values: dict[str, float] = {}
         self._first_step = self._printed_step = 0
         self._start = time.monotonic()
 
@@ -139,14 +139,13 @@ class TrainingConsole(Observer):
         for row in rows:
             self.console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
-    def _print_validation(self, run: "Run", values: Mapping[str, float | None]) -> None:
+    def _print_validation(self, run: "Run", values: Mapping[str, float]) -> None:
         """Print the metrics of a validation, which has just ended."""
         metrics = {name.removeprefix("val_"): value for name, value in values.items() if name.startswith("val_")}
         if run.model.num_classes <= 5:
             metrics.pop("top5", None)
         text = ", ".join(f"{METRIC_NAMES.get(name, name)} {metric(name, value)}" for name, value in metrics.items())
-        main = metrics.get("mAP" if "mAP" in metrics else "top1")
-        best = " (best so far)" if main is not None and main >= run.best else ""
+        best = " (best so far)" if metrics["mAP" if "mAP" in metrics else "top1"] >= run.best else ""
         self.console.print(f"validation at step {run.step:,}, epoch {_epoch(run)}: {text}{best}")
 
     def _state(self, run: "Run") -> str:

@@ -44,7 +44,7 @@ def build(data: str, config: TrainConfig) -> tuple[TPNClassifier, TrainData, str
         raise ValueError(f"{data} has one class, {parts.train.classes[0]!r}; training needs two or more")
     if parts.train.classes == model.labels and parts.train.multi_label == model.multi_label:
         return model, parts, start, False
-    replaced = start != "random" and start != "backbone" and model.num_classes > 0
+    replaced = start not in ("random", "backbone") and model.num_classes > 0
     model.reset_classifier(len(parts.train.classes), multi_label=parts.train.multi_label)
     model.labels = parts.train.classes
     return model, parts, start, replaced
@@ -95,10 +95,8 @@ def make_optimizer(model: TPNClassifier, config: TrainConfig, lr: float, device:
     fused = "fused" in inspect.signature(kind).parameters and device.type in ("cuda", "cpu")
     if kind is torch.optim.SGD and config.amp == "float16":
         fused = False  # if the first step overflows, as it often does, fused SGD keeps an uninitialized momentum buffer
-    options: dict[str, Any] = {"momentum": config.momentum, "layer_decay": config.layer_decay} | (
-        {"fused": True} if fused else {}
-    )
-    options |= {"weight_decay": config.weight_decay, "filter_bias_and_bn": name != "sgd"}
+    options: dict[str, Any] = {"momentum": config.momentum, "layer_decay": config.layer_decay}
+    options |= {"weight_decay": config.weight_decay, "filter_bias_and_bn": name != "sgd"} | ({"fused": True} if fused else {})
     optimizer = create_optimizer_v2(model, name, lr, **options)
     in_backbone = {id(parameter) for parameter in model.backbone.parameters()}
     for group in list(optimizer.param_groups) if config.backbone_lr != 1 else ():

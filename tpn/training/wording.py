@@ -1,5 +1,6 @@
 """Words and numbers as the terminal and the report show them."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,9 @@ def setting(value: Any) -> str:
     return printable(value)
 
 
-def metric(name: str, value: float | None) -> str:
-    """Return a metric: the loss with three decimals, all others in percent; "not finite" for None."""
-    if value is None:
+def metric(name: str, value: float) -> str:
+    """Return a metric: the loss with three decimals, all others in percent; "not finite" for NaN and infinity."""
+    if not math.isfinite(value):
         return "not finite"
     return f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}%"
 

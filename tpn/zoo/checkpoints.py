@@ -280,17 +280,14 @@ def get_checkpoint(name: str) -> Checkpoint:
         raise UnknownModelError(
             "'tpn' has no published weights; create_model('tpn', backbone='timm/resnet50', num_classes=K) builds a model"
         )
-    if name.endswith((".onnx", ".pt2", ".xml")):
-        raise UnknownModelError(
-            f"{name} is the name of an exported file, for predict, timeline, demo and evaluate only; "
-            "pass the model that it was made from"
-        )
     raise unknown_model(name)
 
 
 def unknown_model(name: str) -> UnknownModelError:
     """Return the error for a name of no model, which says what the name is instead, or names the nearest models."""
-    if os.path.isfile(name):
+    if name.endswith((".onnx", ".pt2", ".xml")):
+        reason = "exported files are for predict, timeline, demo, and evaluate only; pass the model that it was made from"
+    elif os.path.isfile(name):
         reason = "it is a file; pass the folder of a saved model, or a model's name and this file as its checkpoint"
     elif os.path.isdir(name):
         reason = "this folder has no config.json, so it is not a saved model"

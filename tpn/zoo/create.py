@@ -82,10 +82,6 @@ def create_model(
         >>> model = tpn.create_model("tpn_slowonly_r50_k400", pretrained=True, num_classes=12)
         >>> model = tpn.create_model("tpn", backbone="timm/convnext_tiny", num_frames=8, num_classes=12)
     """
-    if is_exported(name):
-        raise ValueError(
-            f"{name} is an exported file, for predict, timeline, demo and evaluate only; pass the model that it was made from"
-        )
     overlay = pretrained_cfg_overlay or {}
     elsewhere = checkpoint_path is not None or any(overlay.get(key) for key in ("state_dict", "file", "hf_hub_id"))
     config, source = _find(name, backbone, kwargs, cache_dir, with_weights=not elsewhere)
@@ -154,6 +150,8 @@ def saved_folder(name: StrPath, cache_dir: StrPath | None = None, *, weights: bo
 
     With `verify`, files in the cache are compared with their SHA-256 again.
     """
+    if is_exported(name):
+        raise unknown_model(str(name))
     if folder := local_folder(name):
         return folder
     name = str(name)

@@ -98,7 +98,7 @@ def from_source(
             path = cached(folder)  # another process may have stored it meanwhile
             if path is None:
                 for left_over in folder.glob(".incomplete-*"):  # of a process that was killed
-                    shutil.rmtree(left_over)
+                    shutil.rmtree(left_over, ignore_errors=True)
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as temporary:
                     download(source, Path(temporary, file), entry)
                     path = store(entry, load.read_weights(Path(temporary, file)), folder)

@@ -16,8 +16,9 @@ from tpn.models.classifier import TPNClassifier
 from tpn.models.registry import BACKBONES, NECKS, attached_config
 from tpn.zoo.checkpoints import Checkpoint
 from tpn.zoo.convert import Layout, check_fit, convert_state_dict, load_strict
+from tpn.zoo.names import WEIGHTS_FILE
 from tpn.zoo.reader import read_checkpoint, without_wrappers
-from tpn.zoo.saved import WEIGHTS_FILE, read_metadata
+from tpn.zoo.saved import read_metadata
 from tpn.zoo.unpickle import STORAGES
 
 STEM = "backbone.conv1.weight"
@@ -198,10 +199,10 @@ def _check_trained_args(model: TPNClassifier, weights: Weights) -> None:
         elif weights.layout != "tpn":  # the one argument in which the two code bases differ
             args = {"shift_shortcut": weights.layout == "original"}
         same_frames = weights.trained and weights.trained.input_spec.num_frames == model.input_spec.num_frames
+        if args.get("temporal_scales", ()) is None:
+            args["temporal_scales"] = getattr(module, "default_scales", None)
         if not same_frames:  # the scales change with them
             args.pop("temporal_scales", None)
-        elif "temporal_scales" in args and args["temporal_scales"] is None:
-            args["temporal_scales"] = module.default_scales
         for arg in args.keys() & set(silent or ()):
             if args[arg] != (own := getattr(module, arg)):
                 raise CheckpointError(

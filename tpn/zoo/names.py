@@ -73,8 +73,8 @@ def is_saved(name: StrPath) -> bool:
 
 def is_exported(name: StrPath) -> bool:
     """Return whether a name is that of a file of `tpn.export`, which `VideoClassifier` and `evaluate` take."""
-    scheme = str(name).startswith(("local-dir:", "hf-hub:"))
-    return str(name).endswith((".onnx", ".pt2", ".xml")) and not scheme and not os.path.isdir(name)
+    has_scheme = str(name).startswith(("local-dir:", "hf-hub:"))
+    return str(name).endswith((".onnx", ".pt2", ".xml")) and not has_scheme and not os.path.isdir(name)
 
 
 def weights_folder(entry: Checkpoint, cache_dir: StrPath | None = None) -> Path:

@@ -11,11 +11,11 @@ from torch import nn
 from tpn import hub
 from tpn.config import ModelConfig
 from tpn.errors import CheckpointError, UploadError, WeightsUnavailableError
-from tpn.files import StrPath
+from tpn.files import StrPath, file_sha256
 from tpn.zoo import checkpoints, fetch
 from tpn.zoo.checkpoints import Checkpoint, Embedded, HubFiles, Page
-from tpn.zoo.names import convert_command
-from tpn.zoo.saved import CONFIG_FILE, WEIGHTS_FILE, read_config, save_pretrained
+from tpn.zoo.names import CONFIG_FILE, WEIGHTS_FILE, convert_command, weights_folder
+from tpn.zoo.saved import read_config, save_pretrained
 
 CARD_FILE = "README.md"
 _CARD = """---
@@ -120,7 +120,7 @@ def publish(
     for entry in checkpoints.CHECKPOINTS.values():
         if isinstance(entry.source, Embedded | HubFiles):
             continue
-        repo_id, folder = f"{namespace}/{entry.name}", fetch.weights_folder(entry, cache_dir)
+        repo_id, folder = f"{namespace}/{entry.name}", weights_folder(entry, cache_dir)
         try:
             path = fetch.cached(folder)
             if path is None and isinstance(entry.source, Page):
@@ -131,7 +131,7 @@ def publish(
                 path = path or fetch.from_source(entry, entry.source, folder, cache_dir)
                 if not dry_run:
                     _upload(api, path.parent, repo_id, private, f"Add {entry.name}", entry=entry)
-                yield Publication(repo_id, "to publish" if dry_run else "published", fetch.file_sha256(path))
+                yield Publication(repo_id, "to publish" if dry_run else "published", file_sha256(path))
         except (WeightsUnavailableError, CheckpointError, UploadError) as error:
             yield Publication(repo_id, "failed", str(error))
 

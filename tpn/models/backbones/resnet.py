@@ -109,7 +109,6 @@ class ResNet(nn.Module):
     Attributes:
         out_channels: channels of each returned map.
         imagenet_repo: Hub repository of the 2D ImageNet weights of this depth, which can be inflated into this network.
-        depth: as given.
         in_chans: as given.
         silent_args: arguments that change what the same weights compute.
     """
@@ -133,7 +132,6 @@ class ResNet(nn.Module):
         if not stages or not out_indices or list(out_indices) != sorted(out_indices):
             raise ValueError(f"out_indices must be stage indices in 0..3 that never decrease, got {out_indices!r}")
         block, counts = STAGES[depth]
-        self.depth = depth
         self.imagenet_repo = f"timm/resnet{depth}.tv_in1k"
         self.in_chans = in_chans
         self.out_indices = tuple(out_indices)
@@ -143,8 +141,7 @@ class ResNet(nn.Module):
         self.conv1 = conv(dims, in_chans, base_channels, 7, 2)
         self.bn1 = norm(dims, base_channels)
         self.relu = nn.ReLU(inplace=True)
-        pool = nn.MaxPool2d(3, 2, 1) if dims == 2 else nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
-        self.maxpool = pool
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if dims == 2 else nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
 
         channels = base_channels
         for stage in range(max(self.out_indices) + 1):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tpn import hub
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError, WeightsUnavailableError, nearest
-from tpn.files import StrPath
+from tpn.files import StrPath, cache_folder
 from tpn.models.backbones.tsm import FOLD, UNFOLD, shift_every, temporal_shift
 from tpn.models.feature_maps import FeatureShape, measure, to_feature_list
 from tpn.models.registry import register_backbone
@@ -181,7 +181,7 @@ def timm_backbone(
                 features_only=True,
                 out_indices=tuple(stages),
                 in_chans=in_chans,
-                cache_dir=hub.cache_folder(cache_dir),
+                cache_dir=cache_folder(cache_dir),
                 pretrained_cfg_overlay=None if path is None else {"file": str(path)},
                 **args,
             )

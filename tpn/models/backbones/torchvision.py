@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpn import hub, transfer
 from tpn.config import InputDefaults
 from tpn.errors import UnknownModelError
-from tpn.files import StrPath, atomic_write, file_sha256
+from tpn.files import StrPath, atomic_write, cache_folder, file_sha256
 from tpn.models.backbones.timm import check_network_args, on_255
 from tpn.models.layers import checkpointed
 from tpn.models.registry import register_backbone
@@ -87,7 +87,7 @@ def torchvision_backbone(
     check_network_args(args, out_indices)
     net = get_model(name, weights=None, **args)
     if pretrained:
-        folder = hub.cache_folder(cache_dir) or Path(torch.hub.get_dir(), "checkpoints")
+        folder = cache_folder(cache_dir) or Path(torch.hub.get_dir(), "checkpoints")
         path = folder / weights.url.rpartition("/")[2]
         sha256 = path.stem.rpartition("-")[2]  # leading digits
         if not path.is_file() or not file_sha256(path).startswith(sha256):  # torchvision itself downloads without limits
