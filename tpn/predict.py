@@ -189,6 +189,8 @@ class VideoClassifier:
         self.spec = require_input_spec(model)
         if model.in_chans != 3:
             raise ValueError(f"VideoClassifier reads RGB video, the model takes in_chans={model.in_chans}; pass it clips")
+        if not model.num_classes and not isinstance(model, FeatureModel):
+            raise ValueError("the model has no classes (num_classes=0); use tpn features or FeatureModel(model) for features")
         self.device = reference_tensor(model).device if device is None else torch.device(device)
         _prepare_forks()
         on_cpu = self.device.type == "cpu"

@@ -126,8 +126,6 @@ def predict(
         precision=precision,
         compile=compile,
     )
-    if not classifier.model.num_classes:
-        raise ValueError("the model has no classes (num_classes=0); use tpn features for its features")
     if found is not None:
         views_of_track: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
         if not predict_tracks(classifier, files[0], found, printer, annotate=annotate, **views_of_track):
