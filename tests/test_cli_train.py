@@ -177,6 +177,12 @@ def test_a_run(videos, tmp_path):
     assert re.fullmatch(rf"error: {re.escape(str(out))} .*--resume.*\n", again.stderr)
 
 
+@pytest.mark.parametrize(("steps", "epochs"), [(3, "1 epoch"), (4, "1.3 epochs"), (6000, "2,000 epochs")])
+def test_length_in_epochs(videos, tmp_path, steps, epochs):
+    done = tpn_train(videos, "-o", tmp_path / "out", *SMALL, "--steps", steps, "--dry-run")
+    assert f" of 4 clips, {epochs}, on cpu\n" in done.stdout
+
+
 def test_dry_run_shows_the_plan_and_trains_nothing(videos, tmp_path):
     done = tpn_train(videos, "-o", tmp_path / "out", *SMALL, "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ class OfflineError(WeightsUnavailableError):
 
     def __str__(self) -> str:
         return (
-            f"{self.args[0]}. Offline, use the folder of a saved model, a file of weights, or {BUNDLED_MODEL}, "
+            f"{self.args[0]}. Offline, use the folder of a saved model, a weights file, or {BUNDLED_MODEL}, "
             "which recognizes rendered motion only"
         )
 

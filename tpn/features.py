@@ -88,7 +88,7 @@ class FeatureFile:
     Raises:
         ValueError: `path` has another suffix, has features with other settings, or is not a file of features.
         ImportError: `path` is a Parquet file and pyarrow is missing.
-        FileNotFoundError: the folder of `path` does not exist.
+        OSError: the folder of `path` does not exist, or is read-only.
     """
 
     def __init__(self, path: StrPath, about: About) -> None:

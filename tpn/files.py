@@ -1,4 +1,4 @@
-"""Write files that are complete or absent, notice files that have changed, and find the folder for downloads."""
+"""Write files that are complete or absent, refuse paths before any work, notice files that have changed, find the cache."""
 
 import errno
 import glob
@@ -32,14 +32,13 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
         ...     unfinished.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
-    with _errors_about(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".incomplete-{glob.escape(path.name)}-*"):
         with suppress(OSError):  # its process has just finished, or is that of another user
             newest = max(file.stat().st_mtime for file in (left_over, *left_over.iterdir()))
             if time.time() - newest > ABANDONED:
                 rmtree(left_over, ignore_errors=True)
     with _errors_about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".incomplete-{path.name}-")
     with temporary as folder:
         unfinished = Path(folder, path.name)

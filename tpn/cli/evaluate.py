@@ -123,7 +123,7 @@ def evaluate(
         for written in filter(None, (dump, output)):
             err.print(f"wrote {written}")
         if result.unreadable_share > max_bad:
-            err.print(f"error: {plural(len(result.failed), 'unreadable video')} not counted; repair, or pass a larger --max-bad")
+            err.print(f"error: {plural(len(result.failed), 'unreadable video')} not counted. Repair them, or raise --max-bad")
     if result.unreadable_share > max_bad:
         raise typer.Exit(1)
 

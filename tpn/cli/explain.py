@@ -51,7 +51,7 @@ def explain(
     from tpn.explain import explain as explain_clip
     from tpn.predict import VideoClassifier
 
-    need_packages("matplotlib", extra="explain")
+    need_packages("matplotlib", *(["captum"] if method == "grad-cam" else []), extra="explain")
     require_exists(video)
     require_picture_path(output)
     if video_output is not None:

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tpn.config import parse_views
 from tpn.errors import nearest
-from tpn.validation import errors_of
 
 
 def _option(default: Any, help: str, group: str, **metadata: Any) -> Any:
@@ -127,11 +126,9 @@ class TrainConfig:
             choices = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
             if choices and getattr(self, name) not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("views", "val_views"):
-            value = getattr(self, name)
-            if value is not None:
-                with errors_of(name):
-                    parse_views(value)
+        for views in (self.views, self.val_views):
+            if views is not None:
+                parse_views(views)
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"crop_area must be two shares of the frame, 0 < smallest <= largest <= 1, got {self.crop_area}")
         if self.group is not None:

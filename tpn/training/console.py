@@ -115,8 +115,9 @@ class TrainingConsole(Observer):
         counts = wording.class_counts(train.classes, run.facts.class_counts)
         devices = f"{run.world} devices of type {run.device.type}" if run.world > 1 else str(run.device)
         epochs = run.total_steps / run.epoch_steps
-        shown = plural(round(epochs), "epoch") if epochs >= 10 else f"{epochs:.2g} epochs"
-        length = f"{plural(run.total_steps, 'step')} of {plural(run.batch, 'clip')}, {shown}, on {devices}"
+        shown = f"{epochs:,.1f}".removesuffix(".0")
+        unit = "epoch" if shown == "1" else "epochs"
+        length = f"{plural(run.total_steps, 'step')} of {plural(run.batch, 'clip')}, {shown} {unit}, on {devices}"
         self._print_rows(
             [
                 ("data", f"{videos} ({printable(run.data.split)})"),

@@ -286,7 +286,7 @@ def get_checkpoint(name: str) -> Checkpoint:
 def unknown_model(name: str) -> UnknownModelError:
     """Return the error for a name of no model, which says what the name is instead, or names the nearest models."""
     if name.endswith((".onnx", ".pt2", ".xml")):
-        reason = "exported files are for predict, timeline, demo, and evaluate only; pass the model that it was made from"
+        reason = "exported files are for predict, timeline, demo, and evaluate only; pass the model that the file was made from"
     elif os.path.isfile(name):
         reason = "it is a file; pass the folder of a saved model, or a model's name and this file as its checkpoint"
     elif os.path.isdir(name):
