@@ -99,6 +99,12 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert 'pip install "tpn[viz]"' in done.stderr
 
 
+def test_a_video_that_cannot_be_written_is_reported_first(tmp_path):
+    (tmp_path / "tpn-demo.mp4").mkdir()
+    done = run("demo", "--model", "nonsense", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: tpn-demo.mp4: Is a directory\n")
+
+
 @pytest.mark.parametrize("command", ["demo", "timeline"])
 def test_models_of_segments_are_refused_before_their_weights_are_loaded(tmp_path, monkeypatch, command):
     monkeypatch.setattr(fetch, "weights_file", lambda *_, **__: pytest.fail("weights"))

@@ -88,7 +88,9 @@ def test_results(folder, tmp_path):
     assert {row["class"]: row["videos"] for row in rows if row["videos"] != "0"} == {
         "moving left": "2", "turning clockwise": "2", "shrinking": "1", "blinking": "1"
     }  # fmt: skip
-    assert "turning clockwise" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert all(text in report for text in ("turning clockwise", "<dd>list.txt</dd>", "<dd>3 views of each video</dd>"))
+    assert done.stderr.splitlines()[1:3] == [f"wrote {tmp_path / 'd.npz'}", f"wrote {tmp_path}"]
 
 
 def test_nothing_is_written_without_output(folder, tmp_path):

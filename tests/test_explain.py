@@ -1,6 +1,6 @@
 """Occlusion and Grad-CAM maps, shares of the parts of the pyramid, pictures, and `tpn explain`."""
 
-import importlib.util
+import sys
 from dataclasses import replace
 
 import av
@@ -293,8 +293,7 @@ def test_errors(classifier, video, monkeypatch):
         explain(NAME, video)
     with pytest.raises(TypeError, match="TPNClassifier, got ReLU"):
         grad_cam(nn.ReLU(), torch.zeros(1), 0)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
+    monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ImportError, match=r'captum missing: pip install "tpn\[explain\]"'):
         explain(classifier, "none.mp4", method="grad-cam")
 
@@ -333,8 +332,8 @@ def test_outputs_are_checked_before_the_model_is_built(video, tmp_path, options)
     assert (f"error: {folder}: " if folder else f"'{name}'") in " ".join(done.stderr.replace("│", "").split())
 
 
-def test_command_without_matplotlib(video, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    done = run("explain", video, "-m", NAME, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, 'error: matplotlib missing: pip install "tpn[explain]"\n')
+@pytest.mark.parametrize("package", ["matplotlib", "captum"])
+def test_missing_packages_are_reported_before_the_model_is_loaded(video, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    done = run("explain", video, "-m", "nonsense", "--method", "grad-cam", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, f'error: {package} missing: pip install "tpn[explain]"\n')
